@@ -1,0 +1,41 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+OLDEST := .venv-oldest
+BIN := $(VENV)/bin
+
+.PHONY: help demo test test-oldest check clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/ready ## Distil a small ViT on handwritten digits and print what it gained (some minutes)
+	$(BIN)/python examples/quickstart.py
+
+test: $(VENV)/ready ## Run the tests
+	$(BIN)/python -m pytest
+
+test-oldest: $(OLDEST)/ready ## Run the tests with transformers 5.0, in an environment of its own
+	$(OLDEST)/bin/python -m pytest
+
+check: $(VENV)/ready ## Lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## Remove environments, caches and outputs
+	rm -rf $(VENV) $(OLDEST) out .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch first and alone: its pinned build satisfies all that the others ask of it.
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(OLDEST)/ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install -q -c constraints-oldest.txt torch
+	$(OLDEST)/bin/pip install -q -c constraints-oldest.txt -e '.[dev]'
+	@touch $@

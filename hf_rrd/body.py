@@ -1,0 +1,161 @@
+"""The body of a transformers model: where it is, how wide its embeddings are, which pooling suits it."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
+
+from hf_rrd.pooling import POOLERS, Pooler, cls_pool, last_token_pool, mean_pool
+
+_OUTPUT = "_hf_rrd_output"
+_KEEP = "_hf_rrd_keep"
+
+
+def body_of(model: nn.Module) -> PreTrainedModel:
+    """The part of a model that computes hidden states: `bert` of a `BertForSequenceClassification`.
+
+    A headless model is its own body. Looks through PEFT wrappers.
+
+    Raises:
+        ValueError: The model has no body that transformers knows of.
+    """
+    model = unwrapped(model)
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"the model needs a body that returns hidden states, got {type(model).__name__}, which is not a "
+            "transformers model. Use a PreTrainedModel (any AutoModelFor...) or a PEFT model around one."
+        )
+    if model.base_model is not model:
+        return model.base_model
+    if is_headless(model):
+        return model
+    # CLIP and SigLIP classifiers keep their body under another name than `base_model_prefix`.
+    inner = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    return inner[0] if len(inner) == 1 else model
+
+
+def unwrapped(model: Any) -> Any:
+    """The model itself, without a PEFT wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def is_headless(model: nn.Module) -> bool:
+    """Whether the model only computes hidden states, as `AutoModel` gives it."""
+    name = type(unwrapped(model)).__name__
+    return any(name in ((known,) if isinstance(known, str) else known) for known in MODEL_MAPPING_NAMES.values())
+
+
+def pooler_for(pooling: str | Callable[..., Any], body: PreTrainedModel) -> Pooler:
+    """The pooler that a `*_pooling` setting means for this body.
+
+    `"auto"`: the last token of a decoder or of an encoder-decoder, the CLS token of a vision model that has one,
+    otherwise the mean over the unmasked tokens, or over the positions of a convolutional map.
+    """
+    pooler = _auto_pooler(body) if pooling == "auto" else POOLERS[pooling] if isinstance(pooling, str) else pooling
+    return partial(_pool, pooler, body)
+
+
+def _auto_pooler(body: PreTrainedModel) -> Pooler:
+    family = body.config.model_type
+    reads_text = body.main_input_name == "input_ids"
+    generates = family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and family not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if reads_text and (generates or (body.config.is_encoder_decoder and hasattr(body, "decoder"))):
+        return last_token_pool
+    has_cls = any(name.endswith(("cls_token", "class_embedding")) for name, _ in body.named_parameters())
+    return cls_pool if has_cls and not reads_text else mean_pool
+
+
+def _pool(pooler: Pooler, body: PreTrainedModel, outputs: Any, attention_mask: Tensor | None) -> Tensor:
+    hidden = getattr(outputs, "last_hidden_state", None)
+    if attention_mask is not None and isinstance(hidden, Tensor) and hidden.dim() == 3:
+        length = hidden.shape[1]
+        if attention_mask.shape[-1] != length and hasattr(body, "_get_feature_vector_attention_mask"):
+            # Speech: the mask counts samples, the hidden states are frames.
+            attention_mask = body._get_feature_vector_attention_mask(length, attention_mask)
+    return pooler(outputs, attention_mask)
+
+
+def embedding_width(pooling: str | Callable[..., Any], body: PreTrainedModel) -> int:
+    """The width of a pooled embedding: read from the config of a transformer, measured on one blank input elsewhere.
+
+    Raises:
+        ValueError: The body gives no hidden states, or its width is neither in the config nor to be measured.
+    """
+    # A list, `hidden_sizes`, is not enough: MobileViT ends with one more convolution.
+    width = getattr(body.config, "hidden_size", None)
+    width = width if isinstance(width, int) and isinstance(pooling, str) else None
+    if width is not None and is_headless(body):
+        return width
+    outputs = _blank_outputs(body)
+    if outputs is None:
+        if width is None:
+            raise ValueError(
+                f"the width of {type(body).__name__}'s embedding is not in its config as `hidden_size`, and a blank "
+                "input could not be run to measure it. Add it to the config."
+            )
+        return width
+    try:
+        pooled = pooler_for(pooling, body)(outputs, None)
+    except ValueError as error:
+        raise ValueError(
+            f"the model needs a body that returns hidden states, {type(body).__name__} gave "
+            f"{type(outputs).__name__}: {error}"
+        ) from error
+    if not isinstance(pooled, Tensor) or pooled.dim() != 2:
+        shape = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
+        raise ValueError(f"pooling must return a tensor of shape (batch, dim), {pooling!r} returned {shape}.")
+    return pooled.shape[1]
+
+
+@torch.no_grad()
+def _blank_outputs(body: PreTrainedModel) -> Any:
+    """The body's output for one blank input of its kind, or None where it does not take one."""
+    training = body.training
+    body.eval()
+    try:
+        return body(**{body.main_input_name: _blank_input(body).to(body.device)})
+    except Exception:
+        return None
+    finally:
+        body.train(training)
+
+
+def _blank_input(body: PreTrainedModel) -> Tensor:
+    if body.main_input_name == "pixel_values":
+        size = getattr(body.config, "image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else size
+        return torch.zeros(1, getattr(body.config, "num_channels", 3), height, width, dtype=body.dtype)
+    if body.main_input_name == "input_ids":
+        return torch.ones(1, 4, dtype=torch.long)
+    return torch.zeros(1, 16_000, dtype=body.dtype)
+
+
+def watch(body: nn.Module) -> Any:
+    """Let the body keep its next output whenever `keep_next` asked for it; returns the hook's handle.
+
+    A hook reads the module that it is handed, never one that it closed over, so that copies and replicas work.
+    """
+    return body.register_forward_hook(_keep_output)
+
+
+def _keep_output(module: nn.Module, args: Any, output: Any) -> None:
+    if module.__dict__.pop(_KEEP, False):
+        module.__dict__[_OUTPUT] = output
+
+
+def keep_next(body: nn.Module) -> None:
+    """Ask a watched body to keep the output of its next forward."""
+    body.__dict__[_KEEP] = True
+
+
+def take_kept(body: nn.Module) -> Any:
+    """The output that the body kept, once."""
+    return body.__dict__.pop(_OUTPUT)

@@ -1,0 +1,227 @@
+"""The settings of a distillation run: `TrainingArguments` and ours."""
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_rrd.objective import RELATIONAL_LOSSES
+from hf_rrd.pooling import POOLERS
+from hf_rrd.student import STUDENT_PROJECTIONS
+from hf_rrd.teacher import TEACHER_PROJECTIONS
+
+AUTO_BANK_SIZE = 4096
+"""What `bank_size="auto"` comes to, or the size of the training set where that is smaller."""
+
+
+@dataclass
+class RelationalDistillationConfig(TrainingArguments):
+    """`TrainingArguments` with the settings of relational distillation.
+
+    `loss = task_weight * task + kd_weight * KD + relational_weight * relational`. Every field may come from Python,
+    from the command line, JSON or YAML through `HfArgumentParser`; a pooling given as a callable only from Python.
+
+    Raises:
+        ValueError: A setting is out of its range, or two do not go together.
+    """
+
+    task_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight of the task loss (the model's own, label smoothing or compute_loss_func included), 0 or "
+            "more. 0 trains without labels."
+        },
+    )
+    kd_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of classic distillation on logits, 0 or more. 0 never computes it. Above 0 the teacher "
+            "needs a head with the student's classes."
+        },
+    )
+    kd_temperature: float = field(
+        default=4.0,
+        metadata={
+            "help": "Temperature of classic distillation, positive. Raise it to show more of how the teacher ranks "
+            "the wrong classes; its loss is multiplied by the square."
+        },
+    )
+    relational_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight of the relational loss, 0 or more. Raise it where labels are few. 0 leaves out head and "
+            "bank."
+        },
+    )
+    relational_loss: str = field(
+        default="rrd",
+        metadata={
+            "help": "Which relational loss, by name. 'rrd': cross-entropy between the teacher's and the student's "
+            "distribution of similarity over the bank.",
+            "choices": list(RELATIONAL_LOSSES),
+        },
+    )
+    student_temperature: float = field(
+        default=0.1,
+        metadata={
+            "help": "Temperature of the student's similarities, positive. Keep it above teacher_temperature: a "
+            "sharper student measured worse."
+        },
+    )
+    teacher_temperature: float = field(
+        default=0.02,
+        metadata={
+            "help": "Temperature of the teacher's similarities, positive. Lower it for a teacher whose embeddings "
+            "are all alike; near 0 each example has only itself to match."
+        },
+    )
+    bank_size: int | str | None = field(
+        default=4096,
+        metadata={
+            "help": "Rows in the bank of teacher embeddings, 0 or more, or 'auto': 4096, or the training set's size "
+            "if smaller. 0 compares within the micro-batch, whose result depends on how the batch is cut."
+        },
+    )
+    include_own: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether an example is also compared with its own teacher embedding. Measured better by 0.6 to "
+            "2.6 points of linear probe; turn it off to compare with other examples only."
+        },
+    )
+    gather_bank: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether each process's bank holds the embeddings of all processes. Turn it off to save one "
+            "gather of (batch, width) per step."
+        },
+    )
+    projection_dim: int | None = field(
+        default=None,
+        metadata={
+            "help": "Width in which teacher and student are compared, 1 or more. Unset: the teacher's own width, "
+            "which measured best. Set it, with teacher_projection, for a smaller bank."
+        },
+    )
+    student_projection: str = field(
+        default="linear",
+        metadata={
+            "help": "From the student's embedding to that width, trained and then thrown away: 'linear', 'mlp', or "
+            "'none' where the widths are equal.",
+            "choices": list(STUDENT_PROJECTIONS),
+        },
+    )
+    teacher_projection: str = field(
+        default="none",
+        metadata={
+            "help": "From the teacher's embedding to that width, frozen: 'none' keeps it, 'orthogonal' is a random "
+            "projection to projection_dim, which loses neighbours (38 percent of ten kept from 384 to 128).",
+            "choices": list(TEACHER_PROJECTIONS),
+        },
+    )
+    student_pooling: str = field(
+        default="auto",
+        metadata={
+            "help": "From the student's hidden states to one embedding: 'auto', 'cls', 'mean', 'max', 'last_token', "
+            "'pooler', 'gap', or in Python a callable (body_output, attention_mask) -> (batch, width). 'auto': last "
+            "token of a decoder, CLS of a vision model that has one, otherwise the mean."
+        },
+    )
+    teacher_pooling: str = field(
+        default="auto",
+        metadata={
+            "help": "The same for the teacher. Set it to what the teacher was trained with, 'mean' or 'cls' for most "
+            "embedding models."
+        },
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments of from_pretrained for a teacher given by name or folder, as a dict or JSON: "
+            "revision, dtype, token, trust_remote_code."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self.bank_size = _bank_size(self.bank_size)
+        if isinstance(self.teacher_model_init_kwargs, str):
+            self.teacher_model_init_kwargs = json.loads(self.teacher_model_init_kwargs)
+        self._validate()
+        super().__post_init__()
+
+    def _validate(self) -> None:
+        for name, advice in (("kd_temperature", "4"), ("student_temperature", "0.1"), ("teacher_temperature", "0.02")):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"`{name}` must be positive and finite, got {value}. Try {advice}.")
+        weights = ("task_weight", "kd_weight", "relational_weight")
+        for name in weights:
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(
+                    f"`{name}` must be 0 or more and finite, got {value}. Set it to 0 to turn the term off."
+                )
+        if all(getattr(self, name) == 0 for name in weights):
+            raise ValueError(
+                "`task_weight`, `kd_weight` and `relational_weight` are all 0, so there is nothing to train. Set at "
+                "least one above 0."
+            )
+        if isinstance(self.bank_size, int) and self.bank_size < 0:
+            raise ValueError(f"`bank_size` must be 0 or more rows, got {self.bank_size}. Try 4096.")
+        if self.bank_size == 0 and not self.include_own:
+            raise ValueError(
+                "`include_own=False` needs a bank, got bank_size=0: within a micro-batch each example finds its own "
+                "key. Set bank_size above 0."
+            )
+        if self.projection_dim is not None and self.projection_dim < 1:
+            raise ValueError(
+                f"`projection_dim` must be 1 or more, got {self.projection_dim}. Try 128, or leave it out."
+            )
+        _check_choice("relational_loss", self.relational_loss, list(RELATIONAL_LOSSES))
+        _check_choice("student_projection", self.student_projection, list(STUDENT_PROJECTIONS))
+        _check_choice("teacher_projection", self.teacher_projection, list(TEACHER_PROJECTIONS))
+        for name in ("student_pooling", "teacher_pooling"):
+            if not callable(getattr(self, name)):
+                _check_choice(name, getattr(self, name), ["auto", *POOLERS])
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in `TrainingArguments`, with a callable pooling by its name and without the teacher's token."""
+        fields = super().to_dict()
+        for name in ("student_pooling", "teacher_pooling"):
+            fields[name] = _name_of(fields[name])
+        if isinstance(fields["teacher_model_init_kwargs"], dict):
+            fields["teacher_model_init_kwargs"] = {
+                name: "<TOKEN>" if name == "token" else value if isinstance(value, bool | int | float) else str(value)
+                for name, value in fields["teacher_model_init_kwargs"].items()
+            }
+        return dict(fields)
+
+    def shareable(self) -> "RelationalDistillationConfig":
+        """A copy for `training_args.bin`: without the teacher's token or a callable that could not be pickled."""
+        shared = copy.copy(self)
+        shown = self.to_dict()
+        for name in ("student_pooling", "teacher_pooling", "teacher_model_init_kwargs"):
+            setattr(shared, name, shown[name])
+        return shared
+
+
+def _bank_size(value: int | str | None) -> int | str:
+    if value is None or value == "auto":
+        return "auto"
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(f"`bank_size` must be a number of rows or 'auto', got {value!r}. Try 4096.") from None
+
+
+def _check_choice(name: str, value: Any, known: list[str]) -> None:
+    if value not in known:
+        raise ValueError(f"`{name}` must be one of {known}, got {value!r}.")
+
+
+def _name_of(pooling: str | Callable[..., Any]) -> str:
+    return pooling if isinstance(pooling, str) else getattr(pooling, "__qualname__", type(pooling).__name__)

@@ -1,0 +1,142 @@
+"""Columns and batches: which input reaches the student, which the teacher, and how both are collated."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    SequenceFeatureExtractor,
+    default_data_collator,
+)
+
+from hf_rrd.body import unwrapped
+
+TEACHER_PREFIX = "teacher_"
+"""Columns with this prefix reach the teacher, without it."""
+
+CACHED_COLUMNS = ("teacher_embedding", "teacher_logits")
+"""Columns that stand in for a teacher: (batch, width) and (batch, classes)."""
+
+
+class DataCollatorForDistillation:
+    """Collates the student's columns, and those that begin with `teacher_` on their own.
+
+    So two tokenizers or two image processors can serve one data set: each side is padded by its own. The teacher's
+    columns keep their prefix in the batch; `teacher_embedding` and `teacher_logits` are stacked.
+
+    Args:
+        student: A tokenizer, feature extractor or other processor, or any data collator. None collates without
+            padding.
+        teacher: The same for the teacher's columns.
+    """
+
+    def __init__(self, student: Any = None, teacher: Any = None) -> None:
+        self.tokenizer = student if isinstance(student, PreTrainedTokenizerBase) else None
+        self._collate_student = _collator(student)
+        self._collate_teacher = _collator(teacher)
+
+    def __call__(self, features: list[Any]) -> dict[str, Tensor]:
+        """Make one batch of examples given as dicts."""
+        features = [dict(feature) if isinstance(feature, Mapping) else dict(vars(feature)) for feature in features]
+        prefixed = [name for name in features[0] if is_teacher_input(name)]
+        cached = [name for name in CACHED_COLUMNS if name in features[0]]
+        teacher_features = [
+            {name.removeprefix(TEACHER_PREFIX): feature.pop(name) for name in prefixed} for feature in features
+        ]
+        stacked = {name: torch.stack([torch.as_tensor(feature.pop(name)) for feature in features]) for name in cached}
+        batch = dict(self._collate_student(features)) | stacked
+        if prefixed:
+            try:
+                teacher_batch = self._collate_teacher(teacher_features)
+            except ValueError as error:
+                raise ValueError(
+                    f"the columns {prefixed} could not be collated ({error}). Are they of unequal length? Pass the "
+                    "teacher's tokenizer as `teacher_processing_class`."
+                ) from error
+            batch |= {TEACHER_PREFIX + name: value for name, value in teacher_batch.items()}
+        return batch
+
+
+def _collator(processor: Any) -> Any:
+    if isinstance(processor, PreTrainedTokenizerBase | SequenceFeatureExtractor):
+        return DataCollatorWithPadding(processor)
+    # An image processor is callable too, but it makes features rather than batches of them.
+    is_collator = callable(processor) and not hasattr(processor, "save_pretrained")
+    return processor if is_collator else default_data_collator
+
+
+def is_teacher_input(name: str) -> bool:
+    """Whether a column is for the teacher's forward, by its prefix."""
+    return name.startswith(TEACHER_PREFIX) and name not in CACHED_COLUMNS
+
+
+def forward_columns(model: nn.Module) -> list[str]:
+    """The names of a model's forward arguments."""
+    return list(inspect.signature(unwrapped(model).forward).parameters)
+
+
+def teacher_inputs(inputs: Mapping[str, Any], accepted: list[str]) -> dict[str, Any]:
+    """What the teacher sees of a batch: the `teacher_` columns where there are any, otherwise what it shares with the
+    student.
+
+    Args:
+        inputs: The batch.
+        accepted: `forward_columns` of the teacher.
+    """
+    own = {name.removeprefix(TEACHER_PREFIX): value for name, value in inputs.items() if is_teacher_input(name)}
+    # Labels stay away: the teacher's loss is nobody's, and its classes may differ.
+    shared = {name: value for name, value in inputs.items() if name in accepted and "label" not in name}
+    return own or shared
+
+
+def student_inputs(inputs: Mapping[str, Any], accepted: list[str], teacher_accepted: list[str]) -> dict[str, Any]:
+    """The batch without what is only there for the teacher, such as `token_type_ids` beside a DistilBERT student."""
+    return {
+        name: value
+        for name, value in inputs.items()
+        if not name.startswith(TEACHER_PREFIX) and (name in accepted or name not in teacher_accepted)
+    }
+
+
+def column_names(dataset: Any) -> set[str] | None:
+    """The columns of a data set, as far as they can be known without reading a stream; otherwise None."""
+    names = getattr(dataset, "column_names", None)
+    if names is not None:
+        transformed = (getattr(dataset, "format", None) or {}).get("type") == "custom"
+        return None if transformed else set(names)
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+        return None
+    example = dataset[0]
+    return set(example) if isinstance(example, Mapping) else None
+
+
+def cached_width(dataset: Any) -> int | None:
+    """The width of the `teacher_embedding` column, or None where a data set has no such column."""
+    example = None if dataset is None else next(iter(dataset))
+    return (
+        len(example["teacher_embedding"]) if isinstance(example, Mapping) and "teacher_embedding" in example else None
+    )
+
+
+def check_dataset(name: str, dataset: Any) -> None:
+    """Raise a ValueError for an empty data set, or for one empty set among several."""
+    if isinstance(dataset, Mapping) and not hasattr(dataset, "column_names"):
+        for key, part in dataset.items():
+            check_dataset(f"{name}[{key!r}]", part)
+    elif hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise ValueError(f"`{name}` is empty, got 0 examples. Pass at least one.")
+
+
+def check_labels(dataset: Any, label_names: list[str]) -> None:
+    """Raise a ValueError where a training set is known to have none of the labels that the task loss needs."""
+    columns = column_names(dataset)
+    names = {*label_names, "label", "label_ids"}
+    if columns is not None and not columns & names:
+        raise ValueError(
+            f"`task_weight` is above 0, so the training set needs labels: none of {sorted(names)} is among its "
+            f"columns {sorted(columns)}. Add them, or set task_weight=0 to train without labels."
+        )

@@ -1,0 +1,90 @@
+"""The bank: the newest teacher embeddings, first in first out."""
+
+import torch
+from torch import Tensor
+
+
+class FeatureBank:
+    """A first-in-first-out store of embeddings, of any size, fed with batches of any size.
+
+    Only rows that were put in are ever given out: an empty bank has no rows rather than random ones. A write makes a
+    new tensor, so that a loss computed before it can still run its backward pass afterwards. It is not a module: under
+    data parallelism a buffer would be overwritten with the first process's rows at every forward.
+
+    Args:
+        size: How many rows to keep at most; 0 keeps none.
+        dim: The width of a row.
+        dtype: Of the stored rows.
+        device: Of the stored rows.
+
+    Raises:
+        ValueError: `size` is negative or `dim` is not positive.
+    """
+
+    def __init__(
+        self, size: int, dim: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+    ) -> None:
+        if size < 0:
+            raise ValueError(f"`size` must be 0 or more rows, got {size}.")
+        if dim < 1:
+            raise ValueError(f"`dim` must be at least 1, got {dim}.")
+        self.size = size
+        self.dim = dim
+        self._rows = torch.empty(0, dim, dtype=dtype, device=device)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __repr__(self) -> str:
+        return f"FeatureBank(size={self.size}, dim={self.dim}, filled={len(self)})"
+
+    @property
+    def filled(self) -> Tensor:
+        """The rows in the bank, (len(self), dim), oldest first and newest last. Do not write into it."""
+        return self._rows
+
+    @torch.no_grad()
+    def enqueue(self, rows: Tensor) -> None:
+        """Put rows in, dropping the oldest beyond `size`. Of more rows than `size`, the last `size` stay.
+
+        Args:
+            rows: (n, dim), any n, in the order of arrival.
+
+        Raises:
+            ValueError: The width is not `dim`.
+        """
+        if rows.dim() != 2 or rows.shape[1] != self.dim:
+            raise ValueError(f"`rows` must have the shape (n, {self.dim}), got {tuple(rows.shape)}.")
+        rows = rows.detach()[max(len(rows) - self.size, 0) :]
+        kept = self._rows[max(len(self._rows) + len(rows) - self.size, 0) :]
+        self._rows = torch.cat([kept, rows.to(kept)])
+
+    def clear(self) -> None:
+        """Take all rows out."""
+        self._rows = self._rows[:0].clone()
+
+    def to(self, device: torch.device | str) -> "FeatureBank":
+        """Move the rows to a device; returns the bank itself."""
+        self._rows = self._rows.to(device)
+        return self
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All there is to save: `rows`, (len(self), dim). Their order is the bank's only position."""
+        return {"rows": self._rows.clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over saved rows; of more rows than `size`, the newest stay.
+
+        Raises:
+            ValueError: `rows` is missing or of another width.
+        """
+        if "rows" not in state:
+            raise ValueError(f"a bank's state has the key 'rows', got {sorted(state)}.")
+        saved = state["rows"]
+        if saved.dim() != 2 or saved.shape[1] != self.dim:
+            raise ValueError(
+                f"the saved bank has rows of shape {tuple(saved.shape)}, this bank has the width {self.dim}. It was "
+                "saved with another teacher or another projection."
+            )
+        self.clear()
+        self.enqueue(saved)

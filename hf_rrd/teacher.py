@@ -1,0 +1,218 @@
+"""The teacher: frozen, in evaluation mode, without gradients, and never part of the student."""
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+
+from hf_rrd.body import (
+    body_of,
+    embedding_width,
+    is_headless,
+    keep_next,
+    pooler_for,
+    take_kept,
+    unwrapped,
+    watch,
+)
+from hf_rrd.data import forward_columns
+
+TEACHER_PROJECTIONS = ("none", "orthogonal")
+"""The values of `teacher_projection=`."""
+
+
+class TeacherOutputs(NamedTuple):
+    """What the losses need of the teacher: its pooled embedding, (batch, width), and its logits, or None."""
+
+    embedding: Tensor | None
+    logits: Tensor | None
+
+
+class Teacher:
+    """A frozen model that gives pooled embeddings and logits.
+
+    Args:
+        model: Any transformers model with a body, with or without a head. Its parameters are frozen.
+        pooling: A key of `POOLERS`, "auto" or a callable.
+        wants_embedding: Whether to pool the body's output at all.
+    """
+
+    def __init__(self, model: nn.Module, pooling: str | Callable[..., Any], wants_embedding: bool) -> None:
+        self.model = model.requires_grad_(False).eval()
+        self.columns = forward_columns(model)
+        self.body = body_of(model)
+        self.width = embedding_width(pooling, self.body) if wants_embedding else None
+        self._pool = pooler_for(pooling, self.body)
+        if wants_embedding:
+            watch(self.body)
+
+    def place(self, device: torch.device) -> None:
+        """Move the teacher to a device, unless something else has placed it already."""
+        if (
+            getattr(self.model, "hf_device_map", None) is None
+            and getattr(self.model, "quantization_method", None) is None
+        ):
+            self.model.to(device)
+
+    # `inference_mode` would be no faster here, and its tensors may not enter a graph: the bank's rows do.
+    @torch.no_grad()
+    def __call__(self, inputs: dict[str, Any]) -> TeacherOutputs:
+        """One forward. The outputs are on the device of the inputs.
+
+        Args:
+            inputs: Keyword arguments of the teacher's forward.
+
+        Raises:
+            ValueError: The teacher's main input is not among them.
+        """
+        self.model.eval()
+        main_input = self.body.main_input_name
+        if main_input not in inputs and "inputs_embeds" not in inputs:
+            raise ValueError(
+                f"the teacher needs `{main_input}`, the batch offers it {sorted(inputs)}. Add a column "
+                f"`teacher_{main_input}` with the teacher's own input, and set remove_unused_columns=False if it is "
+                "removed."
+            )
+        device = inputs[main_input].device if main_input in inputs else None
+        if "use_cache" in self.columns:
+            inputs = {**inputs, "use_cache": False}
+        if self.width is not None:
+            keep_next(self.body)
+        outputs = self.model(**{name: self._place_input(value) for name, value in inputs.items()})
+        logits = outputs.get("logits") if isinstance(outputs, dict) else None
+        embedding = None
+        if self.width is not None:
+            embedding = self._pool(take_kept(self.body), inputs.get("attention_mask")).to(device)
+        return TeacherOutputs(embedding, None if logits is None else logits.to(device))
+
+    def _place_input(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        dtype = self.body.dtype if value.is_floating_point() else None
+        return value.to(device=self.body.device, dtype=dtype)
+
+
+class TeacherProjection:
+    """From the teacher's embedding to the unit rows that are compared. Frozen.
+
+    Args:
+        width: Of the teacher's embedding.
+        dim: Of the result; None keeps the width.
+        kind: "none", or "orthogonal": a random projection with orthonormal columns.
+        seed: Of that projection.
+
+    Raises:
+        ValueError: `dim` differs from `width` without a projection, or is wider than it.
+    """
+
+    def __init__(self, width: int, dim: int | None, kind: str, seed: int) -> None:
+        self.dim = width if dim is None else dim
+        self.matrix: Tensor | None = None
+        if kind == "none":
+            if self.dim != width:
+                raise ValueError(
+                    f"`projection_dim` must be the teacher's width, {width}, without a teacher projection, got "
+                    f"{dim}. Leave it out, or set teacher_projection='orthogonal'."
+                )
+            return
+        if self.dim > width:
+            raise ValueError(f"`projection_dim` must be at most the teacher's width, {width}, got {dim}.")
+        generator = torch.Generator().manual_seed(seed)
+        # In float64 so that the columns are orthonormal to the last bit of float32.
+        square = torch.randn(width, self.dim, generator=generator, dtype=torch.float64)
+        self.matrix = torch.linalg.qr(square).Q.float()  # (width, dim)
+
+    def __call__(self, embedding: Tensor) -> Tensor:
+        """From (batch, width) to unit rows in float32, (batch, dim)."""
+        embedding = embedding.detach().float()
+        if self.matrix is not None:
+            self.matrix = self.matrix.to(embedding.device)
+            with torch.autocast(embedding.device.type, enabled=False):
+                embedding = embedding @ self.matrix
+        return F.normalize(embedding, dim=-1)
+
+
+class FiniteCheck:
+    """Finds the first step at which a teacher's output was not finite, without waiting for the device.
+
+    `note` only queues work on the device; `raise_if_found` reads the result, so it belongs where the host waits
+    anyway.
+    """
+
+    def __init__(self) -> None:
+        self._first_step: dict[str, Tensor] = {}
+
+    def note(self, step: int, outputs: TeacherOutputs) -> None:
+        """Look at the outputs of a step, numbered as in the log."""
+        for name, value in outputs._asdict().items():
+            if value is not None:
+                found = torch.where(value.isfinite().all(), -1, step)  # scalar
+                first = self._first_step.get(name, found)
+                self._first_step[name] = torch.where(first >= 0, first, found)
+
+    def raise_if_found(self) -> None:
+        """Raises:
+        ValueError: An output was not finite; it says which, and at which step.
+        """
+        for name, first in self._first_step.items():
+            step = int(first)
+            if step >= 0:
+                raise ValueError(
+                    f"the teacher's {name} is not finite (nan or inf) at step {step}. Check the inputs of that "
+                    "batch; a float16 teacher may overflow: load it in bfloat16 or float32."
+                )
+
+
+def check_teacher(teacher: nn.Module, student: nn.Module, kd: bool) -> None:
+    """Raise a ValueError for a teacher that cannot teach this student.
+
+    Args:
+        teacher: The teacher.
+        student: The student.
+        kd: Whether the student also learns the teacher's logits.
+    """
+    shared = {id(weight) for weight in teacher.parameters()} & {id(weight) for weight in student.parameters()}
+    if shared:
+        raise ValueError(
+            f"teacher and student share {len(shared)} parameters, and the teacher's are frozen. Pass a copy as the "
+            "teacher: copy.deepcopy(model)."
+        )
+    if not kd:
+        return
+    if is_headless(teacher):
+        raise ValueError(
+            f"`kd_weight` is above 0, so the teacher needs logits: {type(teacher).__name__} has no head. Load it "
+            "with an AutoModelFor... class, or set kd_weight=0."
+        )
+    teacher_classes, student_classes = (
+        model.config.num_labels if "Classification" in type(unwrapped(model)).__name__ else None  # type: ignore[union-attr]
+        for model in (teacher, student)
+    )
+    if teacher_classes and student_classes and teacher_classes != student_classes:
+        raise ValueError(
+            "`kd_weight` is above 0, so teacher and student need the same classes: the teacher has "
+            f"{teacher_classes}, the student {student_classes}. Use a teacher with the student's classes, or set "
+            "kd_weight=0: the relational loss does not need them."
+        )
+
+
+def load_teacher(teacher: Any, **kwargs: Any) -> Any:
+    """A teacher by Hub name or folder, with the class that its config names; a model is returned as it is.
+
+    Args:
+        teacher: A model, a Hub name or a folder.
+        kwargs: For `from_pretrained`: `revision`, `dtype`, `token`, `trust_remote_code` and so on.
+    """
+    if not isinstance(teacher, str | os.PathLike):
+        return teacher
+    names = ("revision", "token", "cache_dir", "trust_remote_code", "subfolder", "local_files_only", "code_revision")
+    config = AutoConfig.from_pretrained(teacher, **{name: kwargs[name] for name in names if name in kwargs})
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    remote_classes = [name for name in getattr(config, "auto_map", None) or {} if name.startswith("AutoModel")]
+    name = architecture if hasattr(transformers, architecture or "-") else next(iter(remote_classes), "AutoModel")
+    return getattr(transformers, name, AutoModel).from_pretrained(teacher, **kwargs)

@@ -1,0 +1,512 @@
+"""`RelationalDistillationTrainer`: a `Trainer` whose loss adds what the teacher knows."""
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_pt_utils import find_batch_size, nested_detach
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction
+from transformers.utils import find_labels, logging
+
+from hf_rrd.body import unwrapped
+from hf_rrd.checkpoint import (
+    has_sidecar,
+    invalidate,
+    is_complete,
+    last_complete_checkpoint,
+    load_sidecar,
+    load_student,
+    save_sidecar,
+)
+from hf_rrd.config import AUTO_BANK_SIZE, RelationalDistillationConfig
+from hf_rrd.data import (
+    TEACHER_PREFIX,
+    DataCollatorForDistillation,
+    cached_width,
+    check_dataset,
+    check_labels,
+    forward_columns,
+    student_inputs,
+    teacher_inputs,
+)
+from hf_rrd.feature_bank import FeatureBank
+from hf_rrd.objective import TERMS, DistillationObjective
+from hf_rrd.student import HEAD, WITH_EMBEDDING, attach_head, head_of, split_embedding
+from hf_rrd.teacher import FiniteCheck, Teacher, TeacherOutputs, TeacherProjection, check_teacher, load_teacher
+
+logger = logging.get_logger(__name__)
+
+
+class RelationalDistillationTrainer(Trainer):
+    """Trains `model`, the student, on its task and on what a frozen teacher knows.
+
+    Takes all that `Trainer` takes, under the same names and in the same order, and two arguments more. The student
+    that it saves is a plain transformers model.
+
+    Args:
+        model: The student: a transformers model, or a PEFT model around one.
+        args: The settings.
+        data_collator: Default: `DataCollatorForDistillation` of the two processing classes.
+        train_dataset: May have columns that begin with `teacher_`: they reach the teacher, without the prefix.
+            Without them the teacher sees the student's inputs. Columns `teacher_embedding` and `teacher_logits` stand
+            in for the teacher.
+        eval_dataset: The same. Without a teacher's outputs an evaluation reports the task alone.
+        processing_class: The student's tokenizer or processor, saved beside it.
+        model_init, compute_loss_func, compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics: As in `Trainer`. `compute_loss_func` gives the task loss, as a mean over
+            the batch: it gets `num_items_in_batch=None`.
+        teacher: A transformers model, or a Hub name or folder of one; None where the data set has its outputs. It is
+            frozen and set to evaluation mode.
+        teacher_processing_class: The teacher's tokenizer or processor, for the default collator.
+
+    Raises:
+        ValueError: A model, a data set or their combination with the settings cannot be trained.
+        TypeError: `args` is not a `RelationalDistillationConfig`.
+
+    Example:
+
+    ```python
+    trainer = RelationalDistillationTrainer(
+        model=student,
+        teacher="google/vit-base-patch16-224",
+        args=RelationalDistillationConfig(output_dir="out"),
+        train_dataset=train,
+    )
+    trainer.train()
+    ```
+    """
+
+    args: RelationalDistillationConfig
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: RelationalDistillationConfig | None = None,
+        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable[..., PreTrainedModel] | None = None,
+        compute_loss_func: Callable[..., Tensor] | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Tensor, Tensor], Tensor] | None = None,
+        *,
+        teacher: PreTrainedModel | nn.Module | str | os.PathLike[str] | None = None,
+        teacher_processing_class: Any = None,
+    ) -> None:
+        args = RelationalDistillationConfig(output_dir="tmp_trainer") if args is None else args
+        if not isinstance(args, RelationalDistillationConfig):
+            raise TypeError(f"`args` must be a RelationalDistillationConfig, got {type(args).__name__}.")
+        check_dataset("train_dataset", train_dataset)
+        check_dataset("eval_dataset", eval_dataset)
+        if args.task_weight > 0 and train_dataset is not None and data_collator is None:
+            check_labels(train_dataset, args.label_names or (find_labels(type(unwrapped(model))) if model else []))
+        self._wants_embedding, self._wants_logits = args.relational_weight > 0, args.kd_weight > 0
+        self._prepare_teacher(teacher, args, train_dataset, model)
+        self._sums: dict[str, Tensor] = {}
+        self._evaluated: list[Tensor] = []
+        self._resumed: tuple[Tensor, int] | None = None
+        self._examples_in_step = 0
+        if model is not None:
+            self._attach_head(model, args)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or DataCollatorForDistillation(processing_class, teacher_processing_class),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        # Each of our terms is a mean over the micro-batch, whatever the model would do with the number of its labels:
+        # the Trainer has to divide by the accumulation steps. transformers 5.0 does not where there is a
+        # `compute_loss_func`.
+        self.model_accepts_loss_kwargs = False
+        self._trainer_divides = compute_loss_func is None or hasattr(Trainer, "loss_is_scaled_for_ga")
+        self.loss_is_scaled_for_ga = False
+        self._student_columns = forward_columns(self.model)
+        if self._teacher is not None:
+            self._teacher.place(self.args.device)
+        if self.objective.bank is not None:
+            self.objective.bank.to(self.args.device)
+
+    # ---- Construction ----
+
+    def _prepare_teacher(self, teacher: Any, args: Any, train_dataset: Any, student: nn.Module | None) -> None:
+        """Build what the terms need: teacher, its projection, bank and objective."""
+        needed = self._wants_embedding or self._wants_logits
+        self.teacher = load_teacher(teacher, **(args.teacher_model_init_kwargs or {})) if needed else None
+        self._teacher: Teacher | None = None
+        self._finite = FiniteCheck()
+        if self.teacher is not None:
+            if student is not None:
+                check_teacher(self.teacher, student, self._wants_logits)
+            self._teacher = Teacher(self.teacher, args.teacher_pooling, self._wants_embedding)
+        self._projection: TeacherProjection | None = None
+        bank = None
+        if self._wants_embedding:
+            width = self._teacher.width if self._teacher is not None else cached_width(train_dataset)
+            if width is None:
+                raise ValueError(
+                    "the relational loss needs a teacher: pass `teacher=` a model, a Hub name or a folder, or a "
+                    "training set with a `teacher_embedding` column. Got neither. relational_weight=0 does without."
+                )
+            self._projection = TeacherProjection(width, args.projection_dim, args.teacher_projection, args.seed)
+            size = args.bank_size
+            if size == "auto":
+                size = min(AUTO_BANK_SIZE, len(train_dataset) if hasattr(train_dataset, "__len__") else AUTO_BANK_SIZE)
+            bank = FeatureBank(size, self._projection.dim)
+        elif needed and self._teacher is None and train_dataset is not None:
+            if "teacher_logits" not in next(iter(train_dataset)):
+                raise ValueError(
+                    "`kd_weight` is above 0, so a teacher is needed: pass `teacher=` a model, a Hub name or a "
+                    "folder, or a training set with a `teacher_logits` column. Got neither."
+                )
+        self.objective = DistillationObjective(
+            task_weight=args.task_weight,
+            kd_weight=args.kd_weight,
+            kd_temperature=args.kd_temperature,
+            relational_weight=args.relational_weight,
+            relational_loss=args.relational_loss,
+            student_temperature=args.student_temperature,
+            teacher_temperature=args.teacher_temperature,
+            include_own=args.include_own,
+            bank=bank,
+        )
+
+    def _attach_head(self, student: nn.Module, args: RelationalDistillationConfig) -> None:
+        if self._projection is not None:
+            attach_head(student, self._projection.dim, args.student_projection, args.student_pooling, args.seed)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A new student, with a head."""
+        student = super().call_model_init(trial)
+        if self.teacher is not None:
+            check_teacher(self.teacher, student, self._wants_logits)
+        self._attach_head(student, self.args)
+        return student
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep the teacher's columns too: its own, those that it shares, and its cached outputs."""
+        unset = self._signature_columns is None
+        super()._set_signature_columns_if_needed()
+        if unset:
+            accepted = self._teacher.columns if self._teacher is not None else []
+            self._signature_columns += [name for name in accepted if name not in self._signature_columns]
+            self._signature_columns += [TEACHER_PREFIX + name for name in accepted]
+            self._signature_columns += ["teacher_embedding"] * self._wants_embedding
+            self._signature_columns += ["teacher_logits"] * self._wants_logits
+
+    # ---- The loss ----
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The weighted sum of the task loss, distillation on logits and the relational loss.
+
+        Each is a mean over the micro-batch: `num_items_in_batch` is not used.
+        """
+        teacher = self._teacher_outputs(inputs, model.training)
+        task_loss, outputs, embedding = self._student_outputs(model, inputs)
+        terms = {} if task_loss is None else {"task_loss": task_loss}
+        if teacher.logits is not None:
+            if outputs.get("logits") is None:
+                raise ValueError("`kd_weight` is above 0, but the student returns no logits. Set kd_weight=0.")
+            terms |= self.objective.kd_terms(outputs["logits"], teacher.logits, inputs.get("attention_mask"))
+        if teacher.embedding is not None and embedding is not None and self._projection is not None:
+            rows = self._projection(teacher.embedding)
+            terms |= self.objective.relational_terms(embedding.to(rows.device), rows, model.training)
+        if not terms:
+            raise ValueError(
+                "nothing to compare with: this batch has neither labels to learn nor a teacher's outputs."
+            )
+        loss = self.objective.total(terms)
+        if model.training:
+            loss = loss * self._share_of_step(inputs, terms)
+        else:
+            self._keep_evaluated(inputs, terms)
+        return (loss, outputs) if return_outputs else loss
+
+    def _teacher_outputs(self, inputs: dict[str, Any], training: bool) -> TeacherOutputs:
+        """From the batch's cached columns where it has them, otherwise by one forward of the teacher."""
+        embedding = inputs.get("teacher_embedding") if self._wants_embedding else None
+        logits = inputs.get("teacher_logits") if self._wants_logits else None
+        missing = (self._wants_embedding and embedding is None) or (self._wants_logits and logits is None)
+        if missing and self._teacher is not None:
+            with self.accelerator.autocast():
+                computed = self._teacher(teacher_inputs(inputs, self._teacher.columns))
+            embedding = computed.embedding if embedding is None else embedding
+            logits = (computed.logits if logits is None else logits) if self._wants_logits else None
+            missing = self._wants_logits and logits is None
+        if missing and (training or self._teacher is not None):
+            raise ValueError(
+                "the teacher returns no logits, and `kd_weight` is above 0. Load it with an AutoModelFor... class, "
+                "or set kd_weight=0."
+                if self._teacher is not None
+                else "there is no teacher, and the batch has not all of its outputs: its columns are "
+                f"{sorted(inputs)}."
+            )
+        outputs = TeacherOutputs(embedding, logits)
+        self._finite.note(self.state.global_step + training, outputs)
+        if self.args.device.type == "cpu":  # nothing to wait for there
+            self._finite.raise_if_found()
+        return outputs
+
+    def _student_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor | None, Any, Tensor | None]:
+        """One forward of the student: its task loss (a scalar), its own output, and its embedding, (batch, dim)."""
+        accepted = self._teacher.columns if self._teacher is not None else []
+        inputs = student_inputs(inputs, self._student_columns, accepted)
+        if self._projection is not None:
+            inputs[WITH_EMBEDDING] = True
+        task_loss = None
+        if self.args.task_weight > 0:
+            if self.label_names and self.compute_loss_func is None and not any(n in inputs for n in self.label_names):
+                raise ValueError(
+                    f"`task_weight` is above 0, so each batch needs labels: none of {self.label_names} is in it. Set "
+                    "task_weight=0 to train without labels."
+                )
+            task_loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        else:
+            outputs = model(**{name: value for name, value in inputs.items() if name not in self.label_names})
+        if self._projection is None:
+            return task_loss, outputs, None
+        return task_loss, *split_embedding(outputs)
+
+    def _share_of_step(self, inputs: dict[str, Any], terms: dict[str, Tensor]) -> float:
+        """The weight of a micro-batch by its examples, as the Trainer needs it; adds the terms to the log window."""
+        examples = find_batch_size(inputs) or 1
+        total = self._examples_in_step or examples
+        for name, term in terms.items():
+            self._add_to_window(name, term.detach().float().mean() * (examples / total))
+        self._add_to_window("steps", torch.tensor(examples / total))
+        parts = self.current_gradient_accumulation_steps if self._trainer_divides and self._examples_in_step else 1
+        return examples * parts / total
+
+    def _add_to_window(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    # ---- Training ----
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """As in `Trainer`. `resume_from_checkpoint=True` takes the newest checkpoint that was written to its end."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"no complete checkpoint found in {self.args.output_dir}. Start with train().")
+        elif resume_from_checkpoint and not is_complete(resume_from_checkpoint):
+            raise ValueError(
+                f"{resume_from_checkpoint} is not a complete checkpoint: it has no readable trainer_state.json. Pass "
+                "resume_from_checkpoint=True for the newest complete one."
+            )
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        # Also after `auto_find_batch_size` ran out of memory in the middle of a step.
+        self.objective.reset()
+        self._finite = FiniteCheck()
+        self._sums, self._resumed = {}, None
+        return super()._inner_training_loop(batch_size, *args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """The micro-batches of one optimizer step; counts their examples."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._examples_in_step = sum(find_batch_size(batch) or 1 for batch in batches)
+        return batches, num_items
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of one micro-batch; the bank is fed after the last one of an optimizer step."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self.objective.update_bank(self._gather_rows)
+        self._add_to_window("loss", loss)
+        if self._resumed is None:
+            return loss
+        # The checkpoint lay between two log lines: carry over what the interrupted run had summed up by then.
+        carried, self._globalstep_last_logged = self._resumed
+        self._resumed = None
+        self._total_loss_scalar -= carried.item()  # belongs to the interrupted call's `train_loss`
+        return loss + carried
+
+    def _gather_rows(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, (total, dim), in the order of the processes; any number from each."""
+        if not self.args.gather_bank or self.accelerator.num_processes == 1:
+            return rows
+        counts = self.accelerator.gather(torch.tensor([len(rows)], device=rows.device)).tolist()
+        padded = self.accelerator.gather(self.accelerator.pad_across_processes(rows, dim=0))
+        return torch.cat([part[:count] for part, count in zip(padded.chunk(len(counts)), counts, strict=True)])
+
+    # ---- Evaluation ----
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Any, Any, Any]:
+        """As in `Trainer`; without labels it still gives the loss when that needs none (`task_weight=0`)."""
+        has_labels = any(inputs.get(name) is not None for name in self.label_names)
+        has_teacher = self._teacher is not None or "teacher_embedding" in inputs or "teacher_logits" in inputs
+        if has_labels or not self.label_names:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if self.args.task_weight > 0 or not has_teacher:  # a plain prediction: the teacher has nothing to do
+            accepted = self._teacher.columns if self._teacher is not None else []
+            plain = student_inputs(inputs, self._student_columns, accepted)
+            return super().prediction_step(model, plain, prediction_loss_only, ignore_keys)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
+        if prediction_loss_only:
+            return loss, None, None
+        if ignore_keys is None:
+            ignore_keys = getattr(self.model.config, "keys_to_ignore_at_inference", ["past_key_values"])
+        values = tuple(nested_detach(value) for name, value in outputs.items() if name not in [*ignore_keys, "loss"])
+        return loss, values[0] if len(values) == 1 else values, None
+
+    def _keep_evaluated(self, inputs: dict[str, Any], terms: dict[str, Tensor]) -> None:
+        """Keep each example's terms, (batch, terms), of all processes, without the duplicates in the last batch."""
+        examples = find_batch_size(inputs) or 1
+        rows = torch.stack([term.detach().float().expand(examples) for term in terms.values()], dim=1)
+        self._evaluated_names = [*terms]
+        self._evaluated.append(self.accelerator.gather_for_metrics(rows))
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As in `Trainer`, with the mean of each term among the metrics. The bank stays as it is."""
+        self._evaluated = []
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        self._finite.raise_if_found()
+        if self._evaluated:
+            means = torch.cat(self._evaluated).mean(0).tolist()
+            for name, mean in zip(self._evaluated_names, means, strict=True):
+                output.metrics[f"{metric_key_prefix}_{name}"] = mean
+        self._evaluated = []
+        return output
+
+    # ---- Saving ----
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._finite.raise_if_found()
+        if self.args.should_save:
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            invalidate(os.path.join(self._get_output_dir(trial=trial), name))
+        super()._save_checkpoint(model, trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        window = self._reduced_window()
+        if self.args.should_save:
+            window["last_logged_step"] = torch.tensor(self._globalstep_last_logged)
+            save_sidecar(output_dir, {**self._comparison_state(), "log": window})
+
+    def _comparison_state(self) -> dict[str, dict[str, Tensor]]:
+        """All that a comparison depends on beside the student itself."""
+        state: dict[str, dict[str, Tensor]] = {}
+        head = head_of(self._unwrapped_student())
+        if head is not None and not self._is_sharded():  # a sharded checkpoint holds the head with the student
+            state["head"] = head.state_dict()
+        if self._projection is not None and self._projection.matrix is not None:
+            state["teacher_projection"] = {"matrix": self._projection.matrix}
+        if self.objective.bank is not None:
+            state["bank"] = self.objective.bank.state_dict()
+        return state
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        args = self.args
+        self.args = args.shareable()  # it is pickled into training_args.bin
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args = args
+
+    # ---- Loading ----
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._is_sharded() or not isinstance(self.model, PreTrainedModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_student(self.model, resume_from_checkpoint, HEAD)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if self._is_sharded() or not isinstance(self.model, PreTrainedModel):
+            super()._load_best_model()
+        else:
+            load_student(self.model, best, HEAD)
+        if has_sidecar(best):
+            self._restore_comparison(load_sidecar(best))
+        elif self._projection is not None:
+            logger.warning(f"{best} has no head and bank (save_only_model): those of the last step go on.")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        state = load_sidecar(checkpoint)
+        self._restore_comparison(state)
+        window = {name: value.to(self.args.device) for name, value in state["log"].items()}
+        last_logged = int(window.pop("last_logged_step"))
+        if "loss" in window:
+            self._resumed = (window["loss"], last_logged)
+        self._sums = window
+
+    def _restore_comparison(self, state: dict[str, dict[str, Tensor]]) -> None:
+        if self.objective.bank is not None:
+            self.objective.bank.load_state_dict(state.get("bank", {}))
+        if "teacher_projection" in state and self._projection is not None:
+            self._projection.matrix = state["teacher_projection"]["matrix"]
+        head = head_of(self._unwrapped_student())
+        if head is not None and "head" in state:
+            head.load_state_dict(state["head"])
+
+    def _unwrapped_student(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _is_sharded(self) -> bool:
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    # ---- Logging ----
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in `Trainer`, with the terms beside `loss`: over the same steps, so that their weighted sum is `loss`."""
+        self._finite.raise_if_found()
+        if "loss" in logs and "steps" in self._sums:
+            window = self._reduced_window()
+            names = [name for name in TERMS if name in window]
+            means = torch.stack([window[name] for name in names]) / window["steps"]
+            logs.update(zip(names, means.tolist(), strict=True))
+            self._sums = {}
+        super().log(logs, start_time)
+
+    def _reduced_window(self) -> dict[str, Tensor]:
+        """The sums since the last log line, as means over the processes. One collective for all of them."""
+        if not self._sums or self.accelerator.num_processes == 1:
+            return dict(self._sums)
+        sums = torch.stack([value.to(self.args.device) for value in self._sums.values()])
+        return dict(zip(self._sums, self.accelerator.reduce(sums, "mean").unbind(), strict=True))
