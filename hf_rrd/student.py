@@ -140,7 +140,8 @@ def _add_embedding(student: nn.Module, args: Any, kwargs: dict[str, Any], output
         raise ValueError(f"the student must return a ModelOutput, got {type(outputs).__name__}. Set return_dict=True.")
     head = head_of(student)
     embedding = head(head.pool(body, take_kept(body), kwargs.get("attention_mask")))
-    return _with_embedding(type(outputs))(**dict(outputs.items()), **{EMBEDDING: embedding})
+    extended: Any = type(outputs)
+    return _with_embedding(extended)(**dict(outputs.items()), **{EMBEDDING: embedding})
 
 
 @cache

@@ -1,0 +1,124 @@
+"""Small models from configs, small data sets, and a trainer with quiet settings."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
+
+from hf_rrd import RelationalDistillationConfig, RelationalDistillationTrainer
+
+CLASSES = 4
+
+
+def tiny_vit(width: int = 16, layers: int = 2, seed: int = 0, classes: int = CLASSES, dropout: float = 0.0) -> Any:
+    """A ViT for 16 x 16 images in patches of 8."""
+    torch.manual_seed(seed)
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            intermediate_size=2 * width,
+            image_size=16,
+            patch_size=8,
+            num_labels=classes,
+            hidden_dropout_prob=dropout,
+        )
+    )
+
+
+def tiny_bert(width: int = 16, layers: int = 2, seed: int = 0, classes: int = CLASSES, dropout: float = 0.0) -> Any:
+    """A BERT classifier over 50 tokens."""
+    torch.manual_seed(seed)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=50,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            intermediate_size=2 * width,
+            max_position_embeddings=32,
+            num_labels=classes,
+            hidden_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout,
+        )
+    )
+
+
+class Images(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Random images with labels."""
+
+    def __init__(self, count: int = 48, seed: int = 0, labels: bool = True) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.pixels = torch.randn(count, 3, 16, 16, generator=generator)
+        self.labels = torch.randint(0, CLASSES, (count,), generator=generator) if labels else None
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        example = {"pixel_values": self.pixels[index]}
+        return example if self.labels is None else example | {"labels": self.labels[index]}
+
+
+class Texts(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Random token sequences of length 9, padded on the right by 0 to 4 tokens, with labels."""
+
+    def __init__(self, count: int = 48, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.tokens = torch.randint(2, 50, (count, 9), generator=generator)
+        lengths = torch.randint(5, 10, (count,), generator=generator)
+        self.mask = (torch.arange(9) < lengths.unsqueeze(1)).long()
+        self.tokens = self.tokens * self.mask
+        self.labels = torch.randint(0, CLASSES, (count,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {
+            "input_ids": self.tokens[index],
+            "attention_mask": self.mask[index],
+            "labels": self.labels[index],
+        }
+
+
+def config(output_dir: str | Path, **changes: Any) -> RelationalDistillationConfig:
+    """Quiet settings for some steps on the CPU."""
+    settings: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
+        "max_steps": 3,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "bank_size": 20,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 7,
+    }
+    return RelationalDistillationConfig(**(settings | changes))
+
+
+def trainer(output_dir: str | Path, **given: Any) -> RelationalDistillationTrainer:
+    """A trainer of a tiny ViT under a wider one on random images, or of what is given.
+
+    Names of config fields change the settings; the others are arguments of the trainer.
+    """
+    fields = RelationalDistillationConfig.__dataclass_fields__
+    settings = {name: given.pop(name) for name in list(given) if name in fields}
+    arguments: dict[str, Any] = {"train_dataset": Images()}
+    if "model" not in given and "model_init" not in given:
+        arguments["model"] = tiny_vit()
+    if "teacher" not in given:
+        arguments["teacher"] = tiny_vit(width=24, seed=1)
+    return RelationalDistillationTrainer(args=config(output_dir, **settings), **(arguments | given))
+
+
+def log_of(run: RelationalDistillationTrainer, key: str = "loss") -> list[float]:
+    """The values of a key in the training log, in order."""
+    return [entry[key] for entry in run.state.log_history if key in entry and "loss" in entry]
