@@ -1,0 +1,58 @@
+"""One run of a trainer, to be killed and resumed: the child process of test_resume."""
+
+import json
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+
+from hf_rrd.checkpoint import last_complete_checkpoint
+from tests.builders import Images, Texts, tiny_bert, tiny_vit, trainer
+
+STEPS = 14
+
+
+class Steps(TrainerCallback):
+    """Shows the parent process which step is running."""
+
+    def __init__(self, step: Any) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step.value = state.global_step
+
+
+def run(family: str, folder: str, step: "Synchronized[int]") -> None:
+    """Train to the end, from the newest checkpoint if there is one, and write down all that the run left.
+
+    Dropout is on, two micro-batches make a step, an epoch has 6 steps, a checkpoint comes every 2, a log line every 3.
+    """
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    models = {"vit": (tiny_vit, Images), "bert": (tiny_bert, Texts)}
+    build, data = models[family]
+    distillation = trainer(
+        folder,
+        model=build(dropout=0.1),
+        teacher=build(width=24, seed=1),
+        train_dataset=data(),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        max_steps=STEPS,
+        logging_steps=3,
+        save_strategy="steps",
+        save_steps=2,
+        kd_weight=0.5,
+        callbacks=[Steps(step)],
+    )
+    distillation.train(resume_from_checkpoint=last_complete_checkpoint(folder) is not None)
+    assert distillation.objective.bank is not None
+    left = {f"student.{name}": value for name, value in distillation.model.state_dict().items()}
+    save_file({**left, "bank": distillation.objective.bank.filled}, Path(folder, "left.safetensors"))
+    lines = [line for line in distillation.state.log_history if "loss" in line]
+    Path(folder, "log.json").write_text(json.dumps(lines))

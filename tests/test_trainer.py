@@ -1,0 +1,146 @@
+"""The step: the same however its batch is cut, and made of the terms that it says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_rrd import RelationalDistillationTrainer
+from tests.builders import CLASSES, Images, log_of, tiny_vit, trainer
+
+
+def trained(folder: Path, batch: int, accumulation: int, examples: int = 64, **given: object) -> torch.Tensor:
+    """All parameters, in a row, after 5 steps of 16 examples with all three terms on and a bank of 40."""
+    run = trainer(
+        folder,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        max_steps=5,
+        bank_size=40,
+        kd_weight=0.5,
+        train_dataset=Images(examples),
+        **given,
+    )
+    run.train()
+    assert run.objective.bank is not None
+    return torch.cat([weight.detach().flatten() for weight in [*run.model.parameters(), run.objective.bank.filled]])
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(8, 2), (4, 4), (3, 6)])
+def test_a_step_is_the_same_however_its_batch_is_cut(tmp_path: Path, batch: int, accumulation: int) -> None:
+    # SGD: a difference of rounding stays one, where Adam's first steps would blow it up to the learning rate.
+    whole = trained(tmp_path, batch=batch * accumulation, accumulation=1, examples=72, optim="sgd")
+    cut = trained(tmp_path, batch=batch, accumulation=accumulation, examples=72, optim="sgd")
+    assert (whole - cut).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(8, 2), (4, 4)])
+def test_a_step_of_adamw_is_the_same_however_its_batch_is_cut(tmp_path: Path, batch: int, accumulation: int) -> None:
+    whole = trained(tmp_path, batch=16, accumulation=1, learning_rate=1e-3)
+    cut = trained(tmp_path, batch=batch, accumulation=accumulation, learning_rate=1e-3)
+    assert (whole - cut).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("examples", [70, 65])
+def test_micro_batches_of_unequal_length_weigh_by_their_examples(tmp_path: Path, examples: int) -> None:
+    whole = trained(tmp_path, batch=16, accumulation=1, examples=examples, optim="sgd")
+    cut = trained(tmp_path, batch=4, accumulation=4, examples=examples, optim="sgd")
+    assert (whole - cut).abs().max() < 1e-5
+
+
+def test_the_first_steps_terms_are_those_of_the_formula(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    student, teacher, images = tiny_vit(), tiny_vit(width=24, seed=1), Images(16)
+    in_order = torch.utils.data.SequentialSampler(images)
+    monkeypatch.setattr(RelationalDistillationTrainer, "_get_train_sampler", lambda *_: in_order)
+    run = trainer(
+        tmp_path,
+        model=student,
+        teacher=teacher,
+        train_dataset=images,
+        per_device_train_batch_size=8,
+        max_steps=2,
+        learning_rate=0.0,
+        kd_weight=0.5,
+        kd_temperature=3.0,
+        bank_size=100,
+    )
+    run.train()
+
+    with torch.no_grad():
+        teacher_rows = F.normalize(teacher.vit(images.pixels).last_hidden_state[:, 0], dim=-1)
+        pooled = student.vit(images.pixels).last_hidden_state[:, 0]
+        student_rows = F.normalize(student.relational_head.projection(pooled), dim=-1)
+        student_logits, teacher_logits = student(images.pixels).logits, teacher(images.pixels).logits
+    bank, terms = teacher_rows[:8], {"task_loss": 0.0, "kd_loss": 0.0, "relational_loss": 0.0, "relational_kl": 0.0}
+    for i in range(8, 16):  # the second step: the bank holds the first step's rows
+        candidates = torch.cat([bank, teacher_rows[i : i + 1]])
+        p = F.softmax(candidates @ teacher_rows[i] / 0.02, dim=0)
+        log_q = F.log_softmax(candidates @ student_rows[i] / 0.1, dim=0)
+        soft, log_soft = F.softmax(teacher_logits[i] / 3, dim=0), F.log_softmax(student_logits[i] / 3, dim=0)
+        terms["task_loss"] += -F.log_softmax(student_logits[i], dim=0)[images.labels[i]].item() / 8
+        terms["kd_loss"] += 9 * (soft * (soft.log() - log_soft)).sum().item() / 8
+        terms["relational_loss"] += -(p * log_q).sum().item() / 8
+        terms["relational_kl"] += (torch.special.xlogy(p, p) - p * log_q).sum().item() / 8
+    for name, value in terms.items():
+        assert log_of(run, name)[1] == pytest.approx(value, abs=1e-4), name
+    assert log_of(run)[1] == pytest.approx(
+        terms["task_loss"] + 0.5 * terms["kd_loss"] + terms["relational_loss"], abs=1e-4
+    )
+
+
+def test_without_a_bank_a_micro_batch_is_compared_with_itself(tmp_path: Path) -> None:
+    run = trainer(tmp_path, bank_size=0, max_steps=1, train_dataset=Images(8))
+    run.train()
+    assert 0 < log_of(run, "relational_kl")[0] < log_of(run, "relational_loss")[0]
+    assert run.objective.bank is not None and len(run.objective.bank) == 0
+
+
+def test_an_automatic_bank_is_no_larger_than_the_training_set(tmp_path: Path) -> None:
+    run = trainer(tmp_path, bank_size="auto", train_dataset=Images(30))
+    assert run.objective.bank is not None and run.objective.bank.size == 30
+
+
+def test_a_second_training_starts_with_an_empty_bank(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=2)
+    run.train()
+    first = run.objective.bank
+    assert first is not None and len(first) == 16
+    run.train()
+    assert len(first) == 16
+
+
+def test_the_head_starts_from_the_seed_and_leaves_the_global_random_state_alone(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    weights = [trainer(tmp_path, seed=seed).model.relational_head.projection.weight for seed in (1, 1, 2)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_a_student_trains_without_a_teacher_where_only_the_task_counts(tmp_path: Path) -> None:
+    run = trainer(tmp_path, teacher=None, relational_weight=0.0)
+    run.train()
+    assert log_of(run) == pytest.approx(log_of(run, "task_loss"))
+    assert not hasattr(run.model, "relational_head")
+
+
+def test_the_arguments_of_a_trainer_come_in_the_order_of_transformers() -> None:
+    import inspect
+
+    from transformers import Trainer
+
+    theirs, ours = (
+        [*inspect.signature(each.__init__).parameters] for each in (Trainer, RelationalDistillationTrainer)
+    )
+    assert ours[: len(theirs)] == theirs
+
+
+def test_the_saved_student_predicts_as_the_trained_one(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.train()
+    run.save_model(str(tmp_path / "student"))
+    loaded = type(run.model).from_pretrained(tmp_path / "student").eval()
+    pixels = Images(5, seed=3).pixels
+    with torch.no_grad():
+        assert torch.equal(loaded(pixels).logits, run.model.eval()(pixels).logits)
+    assert loaded.config.num_labels == CLASSES
