@@ -42,7 +42,7 @@ def run(rank: int, processes: int, port: int, folder: str) -> None:
             "student": torch.cat([weight.detach().flatten() for weight in distillation.model.parameters()]),
             "bank": distillation.objective.bank.filled,
             "log": torch.tensor(logged),
-            "eval": torch.tensor([metrics[f"eval_{name}"] for name in ("task_loss", "kd_loss", "relational_loss")]),
+            "eval": torch.tensor([metrics[f"eval_{name}"] for name in ("kd_loss", "relational_loss", "relational_kl")]),
         },
         Path(folder, f"rank-{rank}-of-{processes}.safetensors"),
     )
