@@ -2,7 +2,7 @@
 
     python examples/quickstart.py
 
-Trains a teacher, a small student alone and the same student distilled (both students with one seed and as many steps) on
+Trains a teacher, a small student alone and the same student distilled (both students with one seed, as many steps) on
 scikit-learn's 1,797 scans of handwritten digits, which need no download. Prints one table, saves all three models, and
 checks in a process without `hf_rrd` that the saved student has the accuracy that was printed.
 """
@@ -59,7 +59,12 @@ def digits(seed: int) -> tuple[Dataset, Dataset]:
 def vit(width: int, layers: int, seed: int) -> ViTForImageClassification:
     """A ViT for 8 x 8 grey images in patches of 2, with starting weights of a seed."""
     set_seed(seed)
-    size = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 2 * width}
+    size = {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "intermediate_size": 2 * width,
+    }
     return ViTForImageClassification(ViTConfig(**size, image_size=8, patch_size=2, num_channels=1, num_labels=10))
 
 
@@ -126,7 +131,9 @@ def main() -> None:
         run.save_model()
         right, row = measure(out / name, test[:], teacher)
         table.add_row(name, *row)
-    table.caption = "* with the teacher: alignment of the embeddings, share of each digit's 10 nearest that is the same"
+    table.caption = (
+        "* with the teacher: alignment of the embeddings, share of each digit's 10 nearest that is the same"
+    )
     Console(width=max(80, Console().width)).print(table)
 
     save_file(test[:], out / "held-out.safetensors")
@@ -134,7 +141,9 @@ def main() -> None:
     found = int(subprocess.run(check, check=True, stdout=subprocess.PIPE, text=True).stdout)
     if found != right:
         raise SystemExit(f"the saved student gets {found} digits right in a fresh process, {right} here.")
-    print(f"{out / 'distilled'} loads with AutoModelForImageClassification, without hf_rrd, and has the same accuracy.")
+    print(
+        f"{out / 'distilled'} loads with AutoModelForImageClassification, without hf_rrd, and has the same accuracy."
+    )
 
 
 if __name__ == "__main__":

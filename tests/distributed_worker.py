@@ -42,7 +42,7 @@ def run(rank: int, processes: int, port: int, folder: str) -> None:
             "student": torch.cat([weight.detach().flatten() for weight in distillation.model.parameters()]),
             "bank": distillation.objective.bank.filled,
             "log": torch.tensor(logged),
-            "eval": torch.tensor([metrics[f"eval_{name}"] for name in ("kd_loss", "relational_loss", "relational_kl")]),
+            "eval": torch.tensor([metrics[f"eval_{name}_loss"] for name in ("kd", "relational")]),
         },
         Path(folder, f"rank-{rank}-of-{processes}.safetensors"),
     )

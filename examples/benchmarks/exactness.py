@@ -1,0 +1,142 @@
+"""How exact the loss and the step are: errors against references, each with its bound.
+
+    python examples/benchmarks/exactness.py
+
+The references are double-precision loops over the formula, InfoNCE from torch, and the same step cut another way.
+"""
+
+import math
+import tempfile
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import HfArgumentParser, ViTConfig, ViTForImageClassification
+
+import hf_rrd.losses
+from hf_rrd import RelationalDistillationConfig, RelationalDistillationTrainer, relational_loss
+from hf_rrd.losses import relational_terms
+
+
+@dataclass
+class Arguments:
+    """What the command line may change."""
+
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where the runs write; default: a temporary folder."}
+    )
+
+
+def loop(student: Tensor, teacher: Tensor, bank: Tensor, own: bool) -> tuple[float, Tensor]:
+    """The loss and its gradient, (batch, dim), from the formula, one number at a time; temperatures 0.1 and 0.02."""
+    total, gradient = 0.0, torch.zeros_like(student)
+    for i, (f_s, f_t) in enumerate(zip(student.tolist(), teacher.tolist(), strict=True)):
+        rows = bank.tolist() + ([f_t] if own else [])
+        s = [sum(a * b for a, b in zip(f_s, row, strict=True)) / 0.1 for row in rows]
+        t = [sum(a * b for a, b in zip(f_t, row, strict=True)) / 0.02 for row in rows]
+        s_norm, t_norm = (max(x) + math.log(sum(math.exp(v - max(x)) for v in x)) for x in (s, t))
+        for k, row in enumerate(rows):
+            p_t, p_s = math.exp(t[k] - t_norm), math.exp(s[k] - s_norm)
+            total -= p_t * (s[k] - s_norm) / len(student)
+            for d, value in enumerate(row):
+                gradient[i, d] += (p_s - p_t) * value / 0.1 / len(student)
+    return total, gradient
+
+
+def loss_errors(dense: bool, own: bool) -> tuple[float, float]:
+    """Largest errors of loss and gradient in float64, batch 6, bank 37, dim 5."""
+    torch.manual_seed(0)
+    student, teacher, bank = (F.normalize(torch.randn(n, 5, dtype=torch.float64), dim=-1) for n in (6, 6, 37))
+    hf_rrd.losses.DENSE_LIMIT, hf_rrd.losses.SLICE_ROWS = (2**20, 8192) if dense else (0, 8)
+    student.requires_grad_()
+    value = relational_loss(student, teacher, bank, include_own=own)
+    value.backward()
+    expected, gradient = loop(student.detach(), teacher, bank, own)
+    assert student.grad is not None
+    return abs(value.item() - expected), (student.grad - gradient).abs().max().item()
+
+
+def limit_errors() -> tuple[float, float]:
+    """Against InfoNCE at teacher_temperature 1e-6 with the own key in, and the divergence of identical inputs."""
+    torch.manual_seed(1)
+    student, teacher, bank = (F.normalize(torch.randn(n, 16, dtype=torch.float64), dim=-1) for n in (8, 8, 100))
+    logits = torch.cat([student @ bank.T, (student * teacher).sum(-1, keepdim=True)], dim=1) / 0.1
+    expected = F.cross_entropy(logits, torch.full((8,), 100))
+    info_nce = relational_loss(student, teacher, bank, 0.1, 1e-6, include_own=True)
+    divergence = relational_terms(student, student, bank, 0.1, 0.1, include_own=True)[1]
+    return abs((info_nce - expected).item()), divergence.abs().max().item()
+
+
+class Images(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Random images in four classes."""
+
+    pixels = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One image and its class."""
+        return {"pixel_values": self.pixels[index], "labels": index % 4}
+
+
+def parameters_after(batch: int, accumulation: int, folder: str) -> Tensor:
+    """All parameters, head included, after 5 steps of AdamW with all three terms."""
+
+    def vit(width: int) -> ViTForImageClassification:
+        torch.manual_seed(width)
+        size = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 2 * width}
+        shape = {"image_size": 16, "patch_size": 8, "num_labels": 4}
+        return ViTForImageClassification(ViTConfig(**size, **shape, hidden_dropout_prob=0.0))
+
+    settings = RelationalDistillationConfig(
+        folder,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        max_steps=5,
+        kd_weight=0.5,
+        bank_size=40,
+        learning_rate=1e-3,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+    )
+    run = RelationalDistillationTrainer(vit(16), settings, train_dataset=Images(), teacher=vit(24))
+    run.train()
+    return torch.cat([weight.detach().flatten() for weight in run.model.parameters()])
+
+
+def main() -> None:
+    """Compute, print, and end with 1 where a bound is missed."""
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    rows: list[tuple[str, float, float]] = []
+    for dense in (True, False):
+        for own in (False, True):
+            errors = loss_errors(dense, own)
+            name = f"{'dense' if dense else 'memory-free'} form, own key {'in' if own else 'out'}"
+            rows += [(f"{name}: loss or gradient against the loop", max(errors), 1e-9)]
+    hf_rrd.losses.DENSE_LIMIT, hf_rrd.losses.SLICE_ROWS = 2**20, 8192
+    info_nce, divergence = limit_errors()
+    rows += [("teacher_temperature 1e-6, own key in: against InfoNCE", info_nce, 1e-9)]
+    rows += [("KL of identical inputs", divergence, 0.0)]
+    with tempfile.TemporaryDirectory() as folder:
+        folder = args.output_dir or folder
+        whole = parameters_after(16, 1, folder)
+        for batch, accumulation in ((8, 2), (4, 4)):
+            error = (whole - parameters_after(batch, accumulation, folder)).abs().max().item()
+            rows += [(f"5 steps of {batch} x {accumulation}: parameters against 16 x 1", error, 1e-5)]
+    table = Table("what", "largest error", "bound", "")
+    for name, error, bound in rows:
+        table.add_row(name, f"{error:.1e}", f"{bound:.0e}", "held" if error <= bound else "missed")
+    Console(width=110).print(table)
+    if any(error > bound for _, error, bound in rows):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""The examples run, in a tiny mode, as a user starts them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from transformers import AutoModelForImageClassification
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_quickstart_saves_a_student_that_loads_without_this_package(tmp_path: Path) -> None:
+    arguments = ["--teacher_epochs", "0.1", "--epochs", "0.1", "--output_dir", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), *arguments]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+    assert "loads with AutoModelForImageClassification, without hf_rrd, and has the same accuracy" in printed
+    for column in ("accuracy", "parameters", "on disk", "ms/image", "CKA*", "neighbors*"):
+        assert column in printed
+    student, alone = (
+        AutoModelForImageClassification.from_pretrained(tmp_path / name) for name in ("distilled", "alone")
+    )
+    assert student.num_parameters() == alone.num_parameters() == 18_218
+
+
+def test_the_exactness_report_finds_no_error_above_its_bounds(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "benchmarks" / "exactness.py"), "--output_dir", str(tmp_path)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+    assert "missed" not in printed
+    assert printed.count("held") == 8
