@@ -97,7 +97,7 @@ def load_student(model: Any, folder: str, head: str) -> None:
     """Load a checkpoint's weights into a student in place.
 
     By way of `from_pretrained`: transformers writes some families under other names than their modules have, and its
-    Trainer loads them unconverted and not strictly (5.1 to at least 5.23, huggingface/transformers#43701 and #48805),
+    Trainer loads them unconverted and not strictly (5.23, not 5.0: huggingface/transformers#43701 and #48805),
     so that most of a ViT would silently keep the weights it had.
 
     Args:

@@ -54,7 +54,7 @@ class RelationalHead(nn.Module):
                 f"student_projection='none' needs a student as wide as the teacher's embedding, got {self.width} and "
                 f"{dim}. Use student_projection='linear'."
             )
-        self._pooling = pooling
+        self._pooler = pooler_for(pooling, body)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.projection = STUDENT_PROJECTIONS[projection](self.width, dim)
@@ -64,9 +64,9 @@ class RelationalHead(nn.Module):
         weight = next(self.projection.parameters(), None)
         return F.normalize(self.projection(pooled if weight is None else pooled.to(weight.dtype)).float(), dim=-1)
 
-    def pool(self, body: Any, outputs: Any, attention_mask: Tensor | None) -> Tensor:
+    def pool(self, outputs: Any, attention_mask: Tensor | None) -> Tensor:
         """The body's output as one row per example, (batch, width)."""
-        pooled = pooler_for(self._pooling, body)(outputs, attention_mask)
+        pooled = self._pooler(outputs, attention_mask)
         if pooled.shape[1:] != (self.width,):
             raise ValueError(f"the student's embedding must be {self.width} wide, got shape {tuple(pooled.shape)}.")
         return pooled
@@ -135,11 +135,10 @@ def _ask_body(student: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[An
 def _add_embedding(student: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> Any:
     if not student.__dict__.pop(WITH_EMBEDDING, False):
         return None
-    body = body_of(student)
     if not isinstance(outputs, ModelOutput):
         raise ValueError(f"the student must return a ModelOutput, got {type(outputs).__name__}. Set return_dict=True.")
     head = head_of(student)
-    embedding = head(head.pool(body, take_kept(body), kwargs.get("attention_mask")))
+    embedding = head(head.pool(take_kept(body_of(student)), kwargs.get("attention_mask")))
     extended: Any = type(outputs)
     return _with_embedding(extended)(**dict(outputs.items()), **{EMBEDDING: embedding})
 

@@ -20,7 +20,7 @@ from hf_rrd.body import (
     unwrapped,
     watch,
 )
-from hf_rrd.data import forward_columns
+from hf_rrd.data import forward_columns, teacher_inputs
 
 TEACHER_PROJECTIONS = ("none", "orthogonal")
 """The values of `teacher_projection=`."""
@@ -95,6 +95,30 @@ class Teacher:
             return value
         dtype = self.body.dtype if value.is_floating_point() else None
         return value.to(device=self.body.device, dtype=dtype)
+
+
+def teacher_outputs(
+    teacher: Teacher | None, inputs: dict[str, Any], wants_embedding: bool, wants_logits: bool
+) -> TeacherOutputs:
+    """What is wanted of the teacher for a batch: from its cached columns, otherwise by one forward.
+
+    Without a teacher, what is not cached is None.
+
+    Raises:
+        ValueError: Logits are wanted, and the teacher returns none.
+    """
+    embedding = inputs.get("teacher_embedding") if wants_embedding else None
+    logits = inputs.get("teacher_logits") if wants_logits else None
+    if teacher is not None and ((wants_embedding and embedding is None) or (wants_logits and logits is None)):
+        computed = teacher(teacher_inputs(inputs, teacher.columns))
+        embedding = computed.embedding if embedding is None else embedding
+        logits = computed.logits if wants_logits and logits is None else logits
+        if wants_logits and logits is None:
+            raise ValueError(
+                "`kd_weight` is above 0, and the teacher returns no logits. Load it with an AutoModelFor... class, or "
+                "set kd_weight=0."
+            )
+    return TeacherOutputs(embedding, logits)
 
 
 class TeacherProjection:

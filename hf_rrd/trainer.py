@@ -30,12 +30,20 @@ from hf_rrd.data import (
     check_labels,
     forward_columns,
     student_inputs,
-    teacher_inputs,
 )
 from hf_rrd.feature_bank import FeatureBank
-from hf_rrd.objective import TERMS, DistillationObjective
+from hf_rrd.objective import DistillationObjective
 from hf_rrd.student import HEAD, WITH_EMBEDDING, attach_head, head_of, split_embedding
-from hf_rrd.teacher import FiniteCheck, Teacher, TeacherOutputs, TeacherProjection, check_teacher, load_teacher
+from hf_rrd.teacher import (
+    FiniteCheck,
+    Teacher,
+    TeacherOutputs,
+    TeacherProjection,
+    check_teacher,
+    load_teacher,
+    teacher_outputs,
+)
+from hf_rrd.terms import TermLog
 
 logger = logging.get_logger(__name__)
 
@@ -109,10 +117,9 @@ class RelationalDistillationTrainer(Trainer):
             check_labels(train_dataset, args.label_names or (find_labels(type(unwrapped(model))) if model else []))
         self._wants_embedding, self._wants_logits = args.relational_weight > 0, args.kd_weight > 0
         self._prepare_teacher(teacher, args, train_dataset, model)
-        self._sums: dict[str, Tensor] = {}
-        self._evaluated: list[Tensor] = []
+        self._terms = TermLog()
         self._resumed: tuple[Tensor, int] | None = None
-        self._examples_in_step = 0
+        self._examples_in_step, self._micro_batches = 0, 1
         if model is not None:
             self._attach_head(model, args)
         super().__init__(
@@ -237,32 +244,22 @@ class RelationalDistillationTrainer(Trainer):
                 "nothing to compare with: this batch has neither labels to learn nor a teacher's outputs."
             )
         loss = self.objective.total(terms)
+        examples = find_batch_size(inputs) or 1
         if model.training:
-            loss = loss * self._share_of_step(inputs, terms)
+            total = self._examples_in_step or examples
+            self._terms.add(terms, examples / total)
+            # The Trainer divides by the number of micro-batches; together that is the micro-batch's share of examples.
+            loss = loss * (examples * (self._micro_batches if self._trainer_divides else 1) / total)
         else:
-            self._keep_evaluated(inputs, terms)
+            self._terms.add_evaluated(terms, examples, self.accelerator.gather_for_metrics)
         return (loss, outputs) if return_outputs else loss
 
     def _teacher_outputs(self, inputs: dict[str, Any], training: bool) -> TeacherOutputs:
         """From the batch's cached columns where it has them, otherwise by one forward of the teacher."""
-        embedding = inputs.get("teacher_embedding") if self._wants_embedding else None
-        logits = inputs.get("teacher_logits") if self._wants_logits else None
-        missing = (self._wants_embedding and embedding is None) or (self._wants_logits and logits is None)
-        if missing and self._teacher is not None:
-            with self.accelerator.autocast():
-                computed = self._teacher(teacher_inputs(inputs, self._teacher.columns))
-            embedding = computed.embedding if embedding is None else embedding
-            logits = (computed.logits if logits is None else logits) if self._wants_logits else None
-            missing = self._wants_logits and logits is None
-        if missing and (training or self._teacher is not None):
-            raise ValueError(
-                "the teacher returns no logits, and `kd_weight` is above 0. Load it with an AutoModelFor... class, "
-                "or set kd_weight=0."
-                if self._teacher is not None
-                else "there is no teacher, and the batch has not all of its outputs: its columns are "
-                f"{sorted(inputs)}."
-            )
-        outputs = TeacherOutputs(embedding, logits)
+        with self.accelerator.autocast():
+            outputs = teacher_outputs(self._teacher, inputs, self._wants_embedding, self._wants_logits)
+        if training and (self._wants_embedding, self._wants_logits) != tuple(each is not None for each in outputs):
+            raise ValueError(f"no teacher, and the batch lacks some of its outputs: its columns are {sorted(inputs)}.")
         self._finite.note(self.state.global_step + training, outputs)
         if self.args.device.type == "cpu":  # nothing to wait for there
             self._finite.raise_if_found()
@@ -288,19 +285,6 @@ class RelationalDistillationTrainer(Trainer):
             return task_loss, outputs, None
         return task_loss, *split_embedding(outputs)
 
-    def _share_of_step(self, inputs: dict[str, Any], terms: dict[str, Tensor]) -> float:
-        """The weight of a micro-batch by its examples, as the Trainer needs it; adds the terms to the log window."""
-        examples = find_batch_size(inputs) or 1
-        total = self._examples_in_step or examples
-        for name, term in terms.items():
-            self._add_to_window(name, term.detach().float().mean() * (examples / total))
-        self._add_to_window("steps", torch.tensor(examples / total))
-        parts = self.current_gradient_accumulation_steps if self._trainer_divides and self._examples_in_step else 1
-        return examples * parts / total
-
-    def _add_to_window(self, name: str, value: Tensor) -> None:
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
-
     # ---- Training ----
 
     def train(
@@ -325,13 +309,16 @@ class RelationalDistillationTrainer(Trainer):
         # Also after `auto_find_batch_size` ran out of memory in the middle of a step.
         self.objective.reset()
         self._finite = FiniteCheck()
-        self._sums, self._resumed = {}, None
+        self._terms, self._resumed = TermLog(), None
         return super()._inner_training_loop(batch_size, *args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The micro-batches of one optimizer step; counts their examples."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._examples_in_step = sum(find_batch_size(batch) or 1 for batch in batches)
+        self._examples_in_step, self._micro_batches = (
+            sum(find_batch_size(batch) or 1 for batch in batches),
+            len(batches),
+        )
         return batches, num_items
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -339,7 +326,7 @@ class RelationalDistillationTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self.objective.update_bank(self._gather_rows)
-        self._add_to_window("loss", loss)
+        self._terms.add_loss(loss)
         if self._resumed is None:
             return loss
         # The checkpoint lay between two log lines: carry over what the interrupted run had summed up by then.
@@ -383,13 +370,6 @@ class RelationalDistillationTrainer(Trainer):
         values = tuple(nested_detach(value) for name, value in outputs.items() if name not in [*ignore_keys, "loss"])
         return loss, values[0] if len(values) == 1 else values, None
 
-    def _keep_evaluated(self, inputs: dict[str, Any], terms: dict[str, Tensor]) -> None:
-        """Keep each example's terms, (batch, terms), of all processes, without the duplicates in the last batch."""
-        examples = find_batch_size(inputs) or 1
-        rows = torch.stack([term.detach().float().expand(examples) for term in terms.values()], dim=1)
-        self._evaluated_names = [*terms]
-        self._evaluated.append(self.accelerator.gather_for_metrics(rows))
-
     def evaluation_loop(
         self,
         dataloader: Any,
@@ -399,14 +379,11 @@ class RelationalDistillationTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """As in `Trainer`, with the mean of each term among the metrics. The bank stays as it is."""
-        self._evaluated = []
+        self._terms.start_evaluation()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         self._finite.raise_if_found()
-        if self._evaluated:
-            means = torch.cat(self._evaluated).mean(0).tolist()
-            for name, mean in zip(self._evaluated_names, means, strict=True):
-                output.metrics[f"{metric_key_prefix}_{name}"] = mean
-        self._evaluated = []
+        for name, mean in self._terms.evaluated().items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = mean
         return output
 
     # ---- Saving ----
@@ -420,7 +397,7 @@ class RelationalDistillationTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        window = self._reduced_window()
+        window = self._terms.state(self._mean_over_processes)
         if self.args.should_save:
             window["last_logged_step"] = torch.tensor(self._globalstep_last_logged)
             save_sidecar(output_dir, {**self._comparison_state(), "log": window})
@@ -474,7 +451,7 @@ class RelationalDistillationTrainer(Trainer):
         last_logged = int(window.pop("last_logged_step"))
         if "loss" in window:
             self._resumed = (window["loss"], last_logged)
-        self._sums = window
+        self._terms.window = window
 
     def _restore_comparison(self, state: dict[str, dict[str, Tensor]]) -> None:
         if self.objective.bank is not None:
@@ -496,17 +473,11 @@ class RelationalDistillationTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in `Trainer`, with the terms beside `loss`: over the same steps, so that their weighted sum is `loss`."""
         self._finite.raise_if_found()
-        if "loss" in logs and "steps" in self._sums:
-            window = self._reduced_window()
-            names = [name for name in TERMS if name in window]
-            means = torch.stack([window[name] for name in names]) / window["steps"]
-            logs.update(zip(names, means.tolist(), strict=True))
-            self._sums = {}
+        if "loss" in logs:
+            logs.update(self._terms.line(self._mean_over_processes))
         super().log(logs, start_time)
 
-    def _reduced_window(self) -> dict[str, Tensor]:
-        """The sums since the last log line, as means over the processes. One collective for all of them."""
-        if not self._sums or self.accelerator.num_processes == 1:
-            return dict(self._sums)
-        sums = torch.stack([value.to(self.args.device) for value in self._sums.values()])
-        return dict(zip(self._sums, self.accelerator.reduce(sums, "mean").unbind(), strict=True))
+    def _mean_over_processes(self, values: Tensor) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return values
+        return self.accelerator.reduce(values.to(self.args.device), "mean")

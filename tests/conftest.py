@@ -7,9 +7,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["ACCELERATE_USE_CPU"] = "true"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
+import pytest
+import torch
+import transformers
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()

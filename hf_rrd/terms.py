@@ -1,0 +1,79 @@
+"""The terms of the loss on their way into the log: sums on the device, read only when a line is written."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hf_rrd.objective import TERMS
+
+
+class TermLog:
+    """What the terms came to since the last log line, and during an evaluation.
+
+    Adding never waits for the device. The window between two log lines is part of a checkpoint, so that the line after
+    a resumption says the same as it would have without one.
+    """
+
+    def __init__(self) -> None:
+        self.window: dict[str, Tensor] = {}
+        self._evaluated: list[Tensor] = []
+        self._evaluated_names: list[str] = []
+
+    def add(self, terms: dict[str, Tensor], share: float) -> None:
+        """Add a micro-batch.
+
+        Args:
+            terms: Each example's terms, or their mean.
+            share: The micro-batch's part of its optimizer step; the parts of a step add up to 1.
+        """
+        for name, term in terms.items():
+            self._sum(name, term.detach().float().mean() * share)
+        self._sum("steps", torch.tensor(share))
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Add what a micro-batch gave to the Trainer's own sum of losses."""
+        self._sum("loss", loss)
+
+    def _sum(self, name: str, value: Tensor) -> None:
+        self.window[name] = self.window[name] + value if name in self.window else value
+
+    def state(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """The sums as means over the processes, in one collective: `reduce` maps a vector to its mean over them."""
+        if not self.window:
+            return {}
+        device = next(iter(self.window.values())).device
+        sums = reduce(torch.stack([value.to(device) for value in self.window.values()]))
+        return dict(zip(self.window, sums.unbind(), strict=True))
+
+    def line(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The mean of each term per optimizer step since the last line, which ends the window."""
+        sums, self.window = self.state(reduce), {}
+        names = [name for name in TERMS if name in sums]
+        if not names:
+            return {}
+        means = torch.stack([sums[name] for name in names]) / sums["steps"]
+        return dict(zip(names, means.tolist(), strict=True))
+
+    def start_evaluation(self) -> None:
+        """Forget an earlier evaluation."""
+        self._evaluated = []
+
+    def add_evaluated(self, terms: dict[str, Tensor], examples: int, gather: Callable[[Tensor], Tensor]) -> None:
+        """Add an evaluated batch.
+
+        Args:
+            terms: Each example's terms, (batch,), or their mean.
+            examples: How many there are.
+            gather: From this process's rows, (batch, terms), to those of all processes, without duplicates.
+        """
+        rows = torch.stack([term.detach().float().expand(examples) for term in terms.values()], dim=1)
+        self._evaluated.append(gather(rows))
+        self._evaluated_names = [*terms]
+
+    def evaluated(self) -> dict[str, float]:
+        """The mean of each term over all examples of the evaluation."""
+        if not self._evaluated:
+            return {}
+        means = torch.cat(self._evaluated).mean(0).tolist()
+        return dict(zip(self._evaluated_names, means, strict=True))
