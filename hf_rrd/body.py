@@ -84,19 +84,18 @@ def _pool(pooler: Pooler, body: PreTrainedModel, outputs: Any, attention_mask: T
 
 
 def embedding_width(pooling: str | Callable[..., Any], body: PreTrainedModel) -> int:
-    """The width of a pooled embedding: read from the config of a transformer, measured on one blank input elsewhere.
+    """The width of a pooled embedding, measured on one blank input.
+
+    A config does not say it for all: an OPT may project its output, a Wav2Vec2 may end with an adapter. Where the body
+    does not take a blank input, `hidden_size` of its config has to do.
 
     Raises:
         ValueError: The body gives no hidden states, or its width is neither in the config nor to be measured.
     """
-    # A list, `hidden_sizes`, is not enough: MobileViT ends with one more convolution.
-    width = getattr(body.config, "hidden_size", None)
-    width = width if isinstance(width, int) and isinstance(pooling, str) else None
-    if width is not None and is_headless(body):
-        return width
     outputs = _blank_outputs(body)
     if outputs is None:
-        if width is None:
+        width = getattr(body.config, "hidden_size", None)
+        if not isinstance(width, int) or not isinstance(pooling, str):
             raise ValueError(
                 f"the width of {type(body).__name__}'s embedding is not in its config as `hidden_size`, and a blank "
                 "input could not be run to measure it. Add it to the config."

@@ -110,7 +110,11 @@ def load_student(model: Any, folder: str, head: str) -> None:
     """
     with torch.random.fork_rng(devices=[]):  # a model starts from random weights before they are loaded
         saved, loading = type(model).from_pretrained(
-            folder, config=model.config, dtype=model.dtype, output_loading_info=True
+            folder,
+            config=model.config,
+            dtype=model.dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported below, with the others
         )
     result = model.load_state_dict(saved.state_dict(), strict=False)
     missing = [*loading["missing_keys"], *(name for name in result.missing_keys if not name.startswith(head + "."))]

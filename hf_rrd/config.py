@@ -17,8 +17,11 @@ from hf_rrd.teacher import TEACHER_PROJECTIONS
 AUTO_BANK_SIZE = 4096
 """What `bank_size="auto"` comes to, or the size of the training set where that is smaller."""
 
+WEIGHTS = ("task_weight", "kd_weight", "relational_weight")
+TEMPERATURES = {"kd_temperature": 4, "student_temperature": 0.1, "teacher_temperature": 0.02}
 
-@dataclass
+
+@dataclass(repr=False)
 class RelationalDistillationConfig(TrainingArguments):
     """`TrainingArguments` with the settings of relational distillation.
 
@@ -147,25 +150,25 @@ class RelationalDistillationConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        for name in (*WEIGHTS, *TEMPERATURES):
+            setattr(self, name, _number(name, getattr(self, name)))
         self.bank_size = _bank_size(self.bank_size)
-        if isinstance(self.teacher_model_init_kwargs, str):
-            self.teacher_model_init_kwargs = json.loads(self.teacher_model_init_kwargs)
+        self.teacher_model_init_kwargs = _init_kwargs(self.teacher_model_init_kwargs)
         self._validate()
         super().__post_init__()
 
     def _validate(self) -> None:
-        for name, advice in (("kd_temperature", "4"), ("student_temperature", "0.1"), ("teacher_temperature", "0.02")):
+        for name, advice in TEMPERATURES.items():
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"`{name}` must be positive and finite, got {value}. Try {advice}.")
-        weights = ("task_weight", "kd_weight", "relational_weight")
-        for name in weights:
+        for name in WEIGHTS:
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(
                     f"`{name}` must be 0 or more and finite, got {value}. Set it to 0 to turn the term off."
                 )
-        if all(getattr(self, name) == 0 for name in weights):
+        if all(getattr(self, name) == 0 for name in WEIGHTS):
             raise ValueError(
                 "`task_weight`, `kd_weight` and `relational_weight` are all 0, so there is nothing to train. Set at "
                 "least one above 0."
@@ -200,6 +203,11 @@ class RelationalDistillationConfig(TrainingArguments):
             }
         return dict(fields)
 
+    def __str__(self) -> str:
+        return TrainingArguments.__str__(self.shareable())
+
+    __repr__ = __str__
+
     def shareable(self) -> "RelationalDistillationConfig":
         """A copy for `training_args.bin`: without the teacher's token or a callable that could not be pickled."""
         shared = copy.copy(self)
@@ -209,13 +217,37 @@ class RelationalDistillationConfig(TrainingArguments):
         return shared
 
 
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)  # YAML reads 1e-2, without a point, as a string
+    except (TypeError, ValueError):
+        raise ValueError(f"`{name}` must be a number, got {value!r}.") from None
+
+
 def _bank_size(value: int | str | None) -> int | str:
     if value is None or value == "auto":
         return "auto"
     try:
-        return int(value)
-    except ValueError:
-        raise ValueError(f"`bank_size` must be a number of rows or 'auto', got {value!r}. Try 4096.") from None
+        size = int(value)
+        whole = isinstance(value, str) or size == value
+    except (TypeError, ValueError, OverflowError):
+        whole = False
+    if not whole:
+        raise ValueError(f"`bank_size` must be a number of rows or 'auto', got {value!r}. Try 4096.")
+    return size
+
+
+def _init_kwargs(value: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    try:
+        kwargs = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        kwargs = value
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise ValueError(
+            f"`teacher_model_init_kwargs` must be a dict or a JSON object, got {value!r}. "
+            'Try \'{"revision": "main"}\'.'
+        )
+    return kwargs
 
 
 def _check_choice(name: str, value: Any, known: list[str]) -> None:

@@ -52,7 +52,7 @@ class DataCollatorForDistillation:
         if prefixed:
             try:
                 teacher_batch = self._collate_teacher(teacher_features)
-            except ValueError as error:
+            except (ValueError, RuntimeError) as error:  # of lists, of tensors
                 raise ValueError(
                     f"the columns {prefixed} could not be collated ({error}). Are they of unequal length? Pass the "
                     "teacher's tokenizer as `teacher_processing_class`."
@@ -116,7 +116,7 @@ def column_names(dataset: Any) -> set[str] | None:
 
 def cached_width(dataset: Any) -> int | None:
     """The width of the `teacher_embedding` column, or None where a data set has no such column."""
-    example = None if dataset is None else next(iter(dataset))
+    example = None if dataset is None else next(iter(dataset), None)
     return (
         len(example["teacher_embedding"]) if isinstance(example, Mapping) and "teacher_embedding" in example else None
     )
@@ -124,7 +124,7 @@ def cached_width(dataset: Any) -> int | None:
 
 def check_dataset(name: str, dataset: Any) -> None:
     """Raise a ValueError for an empty data set, or for one empty set among several."""
-    if isinstance(dataset, Mapping) and not hasattr(dataset, "column_names"):
+    if isinstance(dataset, Mapping):
         for key, part in dataset.items():
             check_dataset(f"{name}[{key!r}]", part)
     elif hasattr(dataset, "__len__") and len(dataset) == 0:

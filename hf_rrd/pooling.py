@@ -20,8 +20,9 @@ def mean_pool(outputs: Any, attention_mask: Tensor | None = None) -> Tensor:
     hidden = _hidden(outputs)
     if hidden.dim() == 4:
         return gap_pool(outputs)
+    hidden = _tokens(outputs, "mean")
     if attention_mask is None:
-        return _tokens(outputs, "mean").mean(1)
+        return hidden.mean(1)
     mask = _checked_mask(attention_mask, hidden).to(hidden.dtype).unsqueeze(-1)  # (batch, length, 1)
     return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
 

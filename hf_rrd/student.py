@@ -14,7 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from hf_rrd.body import body_of, embedding_width, keep_next, pooler_for, take_kept, watch
+from hf_rrd.body import (
+    body_of,
+    embedding_width,
+    is_headless,
+    keep_next,
+    pooler_for,
+    take_kept,
+    unwrapped,
+    watch,
+)
 
 HEAD = "relational_head"
 """The name of the head on the student."""
@@ -99,6 +108,15 @@ def attach_head(
     ]
     head.__dict__["_undo"] = (handles, ignored)
     return head
+
+
+def check_student(student: nn.Module, task: bool) -> None:
+    """Raise a ValueError for a student that cannot give the task loss that it is to learn."""
+    if task and is_headless(student):
+        raise ValueError(
+            f"`task_weight` is above 0, so the student needs a head: {type(unwrapped(student)).__name__} has none. Load "
+            "it with an AutoModelFor... class, pass a `compute_loss_func`, or set task_weight=0."
+        )
 
 
 def detach_head(student: nn.Module) -> None:

@@ -33,7 +33,7 @@ from hf_rrd.data import (
 )
 from hf_rrd.feature_bank import FeatureBank
 from hf_rrd.objective import DistillationObjective
-from hf_rrd.student import HEAD, WITH_EMBEDDING, attach_head, head_of, split_embedding
+from hf_rrd.student import HEAD, WITH_EMBEDDING, attach_head, check_student, head_of, split_embedding
 from hf_rrd.teacher import (
     FiniteCheck,
     Teacher,
@@ -113,14 +113,16 @@ class RelationalDistillationTrainer(Trainer):
             raise TypeError(f"`args` must be a RelationalDistillationConfig, got {type(args).__name__}.")
         check_dataset("train_dataset", train_dataset)
         check_dataset("eval_dataset", eval_dataset)
-        if args.task_weight > 0 and train_dataset is not None and data_collator is None:
-            check_labels(train_dataset, args.label_names or (find_labels(type(unwrapped(model))) if model else []))
+        label_names = args.label_names or (find_labels(type(unwrapped(model))) if model is not None else None)
+        if args.task_weight > 0 and train_dataset is not None and data_collator is None and label_names:
+            check_labels(train_dataset, label_names)
         self._wants_embedding, self._wants_logits = args.relational_weight > 0, args.kd_weight > 0
         self._prepare_teacher(teacher, args, train_dataset, model)
         self._terms = TermLog()
         self._resumed: tuple[Tensor, int] | None = None
         self._examples_in_step, self._micro_batches = 0, 1
         if model is not None:
+            check_student(model, task=args.task_weight > 0 and compute_loss_func is None)
             self._attach_head(model, args)
         super().__init__(
             model=model,
@@ -176,7 +178,7 @@ class RelationalDistillationTrainer(Trainer):
                 size = min(AUTO_BANK_SIZE, len(train_dataset) if hasattr(train_dataset, "__len__") else AUTO_BANK_SIZE)
             bank = FeatureBank(size, self._projection.dim)
         elif needed and self._teacher is None and train_dataset is not None:
-            if "teacher_logits" not in next(iter(train_dataset)):
+            if "teacher_logits" not in next(iter(train_dataset), {}):
                 raise ValueError(
                     "`kd_weight` is above 0, so a teacher is needed: pass `teacher=` a model, a Hub name or a "
                     "folder, or a training set with a `teacher_logits` column. Got neither."

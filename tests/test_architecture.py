@@ -1,0 +1,132 @@
+"""What the modules may import, checked over their syntax trees, and a few limits on what they are."""
+
+import ast
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_rrd
+
+PACKAGE = Path(hf_rrd.__file__).parent
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+# In order: a module imports only from those above it.
+ALLOWED: dict[str, set[str]] = {
+    "losses": set(),
+    "feature_bank": set(),
+    "pooling": set(),
+    "alignment": set(),
+    "objective": {"losses", "feature_bank"},
+    "terms": {"objective"},
+    "body": {"pooling"},
+    "data": {"body"},
+    "student": {"body"},
+    "teacher": {"body", "data"},
+    "checkpoint": set(),
+    "config": {"objective", "pooling", "student", "teacher"},
+    "trainer": {
+        "body",
+        "checkpoint",
+        "config",
+        "data",
+        "feature_bank",
+        "objective",
+        "student",
+        "teacher",
+        "terms",
+    },
+}
+PURE_TORCH = ["losses", "feature_bank", "pooling", "alignment", "objective", "terms"]
+
+
+def source_of(module: str) -> str:
+    return (PACKAGE / f"{module}.py").read_text(encoding="utf-8")
+
+
+def imports_of(source: str) -> set[str]:
+    """All that a source imports, wherever in it: `a.b` for both `import a.b` and `from a import b`."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            prefix = "hf_rrd" if node.level else ""  # the package is flat
+            module = ".".join(part for part in (prefix, node.module) if part)
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def own_imports_of(source: str) -> set[str]:
+    """The modules of ours among them; a name taken from the package itself counts as one."""
+    return {
+        name.split(".")[1] if "." in name else name for name in imports_of(source) if name.split(".")[0] == "hf_rrd"
+    }
+
+
+def test_the_table_has_every_module_and_no_other() -> None:
+    assert sorted(ALLOWED) == MODULES
+
+
+def test_the_table_is_one_way() -> None:
+    above: set[str] = set()
+    for module, allowed in ALLOWED.items():
+        assert allowed - above == set(), f"{module} may not import what stands below it"
+        above.add(module)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_what_the_table_allows(module: str) -> None:
+    assert own_imports_of(source_of(module)) - ALLOWED.get(module, set()) == set()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import hf_rrd.trainer",
+        "from hf_rrd.trainer import log",
+        "from hf_rrd import trainer",
+        "def late():\n    from hf_rrd.trainer import log",
+        "from .trainer import log",
+        "from . import trainer",
+    ],
+)
+def test_every_form_of_an_import_is_seen(source: str) -> None:
+    assert own_imports_of(source) == {"trainer"}
+
+
+@pytest.mark.parametrize("module", PURE_TORCH)
+def test_a_pure_torch_module_imports_torch_and_the_standard_library_alone(module: str) -> None:
+    packages = {name.split(".")[0] for name in imports_of(source_of(module))}
+    assert packages - {"torch", "hf_rrd"} - sys.stdlib_module_names == set()
+    assert ALLOWED[module] <= set(PURE_TORCH)
+
+
+@pytest.mark.parametrize("module", ["__init__", *MODULES])
+def test_no_module_reads_or_writes_pickles(module: str) -> None:
+    packages = {name.split(".")[0] for name in imports_of(source_of(module))}
+    assert packages & {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"} == set()
+
+
+@pytest.mark.parametrize("module", ["__init__", *MODULES])
+def test_no_module_trusts_remote_code_of_itself(module: str) -> None:
+    assert re.findall(r"trust_remote_code[\"']?\s*[=:]\s*True", source_of(module)) == []
+
+
+@pytest.mark.parametrize("module", ["__init__", *MODULES])
+def test_a_module_has_at_most_600_lines(module: str) -> None:
+    assert len(source_of(module).splitlines()) <= 600
+
+
+@pytest.mark.parametrize("name", sorted(hf_rrd.__all__))
+def test_a_public_name_has_a_docstring_of_its_own_of_3_lines_or_more(name: str) -> None:
+    public = getattr(hf_rrd, name)
+    documentation = inspect.cleandoc(public.__doc__ or "")
+    assert len(documentation.splitlines()) >= 3
+    assert not documentation.startswith(f"{name}("), "a dataclass without a docstring gets its signature as one"
+
+
+def test_the_public_names_are_sorted_and_each_once() -> None:
+    assert list(hf_rrd.__all__) == sorted(set(hf_rrd.__all__))

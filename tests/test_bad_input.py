@@ -1,0 +1,260 @@
+"""What cannot be trained is refused with a message that says what to do."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertModel, PreTrainedConfig, PreTrainedModel, TrainingArguments, ViTModel
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from hf_rrd import RelationalDistillationTrainer
+from tests.builders import CLASSES, Images, Texts, tiny_bert, tiny_vit, trainer
+
+
+class Stream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
+    """A data set in its own order and of unknown length."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return (self.dataset[index] for index in range(len(self.dataset)))
+
+
+class Plain(nn.Module):
+    """A classifier of images that is no transformers model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(3 * 16 * 16, CLASSES)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
+        logits = self.classifier(pixel_values.flatten(1))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+class BodilessConfig(PreTrainedConfig):
+    model_type = "bodiless"
+    image_size = 16
+
+
+class Bodiless(PreTrainedModel):
+    """A transformers model without hidden states."""
+
+    config_class = BodilessConfig
+    main_input_name = "pixel_values"
+
+    def __init__(self) -> None:
+        super().__init__(BodilessConfig())
+        self.plain = Plain()
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
+        return self.plain(pixel_values, labels)
+
+
+def columns(dataset: Any, *names: str) -> datasets.Dataset:
+    """Some columns of a data set as a datasets.Dataset."""
+    return datasets.Dataset.from_dict(
+        {name: [dataset[index][name].tolist() for index in range(len(dataset))] for name in names}
+    )
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({}, "needs a teacher.*teacher_embedding.*relational_weight=0"),
+        (
+            {"kd_weight": 1.0, "relational_weight": 0.0},
+            "`kd_weight` is above 0, so a teacher is needed.*teacher_logits",
+        ),
+    ],
+)
+def test_neither_teacher_nor_cached_outputs(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, teacher=None, **settings)
+
+
+def test_cached_embedding_without_cached_logits_cannot_do_both_distillations(tmp_path: Path) -> None:
+    cached = columns(Images(8), "pixel_values", "labels").add_column("teacher_embedding", [[1.0, 0.5]] * 8)
+    with pytest.raises(ValueError, match=r"no teacher.*lacks.*\['labels', 'pixel_values', 'teacher_embedding'\]"):
+        trainer(tmp_path, teacher=None, train_dataset=cached, kd_weight=1.0).train()
+
+
+def test_distillation_on_logits_with_other_classes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="same classes: the teacher has 7, the student 4.*kd_weight=0"):
+        trainer(tmp_path, teacher=tiny_vit(classes=7), kd_weight=1.0)
+
+
+def test_distillation_on_logits_of_a_headless_teacher(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs logits: ViTModel has no head.*AutoModelFor.*kd_weight=0"):
+        trainer(tmp_path, teacher=ViTModel(tiny_vit().config), kd_weight=1.0)
+
+
+@pytest.mark.parametrize("side", ["model", "teacher"])
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (Plain, "body that returns hidden states, got Plain, which is not a transformers model.*PreTrainedModel"),
+        (Bodiless, "body that returns hidden states, Bodiless gave ImageClassifierOutput"),
+    ],
+)
+def test_model_without_a_body(build: Any, message: str, side: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **{side: build()})
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+@pytest.mark.parametrize("empty", [Images(0), datasets.Dataset.from_dict({"pixel_values": [], "labels": []})])
+def test_empty_data_set(empty: Any, name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` is empty, got 0 examples"):
+        trainer(tmp_path, **{name: empty})
+
+
+def test_empty_data_set_among_several(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`eval_dataset\['second'\]` is empty"):
+        trainer(tmp_path, eval_dataset={"first": Images(3), "second": Images(0)})
+
+
+@pytest.mark.parametrize("dataset", [Images(8, labels=False), columns(Images(8), "pixel_values")])
+def test_data_set_without_labels_is_refused_at_once(dataset: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"needs labels.*columns \['pixel_values'\].*task_weight=0"):
+        trainer(tmp_path, train_dataset=dataset)
+
+
+def test_stream_without_labels_is_refused_at_its_first_batch(tmp_path: Path) -> None:
+    run = trainer(tmp_path, train_dataset=Stream(Images(24, labels=False)))
+    with pytest.raises(ValueError, match=r"each batch needs labels: none of \['labels'\].*task_weight=0"):
+        run.train()
+    assert run.state.global_step == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "settings, output",
+    [({}, "embedding"), ({"kd_weight": 1.0, "relational_weight": 0.0}, "logits")],
+)
+def test_non_finite_teacher_output_is_named_with_its_step(
+    settings: dict[str, Any], output: str, value: float, tmp_path: Path
+) -> None:
+    dataset = Images(32)
+    dataset.pixels[17, 0, 0, 0] = value  # in the third batch of 8
+    run = trainer(tmp_path, train_dataset=Stream(dataset), max_steps=4, **settings)
+    with pytest.raises(ValueError, match=f"teacher's {output} is not finite .* at step 3"):
+        run.train()
+    assert run.state.global_step == 2
+
+
+def test_non_finite_teacher_output_is_found_in_an_evaluation(tmp_path: Path) -> None:
+    dataset = Images(13, seed=1)
+    dataset.pixels[12, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="teacher's embedding is not finite .* at step 0"):
+        trainer(tmp_path, eval_dataset=dataset).evaluate()
+
+
+def test_student_that_is_its_own_teacher(tmp_path: Path) -> None:
+    student = tiny_vit()
+    with pytest.raises(ValueError, match=f"share {len(list(student.parameters()))} parameters.*copy.deepcopy"):
+        trainer(tmp_path, model=student, teacher=student)
+
+
+def test_teacher_that_shares_a_layer_with_the_student(tmp_path: Path) -> None:
+    student, teacher = tiny_vit(), tiny_vit(seed=1)
+    teacher.classifier = student.classifier
+    with pytest.raises(ValueError, match="share 2 parameters"):
+        trainer(tmp_path, model=student, teacher=teacher)
+    assert all(weight.requires_grad for weight in student.parameters())
+
+
+def test_student_from_model_init_that_shares_with_the_teacher(tmp_path: Path) -> None:
+    teacher = tiny_vit()
+    with pytest.raises(ValueError, match="share .* parameters"):
+        trainer(tmp_path, model_init=lambda: teacher, teacher=teacher, train_dataset=None)
+
+
+def test_plain_training_arguments(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="must be a RelationalDistillationConfig, got TrainingArguments"):
+        RelationalDistillationTrainer(
+            model=tiny_vit(),
+            teacher=tiny_vit(seed=1),
+            args=TrainingArguments(str(tmp_path), use_cpu=True),  # type: ignore[arg-type]
+            train_dataset=Images(8),
+        )
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"projection_dim": 8}, "must be the teacher's width, 24, without a teacher projection, got 8.*orthogonal"),
+        ({"projection_dim": 25, "teacher_projection": "orthogonal"}, "at most the teacher's width, 24, got 25"),
+        ({"student_projection": "none"}, "as wide as the teacher's embedding, got 16 and 24.*linear"),
+    ],
+)
+def test_widths_that_do_not_meet(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **settings)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a tiny run after its second step."""
+    folder = tmp_path_factory.mktemp("run")
+    trainer(folder, save_strategy="steps", save_steps=2, max_steps=2).train()
+    return folder / "checkpoint-2"
+
+
+@pytest.mark.parametrize("damage", ["absent", "cut short"])
+def test_incomplete_checkpoint(damage: str, checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "checkpoint-2")
+    state = tmp_path / "checkpoint-2" / "trainer_state.json"
+    if damage == "absent":
+        state.unlink()
+    else:
+        state.write_text(state.read_text()[:40])
+    with pytest.raises(ValueError, match="checkpoint-2 is not a complete checkpoint.*resume_from_checkpoint=True"):
+        trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with pytest.raises(ValueError, match=f"no complete checkpoint found in {tmp_path}"):
+        trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_checkpoint_folder_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="checkpoint-9 is not a complete checkpoint"):
+        trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+
+
+@pytest.mark.parametrize(
+    "shape, message",
+    [
+        ({"layers": 3}, "16 weights are missing .* 0 are unknown"),
+        ({"layers": 1}, "0 weights are missing .* 16 are unknown"),
+        ({"width": 32}, "0 weights are missing .* 39 are unknown or of another shape"),
+    ],
+)
+def test_checkpoint_of_another_student(shape: dict[str, int], message: str, checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"checkpoint-2 does not hold this student: {message}"):
+        trainer(tmp_path, model=tiny_vit(**shape)).train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize("as_columns", [False, True])
+def test_batch_without_the_main_input_of_the_teacher(as_columns: bool, tmp_path: Path) -> None:
+    texts: Any = columns(Texts(8), "input_ids", "attention_mask", "labels") if as_columns else Texts(8)
+    run = trainer(tmp_path, model=tiny_bert(), teacher=tiny_vit(), train_dataset=texts)
+    with pytest.raises(ValueError, match="the teacher needs `pixel_values`.*column `teacher_pixel_values`"):
+        run.train()
+
+
+def test_headless_student_of_a_task(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"teacher": tiny_bert(seed=1), "train_dataset": Texts(8)}
+    with pytest.raises(ValueError, match="`task_weight` is above 0.*task_weight=0"):
+        trainer(tmp_path, model=BertModel(tiny_bert().config), **settings).train()
+
+
+def test_headless_student_cannot_learn_logits(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"teacher": tiny_bert(seed=1), "train_dataset": Texts(8), "task_weight": 0.0}
+    with pytest.raises(ValueError, match="student returns no logits.*kd_weight=0"):
+        trainer(tmp_path, model=BertModel(tiny_bert().config), kd_weight=1.0, **settings).train()

@@ -1,0 +1,293 @@
+"""The settings: their help, defaults, the ways they come in, and what is refused."""
+
+import dataclasses
+import functools
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_rrd import RelationalDistillationConfig
+
+DEFAULTS = {
+    "task_weight": 1.0,
+    "kd_weight": 0.0,
+    "kd_temperature": 4.0,
+    "relational_weight": 1.0,
+    "relational_loss": "rrd",
+    "student_temperature": 0.1,
+    "teacher_temperature": 0.02,
+    "bank_size": 4096,
+    "include_own": True,
+    "gather_bank": True,
+    "projection_dim": None,
+    "student_projection": "linear",
+    "teacher_projection": "none",
+    "student_pooling": "auto",
+    "teacher_pooling": "auto",
+    "teacher_model_init_kwargs": None,
+}
+FIELDS = {field.name: field for field in dataclasses.fields(RelationalDistillationConfig)}
+OURS = sorted(FIELDS.keys() - {field.name for field in dataclasses.fields(TrainingArguments)})
+
+GIVEN = {
+    "relational_weight": 0.5,
+    "bank_size": 128,
+    "include_own": False,
+    "projection_dim": 64,
+    "teacher_projection": "orthogonal",
+    "teacher_pooling": "mean",
+    "teacher_model_init_kwargs": {"revision": "main", "trust_remote_code": False},
+}
+"""Settings of every type, none of them the default."""
+
+
+def settings(folder: Path, **changes: Any) -> RelationalDistillationConfig:
+    return RelationalDistillationConfig(output_dir=str(folder), **changes)
+
+
+def parsed(*arguments: str) -> RelationalDistillationConfig:
+    (config,) = HfArgumentParser(RelationalDistillationConfig).parse_args_into_dataclasses(list(arguments))
+    return config
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_field_of_ours_has_help_of_some_words_without_a_percent_sign(name: str) -> None:
+    text = FIELDS[name].metadata["help"]
+    assert len(text.split()) >= 5
+    assert text.endswith(".")
+    assert "%" not in text  # argparse would read it
+
+
+def test_the_fields_of_ours_have_the_defaults_of_the_design(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    assert {name: getattr(config, name) for name in OURS} == DEFAULTS
+
+
+def test_the_command_line_without_our_arguments_gives_the_defaults_too(tmp_path: Path) -> None:
+    config = parsed("--output_dir", str(tmp_path))
+    assert {name: getattr(config, name) for name in OURS} == DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "value"),
+    [
+        (["--bank_size", "auto"], "bank_size", "auto"),
+        (["--bank_size", "128"], "bank_size", 128),
+        (["--bank_size", "0"], "bank_size", 0),
+        (["--no_include_own"], "include_own", False),
+        (["--include_own", "False"], "include_own", False),
+        (["--no_gather_bank"], "gather_bank", False),
+        (["--teacher_pooling", "mean"], "teacher_pooling", "mean"),
+        (["--student_pooling", "cls"], "student_pooling", "cls"),
+        (["--relational_weight", "0.5"], "relational_weight", 0.5),
+        (["--teacher_temperature", "5e-2"], "teacher_temperature", 0.05),
+        (["--projection_dim", "64"], "projection_dim", 64),
+        (["--student_projection", "mlp"], "student_projection", "mlp"),
+        (["--teacher_projection", "orthogonal"], "teacher_projection", "orthogonal"),
+        (
+            ["--teacher_model_init_kwargs", '{"revision": "v2", "dtype": "bfloat16"}'],
+            "teacher_model_init_kwargs",
+            {"revision": "v2", "dtype": "bfloat16"},
+        ),
+    ],
+)
+def test_a_setting_comes_from_the_command_line(tmp_path: Path, arguments: list[str], name: str, value: Any) -> None:
+    config = parsed("--output_dir", str(tmp_path), *arguments)
+    assert getattr(config, name) == value
+    assert type(getattr(config, name)) is type(value)
+    assert {other: getattr(config, other) for other in OURS if other != name} == {
+        other: default for other, default in DEFAULTS.items() if other != name
+    }
+
+
+@pytest.mark.parametrize("name", ["relational_loss", "student_projection", "teacher_projection"])
+def test_the_command_line_offers_the_choices_and_refuses_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    with pytest.raises(SystemExit):
+        parsed("--output_dir", str(tmp_path), f"--{name}", "nonsense")
+    complaint = capsys.readouterr().err
+    assert "invalid choice: 'nonsense'" in complaint
+    assert DEFAULTS[name] in complaint
+
+
+def test_the_help_of_the_command_line_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        parsed("--help")
+    shown = capsys.readouterr().out
+    assert [name for name in OURS if f"--{name}" not in shown] == []
+
+
+def test_settings_come_from_a_json_file(tmp_path: Path) -> None:
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps({"output_dir": str(tmp_path), **GIVEN}), encoding="utf-8")
+    (config,) = HfArgumentParser(RelationalDistillationConfig).parse_json_file(str(file))
+    assert {name: getattr(config, name) for name in OURS} == DEFAULTS | GIVEN
+
+
+def test_settings_come_from_a_yaml_file(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(
+        f"output_dir: {tmp_path}\nrelational_weight: 0.5\nbank_size: 128\ninclude_own: false\nprojection_dim: 64\n"
+        "teacher_projection: orthogonal\nteacher_pooling: mean\n"
+        "teacher_model_init_kwargs:\n  revision: main\n  trust_remote_code: false\n",
+        encoding="utf-8",
+    )
+    (config,) = HfArgumentParser(RelationalDistillationConfig).parse_yaml_file(str(file))
+    assert {name: getattr(config, name) for name in OURS} == DEFAULTS | GIVEN
+
+
+def test_a_bank_size_of_auto_comes_from_a_yaml_file(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"output_dir: {tmp_path}\nbank_size: auto\n", encoding="utf-8")
+    (config,) = HfArgumentParser(RelationalDistillationConfig).parse_yaml_file(str(file))
+    assert config.bank_size == "auto"
+
+
+@pytest.mark.parametrize("name", ["task_weight", "kd_temperature", "student_temperature", "teacher_temperature"])
+def test_a_number_in_yaml_may_have_an_exponent_and_no_point(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "settings.yaml"  # 5e-2 is a string in YAML 1.1, which is what the parser reads
+    file.write_text(f"output_dir: {tmp_path}\n{name}: 5e-2\n", encoding="utf-8")
+    (config,) = HfArgumentParser(RelationalDistillationConfig).parse_yaml_file(str(file))
+    assert getattr(config, name) == 0.05
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        *(
+            ({name: value}, f"`{name}` must be positive and finite, got {value}. Try ")
+            for name in ("kd_temperature", "student_temperature", "teacher_temperature")
+            for value in (0.0, -0.1, float("nan"), float("inf"))
+        ),
+        *(
+            ({name: value}, f"`{name}` must be 0 or more and finite, got {value}. Set it to 0 to turn the term off")
+            for name in ("task_weight", "kd_weight", "relational_weight")
+            for value in (-1.0, float("nan"), float("inf"))
+        ),
+        (
+            {"task_weight": 0.0, "kd_weight": 0.0, "relational_weight": 0.0},
+            "`task_weight`, `kd_weight` and `relational_weight` are all 0, so there is nothing to train",
+        ),
+        ({"bank_size": -1}, "`bank_size` must be 0 or more rows, got -1. Try 4096"),
+        ({"bank_size": "-1"}, "`bank_size` must be 0 or more rows, got -1. Try 4096"),
+        ({"bank_size": "many"}, "`bank_size` must be a number of rows or 'auto', got 'many'"),
+        ({"bank_size": "1.5"}, "`bank_size` must be a number of rows or 'auto', got '1.5'"),
+        ({"bank_size": float("nan")}, "`bank_size` must be a number of rows or 'auto', got nan"),
+        ({"bank_size": float("inf")}, "`bank_size` must be a number of rows or 'auto', got inf"),
+        ({"bank_size": 1.5}, "`bank_size` must be a number of rows or 'auto', got 1.5"),
+        ({"bank_size": [128]}, r"`bank_size` must be a number of rows or 'auto', got \[128\]"),
+        ({"bank_size": 0, "include_own": False}, "`include_own=False` needs a bank, got bank_size=0"),
+        ({"projection_dim": 0}, "`projection_dim` must be 1 or more, got 0. Try 128, or leave it out"),
+        ({"projection_dim": -8}, "`projection_dim` must be 1 or more, got -8"),
+        ({"relational_loss": "crd"}, r"`relational_loss` must be one of \['rrd'\], got 'crd'"),
+        ({"student_projection": "deep"}, "`student_projection` must be one of .*'linear', 'mlp', 'none'.*got 'deep'"),
+        ({"teacher_projection": "pca"}, "`teacher_projection` must be one of .*'none', 'orthogonal'.*got 'pca'"),
+        ({"student_pooling": "sum"}, r"`student_pooling` must be one of \['auto', 'cls', .*got 'sum'"),
+        ({"teacher_pooling": "sum"}, r"`teacher_pooling` must be one of \['auto', 'cls', .*got 'sum'"),
+        ({"teacher_pooling": None}, r"`teacher_pooling` must be one of \['auto', 'cls', .*got None"),
+        ({"teacher_model_init_kwargs": "{revision}"}, "`teacher_model_init_kwargs`.*revision"),
+        ({"teacher_model_init_kwargs": '["main"]'}, "`teacher_model_init_kwargs`.*main"),
+    ],
+)
+def test_a_setting_out_of_its_range_is_refused_with_its_name_and_value(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"task_weight": 0.0},
+        {"relational_weight": 0.0},
+        {"task_weight": 0.0, "relational_weight": 0.0, "kd_weight": 1.0},
+        {"bank_size": 0},
+        {"bank_size": 1, "include_own": False},
+        {"projection_dim": 1},
+        {"student_temperature": 0.01},
+    ],
+)
+def test_a_setting_at_the_end_of_its_range_is_taken(tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = settings(tmp_path, **changes)
+    assert {name: getattr(config, name) for name in changes} == changes
+
+
+def test_a_bank_size_of_none_is_auto(tmp_path: Path) -> None:
+    assert settings(tmp_path, bank_size=None).bank_size == "auto"
+
+
+def middle_pool(outputs: Any, attention_mask: Tensor | None) -> Tensor:
+    return outputs.last_hidden_state[:, 2]
+
+
+class Pooling:
+    def __call__(self, outputs: Any, attention_mask: Tensor | None) -> Tensor:
+        return outputs.last_hidden_state[:, 2]
+
+
+@pytest.mark.parametrize(
+    ("pooling", "shown"),
+    [
+        (middle_pool, "middle_pool"),
+        (Pooling(), "Pooling"),
+        (functools.partial(middle_pool), "partial"),
+        (lambda outputs, mask: outputs.last_hidden_state[:, 2], "<lambda>"),
+    ],
+)
+def test_a_callable_pooling_is_written_by_its_name_and_kept_by_the_settings(
+    tmp_path: Path, pooling: Any, shown: str
+) -> None:
+    config = settings(tmp_path, student_pooling=pooling, teacher_pooling=pooling)
+    written = json.loads(json.dumps(config.to_dict()))
+    shared = restored(config.shareable())
+    for name in ("student_pooling", "teacher_pooling"):
+        assert written[name].endswith(shown)
+        assert getattr(shared, name).endswith(shown)
+        assert getattr(config, name) is pooling
+    assert json.loads(config.to_json_string())["student_pooling"].endswith(shown)
+
+
+def restored(config: RelationalDistillationConfig) -> RelationalDistillationConfig:
+    """By the way that `training_args.bin` goes."""
+    buffer = io.BytesIO()
+    torch.save(config, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def test_what_is_shareable_has_every_other_setting_unchanged(tmp_path: Path) -> None:
+    config = settings(tmp_path, **GIVEN, learning_rate=0.5)
+    shared = restored(config.shareable())
+    changed = {"teacher_model_init_kwargs": {"revision": "main", "trust_remote_code": False}}
+    assert {name: getattr(shared, name) for name in OURS} == DEFAULTS | GIVEN | changed
+    assert shared.learning_rate == 0.5
+
+
+def test_the_teachers_token_stays_with_the_settings_alone(tmp_path: Path) -> None:
+    secret = "hf_abcdefghijklmnop"
+    config = settings(tmp_path, teacher_model_init_kwargs={"token": secret, "revision": "main", "dtype": torch.half})
+    buffer = io.BytesIO()
+    torch.save(config.shareable(), buffer)
+    assert secret not in json.dumps(config.to_dict())
+    assert secret not in config.to_json_string()
+    assert secret not in json.dumps(config.to_sanitized_dict())
+    assert secret.encode() not in buffer.getvalue()
+    shown = config.to_dict()["teacher_model_init_kwargs"]
+    assert (shown["token"], shown["revision"]) == ("<TOKEN>", "main")
+    assert shown["dtype"] in ("float16", "torch.float16")
+    assert config.teacher_model_init_kwargs["token"] == secret
+
+
+@pytest.mark.parametrize("show", [str, repr])
+def test_the_teachers_token_is_not_shown_where_the_settings_are_logged(tmp_path: Path, show: Any) -> None:
+    secret = "hf_abcdefghijklmnop"  # the Trainer's own scripts log `f"Training parameters {training_args}"`
+    assert secret not in show(settings(tmp_path, hub_token=secret))
+    assert secret not in show(settings(tmp_path, teacher_model_init_kwargs={"token": secret}))
