@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -19,7 +19,7 @@ _OUTPUT = "_hf_rrd_output"
 _KEEP = "_hf_rrd_keep"
 
 
-def body_of(model: nn.Module) -> PreTrainedModel:
+def body_of(model: nn.Module) -> Any:
     """The part of a model that computes hidden states: `bert` of a `BertForSequenceClassification`.
 
     A headless model is its own body. Looks through PEFT wrappers.
@@ -37,9 +37,21 @@ def body_of(model: nn.Module) -> PreTrainedModel:
         return model.base_model
     if is_headless(model):
         return model
-    # CLIP and SigLIP classifiers keep their body under another name than `base_model_prefix`.
-    inner = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    # CLIP and SigLIP classifiers keep their body under another name than `base_model_prefix`; in 5.0 it is even a
+    # plain module.
+    inner = [child for child in model.children() if isinstance(getattr(child, "config", None), PreTrainedConfig)]
     return inner[0] if len(inner) == 1 else model
+
+
+def main_input_of(body: Any) -> str:
+    """The name of the input that a body reads: `input_ids`, `pixel_values`, `input_values`."""
+    return getattr(body, "main_input_name", "pixel_values")
+
+
+def place_of(body: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a body's inputs belong: the device and the dtype of its first weight in floating point."""
+    weight = next(weight for weight in body.parameters() if weight.is_floating_point())
+    return weight.device, weight.dtype
 
 
 def unwrapped(model: Any) -> Any:
@@ -53,7 +65,7 @@ def is_headless(model: nn.Module) -> bool:
     return any(name in ((known,) if isinstance(known, str) else known) for known in MODEL_MAPPING_NAMES.values())
 
 
-def pooler_for(pooling: str | Callable[..., Any], body: PreTrainedModel) -> Pooler:
+def pooler_for(pooling: str | Callable[..., Any], body: Any) -> Pooler:
     """The pooler that a `*_pooling` setting means for this body.
 
     `"auto"`: the last token of a decoder or of an encoder-decoder, the CLS token of a vision model that has one,
@@ -63,9 +75,9 @@ def pooler_for(pooling: str | Callable[..., Any], body: PreTrainedModel) -> Pool
     return partial(_pool, pooler, body)
 
 
-def _auto_pooler(body: PreTrainedModel) -> Pooler:
+def _auto_pooler(body: Any) -> Pooler:
     family = body.config.model_type
-    reads_text = body.main_input_name == "input_ids"
+    reads_text = main_input_of(body) == "input_ids"
     generates = family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and family not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if reads_text and (generates or (body.config.is_encoder_decoder and hasattr(body, "decoder"))):
         return last_token_pool
@@ -73,7 +85,7 @@ def _auto_pooler(body: PreTrainedModel) -> Pooler:
     return cls_pool if has_cls and not reads_text else mean_pool
 
 
-def _pool(pooler: Pooler, body: PreTrainedModel, outputs: Any, attention_mask: Tensor | None) -> Tensor:
+def _pool(pooler: Pooler, body: Any, outputs: Any, attention_mask: Tensor | None) -> Tensor:
     hidden = getattr(outputs, "last_hidden_state", None)
     if attention_mask is not None and isinstance(hidden, Tensor) and hidden.dim() == 3:
         length = hidden.shape[1]
@@ -83,7 +95,7 @@ def _pool(pooler: Pooler, body: PreTrainedModel, outputs: Any, attention_mask: T
     return pooler(outputs, attention_mask)
 
 
-def embedding_width(pooling: str | Callable[..., Any], body: PreTrainedModel) -> int:
+def embedding_width(pooling: str | Callable[..., Any], body: Any) -> int:
     """The width of a pooled embedding, measured on one blank input.
 
     A config does not say it for all: an OPT may project its output, a Wav2Vec2 may end with an adapter. Where the body
@@ -115,26 +127,27 @@ def embedding_width(pooling: str | Callable[..., Any], body: PreTrainedModel) ->
 
 
 @torch.no_grad()
-def _blank_outputs(body: PreTrainedModel) -> Any:
+def _blank_outputs(body: Any) -> Any:
     """The body's output for one blank input of its kind, or None where it does not take one."""
     training = body.training
     body.eval()
     try:
-        return body(**{body.main_input_name: _blank_input(body).to(body.device)})
+        return body(**{main_input_of(body): _blank_input(body)})
     except Exception:
         return None
     finally:
         body.train(training)
 
 
-def _blank_input(body: PreTrainedModel) -> Tensor:
-    if body.main_input_name == "pixel_values":
+def _blank_input(body: Any) -> Tensor:
+    device, dtype = place_of(body)
+    if main_input_of(body) == "pixel_values":
         size = getattr(body.config, "image_size", 224)
         height, width = (size, size) if isinstance(size, int) else size
-        return torch.zeros(1, getattr(body.config, "num_channels", 3), height, width, dtype=body.dtype)
-    if body.main_input_name == "input_ids":
-        return torch.ones(1, 4, dtype=torch.long)
-    return torch.zeros(1, 16_000, dtype=body.dtype)
+        return torch.zeros(1, getattr(body.config, "num_channels", 3), height, width, dtype=dtype, device=device)
+    if main_input_of(body) == "input_ids":
+        return torch.ones(1, 4, dtype=torch.long, device=device)
+    return torch.zeros(1, 16_000, dtype=dtype, device=device)
 
 
 def watch(body: nn.Module) -> Any:

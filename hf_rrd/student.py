@@ -114,8 +114,8 @@ def check_student(student: nn.Module, task: bool) -> None:
     """Raise a ValueError for a student that cannot give the task loss that it is to learn."""
     if task and is_headless(student):
         raise ValueError(
-            f"`task_weight` is above 0, so the student needs a head: {type(unwrapped(student)).__name__} has none. Load "
-            "it with an AutoModelFor... class, pass a `compute_loss_func`, or set task_weight=0."
+            f"`task_weight` is above 0, so the student needs a head: {type(unwrapped(student)).__name__} has none. "
+            "Load it with an AutoModelFor... class, pass a `compute_loss_func`, or set task_weight=0."
         )
 
 

@@ -15,6 +15,8 @@ from hf_rrd.body import (
     embedding_width,
     is_headless,
     keep_next,
+    main_input_of,
+    place_of,
     pooler_for,
     take_kept,
     unwrapped,
@@ -71,7 +73,7 @@ class Teacher:
             ValueError: The teacher's main input is not among them.
         """
         self.model.eval()
-        main_input = self.body.main_input_name
+        main_input = main_input_of(self.body)
         if main_input not in inputs and "inputs_embeds" not in inputs:
             raise ValueError(
                 f"the teacher needs `{main_input}`, the batch offers it {sorted(inputs)}. Add a column "
@@ -93,8 +95,8 @@ class Teacher:
     def _place_input(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        dtype = self.body.dtype if value.is_floating_point() else None
-        return value.to(device=self.body.device, dtype=dtype)
+        device, dtype = place_of(self.body)
+        return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
 
 
 def teacher_outputs(
