@@ -17,18 +17,21 @@ def relational_alignment(student: Tensor, teacher: Tensor, neighbors: int = 10) 
         neighbors: How many nearest neighbours to compare, at most examples - 1.
 
     Returns:
-        `cka`: linear centred kernel alignment, 0 to 1 (Kornblith et al., arXiv:1905.00414, equation 4).
+        `cka`: linear centred kernel alignment, 0 to 1 (Kornblith et al., arXiv:1905.00414, eq. 4); 0 for a set whose
+            embeddings are all the same.
         `rank_correlation`: Spearman's correlation of all pairwise cosine similarities, -1 to 1; ties keep their order.
         `neighbor_overlap`: the mean share of each example's nearest neighbours (by cosine) that both sets agree on.
 
     Raises:
-        ValueError: The sets differ in length or have fewer than 3 examples.
+        ValueError: The sets differ in length or have fewer than 3 examples, or `neighbors` is below 1.
     """
     if student.dim() != 2 or teacher.dim() != 2 or len(student) != len(teacher) or len(student) < 3:
         raise ValueError(
             "alignment needs two sets of the same 3 or more examples, each (examples, dim), got "
             f"{tuple(student.shape)} and {tuple(teacher.shape)}."
         )
+    if neighbors < 1:
+        raise ValueError(f"`neighbors` must be at least 1, got {neighbors}.")
     student, teacher = student.detach().double(), teacher.detach().double().to(student.device)
     count = len(student)
     neighbors = min(neighbors, count - 1)
@@ -46,7 +49,8 @@ def relational_alignment(student: Tensor, teacher: Tensor, neighbors: int = 10) 
 def _linear_cka(student: Tensor, teacher: Tensor) -> float:
     student, teacher = student - student.mean(0), teacher - teacher.mean(0)
     shared = (student.T @ teacher).square().sum()
-    return float(shared / ((student.T @ student).norm() * (teacher.T @ teacher).norm()))
+    own = (student.T @ student).norm() * (teacher.T @ teacher).norm()
+    return float(shared / own) if own > 0 else 0.0
 
 
 def _ranks(values: Tensor) -> Tensor:

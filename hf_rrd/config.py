@@ -72,7 +72,7 @@ class RelationalDistillationConfig(TrainingArguments):
         default=0.1,
         metadata={
             "help": "Temperature of the student's similarities, positive. Keep it above teacher_temperature: a "
-            "sharper student measured worse."
+            "sharper student was worse in early comparisons."
         },
     )
     teacher_temperature: float = field(
@@ -92,8 +92,8 @@ class RelationalDistillationConfig(TrainingArguments):
     include_own: bool = field(
         default=True,
         metadata={
-            "help": "Whether an example is also compared with its own teacher embedding. Measured better by 0.6 to "
-            "2.6 points of linear probe; turn it off to compare with other examples only."
+            "help": "Whether an example is also compared with its own teacher embedding. Turn it off to "
+            "compare with other examples only, which was worse in early comparisons."
         },
     )
     gather_bank: bool = field(
@@ -107,7 +107,7 @@ class RelationalDistillationConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Width in which teacher and student are compared, 1 or more. Unset: the teacher's own width, "
-            "which measured best. Set it, with teacher_projection, for a smaller bank."
+            "the best in early comparisons. Set it, with teacher_projection, for a smaller bank."
         },
     )
     student_projection: str = field(
@@ -122,7 +122,7 @@ class RelationalDistillationConfig(TrainingArguments):
         default="none",
         metadata={
             "help": "From the teacher's embedding to that width, frozen: 'none' keeps it, 'orthogonal' is a random "
-            "projection to projection_dim, which loses neighbours (38 percent of ten kept from 384 to 128).",
+            "projection to projection_dim, which changes who is near whom: for a bank too large otherwise.",
             "choices": list(TEACHER_PROJECTIONS),
         },
     )

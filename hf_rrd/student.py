@@ -6,7 +6,6 @@ forward asks for the embedding; without it the student behaves as if there were 
 
 import dataclasses
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -157,13 +156,16 @@ def _add_embedding(student: nn.Module, args: Any, kwargs: dict[str, Any], output
         raise ValueError(f"the student must return a ModelOutput, got {type(outputs).__name__}. Set return_dict=True.")
     head = head_of(student)
     embedding = head(head.pool(take_kept(body_of(student)), kwargs.get("attention_mask")))
-    extended: Any = type(outputs)
-    return _with_embedding(extended)(**dict(outputs.items()), **{EMBEDDING: embedding})
+    return _with_embedding(type(outputs))(**dict(outputs.items()), **{EMBEDDING: embedding})
 
 
-@cache
-def _with_embedding(output_class: Any) -> Any:
+_EXTENDED: dict[type, Any] = {}
+
+
+def _with_embedding(output_class: type) -> Any:
     # DistributedDataParallel rebuilds an output as `cls(**items)`: one more key has to be a field of the class.
-    return dataclasses.make_dataclass(
-        f"{output_class.__name__}WithEmbedding", [(EMBEDDING, object, None)], bases=(output_class,)
-    )
+    if output_class not in _EXTENDED:
+        _EXTENDED[output_class] = dataclasses.make_dataclass(
+            f"{output_class.__name__}WithEmbedding", [(EMBEDDING, object, None)], bases=(output_class,)
+        )
+    return _EXTENDED[output_class]

@@ -39,7 +39,8 @@ class Teacher:
     """A frozen model that gives pooled embeddings and logits.
 
     Args:
-        model: Any transformers model with a body, with or without a head. Its parameters are frozen.
+        model: Any transformers model with a body, with or without a head; any module that returns logits where no
+            embedding is wanted. Its parameters are frozen.
         pooling: A key of `POOLERS`, "auto" or a callable.
         wants_embedding: Whether to pool the body's output at all.
     """
@@ -47,10 +48,11 @@ class Teacher:
     def __init__(self, model: nn.Module, pooling: str | Callable[..., Any], wants_embedding: bool) -> None:
         self.model = model.requires_grad_(False).eval()
         self.columns = forward_columns(model)
-        self.body = body_of(model)
-        self.width = embedding_width(pooling, self.body) if wants_embedding else None
-        self._pool = pooler_for(pooling, self.body)
+        self.body = body_of(model) if wants_embedding else unwrapped(model)
+        self.width: int | None = None
         if wants_embedding:
+            self.width = embedding_width(pooling, self.body)
+            self._pool = pooler_for(pooling, self.body)
             watch(self.body)
 
     def place(self, device: torch.device) -> None:

@@ -126,3 +126,12 @@ def test_sets_that_cannot_be_compared_are_an_error_that_gives_their_shapes(
 ) -> None:
     with pytest.raises(ValueError, match=f"two sets of the same 3 or more examples.* got {shapes}"):
         relational_alignment(torch.randn(student), torch.randn(teacher))
+
+
+def test_a_collapsed_set_is_aligned_with_nothing() -> None:
+    assert relational_alignment(torch.ones(5, 3), torch.randn(5, 3))["cka"] == 0.0
+
+
+def test_fewer_than_one_neighbor_is_refused() -> None:
+    with pytest.raises(ValueError, match="`neighbors` must be at least 1, got 0"):
+        relational_alignment(torch.randn(5, 3), torch.randn(5, 3), neighbors=0)

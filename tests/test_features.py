@@ -693,3 +693,18 @@ def test_detached_head_leaves_the_student_as_it_was(tmp_path: Path) -> None:
         "_keys_to_ignore_on_save",
         "_is_accelerate_prepared",
     }  # a None of ours, a mark of accelerate's
+
+
+def test_a_teacher_of_logits_alone_may_be_any_module(tmp_path: Path) -> None:
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(3 * 16 * 16, 4)
+
+        def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"logits": self.layer(pixel_values.flatten(1))}
+
+    run = trainer(tmp_path, teacher=Logits(), relational_weight=0.0, kd_weight=1.0)
+    run.train()
+    assert run.state.log_history[0]["kd_loss"] > 0
+    assert "relational_loss" not in run.state.log_history[0]
