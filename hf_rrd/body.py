@@ -33,6 +33,14 @@ def body_of(model: nn.Module) -> Any:
             f"the model needs a body that returns hidden states, got {type(model).__name__}, which is not a "
             "transformers model. Use a PreTrainedModel (any AutoModelFor...) or a PEFT model around one."
         )
+    name = type(model).__name__
+    if name.endswith("ForConditionalGeneration") and model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{name} is not supported: its decoder's states have no mask of their own. Use the family's encoder or "
+            "its classifier as the model."
+        )
+    if name.endswith("ForCausalLM") and hasattr(model.base_model, "decoder"):
+        return model.base_model.decoder  # OPT, BART and their kin call it directly
     if model.base_model is not model:
         return model.base_model
     if is_headless(model):
@@ -170,4 +178,6 @@ def keep_next(body: nn.Module) -> None:
 
 def take_kept(body: nn.Module) -> Any:
     """The output that the body kept, once."""
+    if _OUTPUT not in body.__dict__:
+        raise ValueError(f"the model computes its output without calling its body, {type(body).__name__} as a whole.")
     return body.__dict__.pop(_OUTPUT)

@@ -94,11 +94,12 @@ def last_complete_checkpoint(folder: str) -> str | None:
 
 
 def load_student(model: Any, folder: str, head: str) -> None:
-    """Load a checkpoint's weights into a student in place.
+    """Load a checkpoint's weights into a student in place, each into its own dtype.
 
-    By way of `from_pretrained`: transformers writes some families under other names than their modules have, and its
-    Trainer loads them unconverted and not strictly (5.23, not 5.0: huggingface/transformers#43701 and #48805),
-    so that most of a ViT would silently keep the weights it had.
+    Where they have the names of the student's modules, as they are. Otherwise by way of `from_pretrained`:
+    transformers writes some families under other names, and its Trainer loads them unconverted and not strictly
+    (5.23, not 5.0: huggingface/transformers#43701 and #48805), so that most of a ViT would silently keep the weights
+    it had.
 
     Args:
         model: The student.
@@ -108,19 +109,28 @@ def load_student(model: Any, folder: str, head: str) -> None:
     Raises:
         ValueError: The checkpoint lacks a weight of the student or has one too many.
     """
+    own = {name: weight for name, weight in model.state_dict().items() if not name.startswith(head + ".")}
+    path = Path(folder, "model.safetensors")
+    saved = load_file(path) if path.is_file() else {}
+    stored = {own[name].data_ptr() for name in saved if name in own}
+    same_names = all(name in saved or weight.data_ptr() in stored for name, weight in own.items())  # tied ones once
+    if same_names and all(name in own and own[name].shape == weight.shape for name, weight in saved.items()):
+        model.load_state_dict(saved, strict=False)
+        return
     with torch.random.fork_rng(devices=[]):  # a model starts from random weights before they are loaded
-        saved, loading = type(model).from_pretrained(
+        loaded, loading = type(model).from_pretrained(
             folder,
             config=model.config,
-            dtype=model.dtype,
+            dtype=torch.promote_types(model.dtype, torch.float32),  # holds what any of the weights was saved in
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported below, with the others
         )
-    result = model.load_state_dict(saved.state_dict(), strict=False)
-    missing = [*loading["missing_keys"], *(name for name in result.missing_keys if not name.startswith(head + "."))]
-    unknown = [*loading["unexpected_keys"], *loading["mismatched_keys"], *result.unexpected_keys]
+    weights = loaded.state_dict()
+    missing = [*loading["missing_keys"], *(own.keys() - weights.keys())]
+    unknown = [*loading["unexpected_keys"], *loading["mismatched_keys"], *(weights.keys() - own.keys())]
     if missing or unknown:
         raise ValueError(
             f"{folder} does not hold this student: {len(missing)} weights are missing ({missing[:3]}), "
             f"{len(unknown)} are unknown or of another shape ({unknown[:3]})."
         )
+    model.load_state_dict(weights, strict=False)

@@ -92,8 +92,8 @@ class RelationalDistillationConfig(TrainingArguments):
     include_own: bool = field(
         default=True,
         metadata={
-            "help": "Whether an example is also compared with its own teacher embedding. Turn it off to "
-            "compare with other examples only, which was worse in early comparisons."
+            "help": "Whether an example is also compared with its own teacher embedding. Turn it off to compare with "
+            "other examples only, which was worse in early comparisons."
         },
     )
     gather_bank: bool = field(
@@ -106,8 +106,8 @@ class RelationalDistillationConfig(TrainingArguments):
     projection_dim: int | None = field(
         default=None,
         metadata={
-            "help": "Width in which teacher and student are compared, 1 or more. Unset: the teacher's own width, "
-            "the best in early comparisons. Set it, with teacher_projection, for a smaller bank."
+            "help": "Width in which teacher and student are compared, 1 or more. Unset: the teacher's own width, the "
+            "best in early comparisons. Set it, with teacher_projection, for a smaller bank."
         },
     )
     student_projection: str = field(
@@ -180,6 +180,13 @@ class RelationalDistillationConfig(TrainingArguments):
                 "`include_own=False` needs a bank, got bank_size=0: within a micro-batch each example finds its own "
                 "key. Set bank_size above 0."
             )
+        if self.bank_size == 1 and not self.include_own:
+            raise ValueError("`bank_size=1` without `include_own` leaves nothing to tell apart: the loss is always 0.")
+        if self.bank_size == 0 and self.per_device_train_batch_size == 1 and self.relational_weight > 0:
+            raise ValueError(
+                "`bank_size=0` compares within the micro-batch, and `per_device_train_batch_size` is 1: the "
+                "relational loss is always 0. Set bank_size above 0."
+            )
         if self.projection_dim is not None and self.projection_dim < 1:
             raise ValueError(
                 f"`projection_dim` must be 1 or more, got {self.projection_dim}. Try 128, or leave it out."
@@ -217,6 +224,13 @@ class RelationalDistillationConfig(TrainingArguments):
         return shared
 
 
+def bank_rows(bank_size: Any, train_dataset: Any) -> int:
+    """The rows that a `bank_size` comes to for a training set."""
+    if bank_size != "auto":
+        return int(bank_size)
+    return min(AUTO_BANK_SIZE, len(train_dataset)) if hasattr(train_dataset, "__len__") else AUTO_BANK_SIZE
+
+
 def _number(name: str, value: Any) -> float:
     try:
         return float(value)  # YAML reads 1e-2, without a point, as a string
@@ -229,7 +243,7 @@ def _bank_size(value: int | str | None) -> int | str:
         return "auto"
     try:
         size = int(value)
-        whole = isinstance(value, str) or size == value
+        whole = not isinstance(value, bool) and (isinstance(value, str) or size == value)
     except (TypeError, ValueError, OverflowError):
         whole = False
     if not whole:

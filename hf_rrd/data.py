@@ -12,8 +12,11 @@ from transformers import (
     SequenceFeatureExtractor,
     default_data_collator,
 )
+from transformers.utils import logging
 
 from hf_rrd.body import unwrapped
+
+logger = logging.get_logger(__name__)
 
 TEACHER_PREFIX = "teacher_"
 """Columns with this prefix reach the teacher, without it."""
@@ -75,8 +78,9 @@ def is_teacher_input(name: str) -> bool:
 
 
 def forward_columns(model: nn.Module) -> list[str]:
-    """The names of a model's forward arguments."""
-    return list(inspect.signature(unwrapped(model).forward).parameters)
+    """The names of a model's forward arguments; none for a forward that takes `**kwargs` alone, and so anything."""
+    parameters = inspect.signature(unwrapped(model).forward).parameters.values()
+    return [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
 
 
 def teacher_inputs(inputs: Mapping[str, Any], accepted: list[str]) -> dict[str, Any]:
@@ -87,9 +91,12 @@ def teacher_inputs(inputs: Mapping[str, Any], accepted: list[str]) -> dict[str, 
         inputs: The batch.
         accepted: `forward_columns` of the teacher.
     """
-    own = {name.removeprefix(TEACHER_PREFIX): value for name, value in inputs.items() if is_teacher_input(name)}
+    prefixed = {name.removeprefix(TEACHER_PREFIX): value for name, value in inputs.items() if is_teacher_input(name)}
+    own = {name: value for name, value in prefixed.items() if name in accepted or not accepted}
     # Labels stay away: the teacher's loss is nobody's, and its classes may differ.
-    shared = {name: value for name, value in inputs.items() if name in accepted and "label" not in name}
+    shared = {
+        name: value for name, value in inputs.items() if (name in accepted or not accepted) and "label" not in name
+    }
     return own or shared
 
 
@@ -98,7 +105,7 @@ def student_inputs(inputs: Mapping[str, Any], accepted: list[str], teacher_accep
     return {
         name: value
         for name, value in inputs.items()
-        if not name.startswith(TEACHER_PREFIX) and (name in accepted or name not in teacher_accepted)
+        if not name.startswith(TEACHER_PREFIX) and (name in accepted or not accepted or name not in teacher_accepted)
     }
 
 
@@ -139,4 +146,16 @@ def check_labels(dataset: Any, label_names: list[str]) -> None:
         raise ValueError(
             f"`task_weight` is above 0, so the training set needs labels: none of {sorted(names)} is among its "
             f"columns {sorted(columns)}. Add them, or set task_weight=0 to train without labels."
+        )
+
+
+def warn_of_shared_tokens(student: nn.Module, teacher: nn.Module, dataset: Any) -> None:
+    """Warn where a teacher would read the student's `input_ids` and has another vocabulary."""
+    columns = column_names(dataset)
+    sizes = [getattr(getattr(unwrapped(model), "config", None), "vocab_size", None) for model in (student, teacher)]
+    reads_own = columns is None or any(is_teacher_input(name) for name in columns)
+    if not reads_own and columns is not None and "input_ids" in columns and None not in sizes and sizes[0] != sizes[1]:
+        logger.warning(
+            f"The teacher reads the student's `input_ids`, but their vocabularies differ ({sizes[1]} and {sizes[0]} "
+            "tokens). With another tokenizer, give the teacher a column `teacher_input_ids`."
         )

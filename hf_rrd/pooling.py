@@ -24,7 +24,8 @@ def mean_pool(outputs: Any, attention_mask: Tensor | None = None) -> Tensor:
     if attention_mask is None:
         return hidden.mean(1)
     mask = _checked_mask(attention_mask, hidden).to(hidden.dtype).unsqueeze(-1)  # (batch, length, 1)
-    return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+    wide = torch.promote_types(hidden.dtype, torch.float32)  # a sum over tokens overflows float16
+    return ((hidden * mask).sum(1, dtype=wide) / mask.sum(1, dtype=wide).clamp(min=1)).to(hidden.dtype)
 
 
 def max_pool(outputs: Any, attention_mask: Tensor | None = None) -> Tensor:

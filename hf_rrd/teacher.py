@@ -119,8 +119,8 @@ def teacher_outputs(
         logits = computed.logits if wants_logits and logits is None else logits
         if wants_logits and logits is None:
             raise ValueError(
-                "`kd_weight` is above 0, and the teacher returns no logits. Load it with an AutoModelFor... class, or "
-                "set kd_weight=0."
+                "`kd_weight` is above 0, and the teacher returns no logits. Load it with an AutoModelFor... class, "
+                "or set kd_weight=0."
             )
     return TeacherOutputs(embedding, logits)
 
@@ -187,7 +187,8 @@ class FiniteCheck:
         """Raises:
         ValueError: An output was not finite; it says which, and at which step.
         """
-        for name, first in self._first_step.items():
+        found, self._first_step = self._first_step, {}  # read once: what comes later may be in order again
+        for name, first in found.items():
             step = int(first)
             if step >= 0:
                 raise ValueError(
@@ -212,6 +213,15 @@ def check_teacher(teacher: nn.Module, student: nn.Module, kd: bool) -> None:
         )
     if not kd:
         return
+    for model in (teacher, student):
+        config = getattr(unwrapped(model), "config", None)
+        kind = getattr(config, "problem_type", None)
+        if kind in ("regression", "multi_label_classification") or getattr(config, "num_labels", 2) == 1:
+            raise ValueError(
+                "`kd_weight` is above 0, and distillation on logits compares softmax probabilities of 2 or more "
+                "classes: "
+                f"{type(model).__name__} has {config.num_labels} and the problem_type {kind!r}. Set kd_weight=0."  # type: ignore[union-attr]
+            )
     if is_headless(teacher):
         raise ValueError(
             f"`kd_weight` is above 0, so the teacher needs logits: {type(teacher).__name__} has no head. Load it "

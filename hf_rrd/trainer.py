@@ -21,7 +21,7 @@ from hf_rrd.checkpoint import (
     load_student,
     save_sidecar,
 )
-from hf_rrd.config import AUTO_BANK_SIZE, RelationalDistillationConfig
+from hf_rrd.config import RelationalDistillationConfig, bank_rows
 from hf_rrd.data import (
     TEACHER_PREFIX,
     DataCollatorForDistillation,
@@ -30,10 +30,11 @@ from hf_rrd.data import (
     check_labels,
     forward_columns,
     student_inputs,
+    warn_of_shared_tokens,
 )
 from hf_rrd.feature_bank import FeatureBank
 from hf_rrd.objective import DistillationObjective
-from hf_rrd.student import HEAD, WITH_EMBEDDING, attach_head, check_student, head_of, split_embedding
+from hf_rrd.student import HEAD, WITH_EMBEDDING, attach_head, check_student, detach_head, head_of, split_embedding
 from hf_rrd.teacher import (
     FiniteCheck,
     Teacher,
@@ -111,18 +112,23 @@ class RelationalDistillationTrainer(Trainer):
         args = RelationalDistillationConfig(output_dir="tmp_trainer") if args is None else args
         if not isinstance(args, RelationalDistillationConfig):
             raise TypeError(f"`args` must be a RelationalDistillationConfig, got {type(args).__name__}.")
+        if isinstance(model, str):
+            raise TypeError(f"`model` must be a model, got {model!r}. Load it with from_pretrained.")
         check_dataset("train_dataset", train_dataset)
         check_dataset("eval_dataset", eval_dataset)
         label_names = args.label_names or (find_labels(type(unwrapped(model))) if model is not None else None)
         if args.task_weight > 0 and train_dataset is not None and data_collator is None and label_names:
             check_labels(train_dataset, label_names)
         self._wants_embedding, self._wants_logits = args.relational_weight > 0, args.kd_weight > 0
+        self._has_loss_func = compute_loss_func is not None
         self._prepare_teacher(teacher, args, train_dataset, model)
+        if self.teacher is not None and model is not None and data_collator is None and train_dataset is not None:
+            warn_of_shared_tokens(model, self.teacher, train_dataset)
         self._terms = TermLog()
         self._resumed: tuple[Tensor, int] | None = None
         self._examples_in_step, self._micro_batches = 0, 1
         if model is not None:
-            check_student(model, task=args.task_weight > 0 and compute_loss_func is None)
+            check_student(model, task=args.task_weight > 0 and not self._has_loss_func)
             self._attach_head(model, args)
         super().__init__(
             model=model,
@@ -173,10 +179,7 @@ class RelationalDistillationTrainer(Trainer):
                     "training set with a `teacher_embedding` column. Got neither. relational_weight=0 does without."
                 )
             self._projection = TeacherProjection(width, args.projection_dim, args.teacher_projection, args.seed)
-            size = args.bank_size
-            if size == "auto":
-                size = min(AUTO_BANK_SIZE, len(train_dataset) if hasattr(train_dataset, "__len__") else AUTO_BANK_SIZE)
-            bank = FeatureBank(size, self._projection.dim)
+            bank = FeatureBank(bank_rows(args.bank_size, train_dataset), self._projection.dim)
         elif needed and self._teacher is None and train_dataset is not None:
             if "teacher_logits" not in next(iter(train_dataset), {}):
                 raise ValueError(
@@ -196,16 +199,39 @@ class RelationalDistillationTrainer(Trainer):
         )
 
     def _attach_head(self, student: nn.Module, args: RelationalDistillationConfig) -> None:
-        if self._projection is not None:
-            attach_head(student, self._projection.dim, args.student_projection, args.student_pooling, args.seed)
+        self._head = None
+        if self._projection is None:
+            detach_head(student)  # of an earlier trainer
+        else:
+            self._head = attach_head(
+                student, self._projection.dim, args.student_projection, args.student_pooling, args.seed
+            )
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A new student, with a head."""
         student = super().call_model_init(trial)
+        check_student(student, task=self.args.task_weight > 0 and not self._has_loss_func)
         if self.teacher is not None:
             check_teacher(self.teacher, student, self._wants_logits)
         self._attach_head(student, self.args)
         return student
+
+    def _apply_settings(self) -> None:
+        """Take over settings that were changed after construction, as a hyperparameter search does."""
+        self.args._validate()
+        if (self._wants_embedding, self._wants_logits) != (self.args.relational_weight > 0, self.args.kd_weight > 0):
+            raise ValueError(
+                "`relational_weight` and `kd_weight` cannot go from 0 to above 0 or back after construction, got "
+                f"{self.args.relational_weight} and {self.args.kd_weight}. Make a new trainer."
+            )
+        for name in DistillationObjective.__dataclass_fields__.keys() - {"bank"}:
+            setattr(self.objective, name, getattr(self.args, name))
+        if self.objective.bank is not None:
+            self.objective.bank.size = bank_rows(self.args.bank_size, self.train_dataset)
+        if head_of(self._unwrapped_student()) is not self._head:
+            raise ValueError(
+                "another trainer has taken this student over: its head is not this trainer's. Make a new one."
+            )
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the teacher's columns too: its own, those that it shares, and its cached outputs."""
@@ -310,6 +336,7 @@ class RelationalDistillationTrainer(Trainer):
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
         # Also after `auto_find_batch_size` ran out of memory in the middle of a step.
         self.objective.reset()
+        self._apply_settings()
         self._finite = FiniteCheck()
         self._terms, self._resumed = TermLog(), None
         return super()._inner_training_loop(batch_size, *args, **kwargs)
@@ -357,7 +384,7 @@ class RelationalDistillationTrainer(Trainer):
         """As in `Trainer`; without labels it still gives the loss when that needs none (`task_weight=0`)."""
         has_labels = any(inputs.get(name) is not None for name in self.label_names)
         has_teacher = self._teacher is not None or "teacher_embedding" in inputs or "teacher_logits" in inputs
-        if has_labels or not self.label_names:
+        if has_labels or (not self.label_names and self.args.task_weight > 0):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if self.args.task_weight > 0 or not has_teacher:  # a plain prediction: the teacher has nothing to do
             accepted = self._teacher.columns if self._teacher is not None else []

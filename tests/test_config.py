@@ -210,7 +210,7 @@ def test_a_setting_out_of_its_range_is_refused_with_its_name_and_value(
         {"relational_weight": 0.0},
         {"task_weight": 0.0, "relational_weight": 0.0, "kd_weight": 1.0},
         {"bank_size": 0},
-        {"bank_size": 1, "include_own": False},
+        {"bank_size": 2, "include_own": False},
         {"projection_dim": 1},
         {"student_temperature": 0.01},
     ],

@@ -169,7 +169,7 @@ def test_the_collator_shows_the_students_tokenizer_alone() -> None:
         ({"input_ids": 1, "attention_mask": 2, "labels": 3}, {"input_ids": 1, "attention_mask": 2}),
         ({"input_ids": 1, "special": 2, "label": 3, "label_ids": 4}, {"input_ids": 1}),
         ({"input_ids": 1, "teacher_input_ids": 2}, {"input_ids": 2}),
-        ({"input_ids": 1, "attention_mask": 3, "teacher_pixel_values": 2}, {"pixel_values": 2}),
+        ({"input_ids": 1, "attention_mask": 3, "teacher_id": 2}, {"input_ids": 1, "attention_mask": 3}),
         ({"input_ids": 1, "teacher_embedding": 2, "teacher_logits": 3}, {"input_ids": 1}),
         ({"teacher_embedding": 2, "teacher_input_ids": 3}, {"input_ids": 3}),
         ({"pixel_values": 1}, {}),
