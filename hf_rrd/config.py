@@ -154,10 +154,11 @@ class RelationalDistillationConfig(TrainingArguments):
             setattr(self, name, _number(name, getattr(self, name)))
         self.bank_size = _bank_size(self.bank_size)
         self.teacher_model_init_kwargs = _init_kwargs(self.teacher_model_init_kwargs)
-        self._validate()
+        self.validate()
         super().__post_init__()
 
-    def _validate(self) -> None:
+    def validate(self) -> None:
+        """Raise a ValueError for a setting out of its range; the trainer asks again when a training starts."""
         for name, advice in TEMPERATURES.items():
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):

@@ -84,8 +84,7 @@ def forward_columns(model: nn.Module) -> list[str]:
 
 
 def teacher_inputs(inputs: Mapping[str, Any], accepted: list[str]) -> dict[str, Any]:
-    """What the teacher sees of a batch: the `teacher_` columns where there are any, otherwise what it shares with the
-    student.
+    """What the teacher sees of a batch: its `teacher_` columns, or without any what it shares with the student.
 
     Args:
         inputs: The batch.
@@ -94,10 +93,11 @@ def teacher_inputs(inputs: Mapping[str, Any], accepted: list[str]) -> dict[str, 
     prefixed = {name.removeprefix(TEACHER_PREFIX): value for name, value in inputs.items() if is_teacher_input(name)}
     own = {name: value for name, value in prefixed.items() if name in accepted or not accepted}
     # Labels stay away: the teacher's loss is nobody's, and its classes may differ.
-    shared = {
-        name: value for name, value in inputs.items() if (name in accepted or not accepted) and "label" not in name
+    return own or {
+        name: value
+        for name, value in inputs.items()
+        if (name in accepted or not accepted) and "label" not in name and not name.startswith(TEACHER_PREFIX)
     }
-    return own or shared
 
 
 def student_inputs(inputs: Mapping[str, Any], accepted: list[str], teacher_accepted: list[str]) -> dict[str, Any]:

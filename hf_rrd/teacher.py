@@ -218,8 +218,7 @@ def check_teacher(teacher: nn.Module, student: nn.Module, kd: bool) -> None:
         kind = getattr(config, "problem_type", None)
         if kind in ("regression", "multi_label_classification") or getattr(config, "num_labels", 2) == 1:
             raise ValueError(
-                "`kd_weight` is above 0, and distillation on logits compares softmax probabilities of 2 or more "
-                "classes: "
+                "`kd_weight` is above 0, and distillation on logits compares probabilities of 2 or more classes: "
                 f"{type(model).__name__} has {config.num_labels} and the problem_type {kind!r}. Set kd_weight=0."  # type: ignore[union-attr]
             )
     if is_headless(teacher):

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -186,17 +187,7 @@ class RelationalDistillationTrainer(Trainer):
                     "`kd_weight` is above 0, so a teacher is needed: pass `teacher=` a model, a Hub name or a "
                     "folder, or a training set with a `teacher_logits` column. Got neither."
                 )
-        self.objective = DistillationObjective(
-            task_weight=args.task_weight,
-            kd_weight=args.kd_weight,
-            kd_temperature=args.kd_temperature,
-            relational_weight=args.relational_weight,
-            relational_loss=args.relational_loss,
-            student_temperature=args.student_temperature,
-            teacher_temperature=args.teacher_temperature,
-            include_own=args.include_own,
-            bank=bank,
-        )
+        self.objective = DistillationObjective(**_objective_settings(args), bank=bank)
 
     def _attach_head(self, student: nn.Module, args: RelationalDistillationConfig) -> None:
         self._head = None
@@ -218,14 +209,14 @@ class RelationalDistillationTrainer(Trainer):
 
     def _apply_settings(self) -> None:
         """Take over settings that were changed after construction, as a hyperparameter search does."""
-        self.args._validate()
+        self.args.validate()
         if (self._wants_embedding, self._wants_logits) != (self.args.relational_weight > 0, self.args.kd_weight > 0):
             raise ValueError(
                 "`relational_weight` and `kd_weight` cannot go from 0 to above 0 or back after construction, got "
                 f"{self.args.relational_weight} and {self.args.kd_weight}. Make a new trainer."
             )
-        for name in DistillationObjective.__dataclass_fields__.keys() - {"bank"}:
-            setattr(self.objective, name, getattr(self.args, name))
+        for name, value in _objective_settings(self.args).items():
+            setattr(self.objective, name, value)
         if self.objective.bank is not None:
             self.objective.bank.size = bank_rows(self.args.bank_size, self.train_dataset)
         if head_of(self._unwrapped_student()) is not self._head:
@@ -510,3 +501,9 @@ class RelationalDistillationTrainer(Trainer):
         if self.accelerator.num_processes == 1:
             return values
         return self.accelerator.reduce(values.to(self.args.device), "mean")
+
+
+def _objective_settings(args: RelationalDistillationConfig) -> dict[str, Any]:
+    """The settings that the objective reads, by their common names."""
+    names = [each.name for each in fields(DistillationObjective) if each.name != "bank"]
+    return {name: getattr(args, name) for name in names}
