@@ -1,10 +1,20 @@
 """Relational Representation Distillation (arXiv:2407.12073) for the Hugging Face Trainer."""
 
 from hf_rrd.alignment import relational_alignment
+from hf_rrd.batch_losses import (
+    correlation_congruence_loss,
+    cosine_loss,
+    mse_loss,
+    pkt_loss,
+    rkd_angle_loss,
+    rkd_distance_loss,
+    similarity_preserving_loss,
+)
 from hf_rrd.config import RelationalDistillationConfig
 from hf_rrd.data import DataCollatorForDistillation
 from hf_rrd.feature_bank import FeatureBank
-from hf_rrd.losses import logit_loss, relational_loss
+from hf_rrd.initialization import Initialization, student_from_teacher
+from hf_rrd.losses import infonce_loss, logit_loss, relational_loss
 from hf_rrd.trainer import RelationalDistillationTrainer
 
 __version__ = "0.1.0"
@@ -12,9 +22,19 @@ __version__ = "0.1.0"
 __all__ = [
     "DataCollatorForDistillation",
     "FeatureBank",
+    "Initialization",
     "RelationalDistillationConfig",
     "RelationalDistillationTrainer",
+    "correlation_congruence_loss",
+    "cosine_loss",
+    "infonce_loss",
     "logit_loss",
+    "mse_loss",
+    "pkt_loss",
     "relational_alignment",
     "relational_loss",
+    "rkd_angle_loss",
+    "rkd_distance_loss",
+    "similarity_preserving_loss",
+    "student_from_teacher",
 ]

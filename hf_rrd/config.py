@@ -9,10 +9,11 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from hf_rrd.batch_losses import BATCH_LOSSES
 from hf_rrd.objective import RELATIONAL_LOSSES
 from hf_rrd.pooling import POOLERS
 from hf_rrd.student import STUDENT_PROJECTIONS
-from hf_rrd.teacher import TEACHER_PROJECTIONS
+from hf_rrd.teacher import MEASURED_PROJECTIONS, TEACHER_PROJECTIONS
 
 AUTO_BANK_SIZE = 4096
 """What `bank_size="auto"` comes to, or the size of the training set where that is smaller."""
@@ -64,7 +65,8 @@ class RelationalDistillationConfig(TrainingArguments):
         default="rrd",
         metadata={
             "help": "Which relational loss, by name. 'rrd': cross-entropy between the teacher's and the student's "
-            "distribution of similarity over the bank.",
+            "distribution of similarity over the bank; 'infonce': each example finds its own teacher embedding in the "
+            "bank; the others compare within the micro-batch, and each wants a relational_weight of its own.",
             "choices": list(RELATIONAL_LOSSES),
         },
     )
@@ -80,6 +82,14 @@ class RelationalDistillationConfig(TrainingArguments):
         metadata={
             "help": "Temperature of the teacher's similarities, positive. Lower it for a teacher whose embeddings "
             "are all alike; near 0 each example has only itself to match."
+        },
+    )
+    teacher_perplexity: float | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of teacher_temperature: how many rows of the bank each example's target is spread over, "
+            "above 1, half of it beside the example's own key. Set it where teacher_perplexity in the log stays near "
+            "1, or to be spared the choice of a temperature."
         },
     )
     bank_size: int | str | None = field(
@@ -121,9 +131,17 @@ class RelationalDistillationConfig(TrainingArguments):
     teacher_projection: str = field(
         default="none",
         metadata={
-            "help": "From the teacher's embedding to that width, frozen: 'none' keeps it, 'orthogonal' is a random "
-            "projection to projection_dim, which changes who is near whom: for a bank too large otherwise.",
+            "help": "From the teacher's embedding to that width, frozen: 'none' keeps it, 'center' takes the mean "
+            "off, 'pca' projects to projection_dim for a smaller bank; 'orthogonal' and 'centered_orthogonal' do so "
+            "at random, which loses neighbours.",
             "choices": list(TEACHER_PROJECTIONS),
+        },
+    )
+    calibration_examples: int = field(
+        default=4096,
+        metadata={
+            "help": "Training examples whose teacher embeddings are computed before the first step, to measure the "
+            "teacher_projection and to fill the bank, 0 or more. 0 starts with an empty bank."
         },
     )
     student_pooling: str = field(
@@ -152,6 +170,8 @@ class RelationalDistillationConfig(TrainingArguments):
     def __post_init__(self) -> None:
         for name in (*WEIGHTS, *TEMPERATURES):
             setattr(self, name, _number(name, getattr(self, name)))
+        if self.teacher_perplexity is not None:
+            self.teacher_perplexity = _number("teacher_perplexity", self.teacher_perplexity)
         self.bank_size = _bank_size(self.bank_size)
         self.teacher_model_init_kwargs = _init_kwargs(self.teacher_model_init_kwargs)
         self.validate()
@@ -174,6 +194,42 @@ class RelationalDistillationConfig(TrainingArguments):
                 "`task_weight`, `kd_weight` and `relational_weight` are all 0, so there is nothing to train. Set at "
                 "least one above 0."
             )
+        self._validate_bank()
+        if self.projection_dim is not None and self.projection_dim < 1:
+            raise ValueError(
+                f"`projection_dim` must be 1 or more, got {self.projection_dim}. Try 128, or leave it out."
+            )
+        _check_choice("relational_loss", self.relational_loss, list(RELATIONAL_LOSSES))
+        _check_choice("student_projection", self.student_projection, list(STUDENT_PROJECTIONS))
+        _check_choice("teacher_projection", self.teacher_projection, list(TEACHER_PROJECTIONS))
+        for name in ("student_pooling", "teacher_pooling"):
+            if not callable(getattr(self, name)):
+                _check_choice(name, getattr(self, name), ["auto", *POOLERS])
+        if isinstance(self.calibration_examples, bool) or not isinstance(self.calibration_examples, int):
+            raise ValueError(f"`calibration_examples` must be a whole number, got {self.calibration_examples!r}.")
+        if self.calibration_examples < 0:
+            raise ValueError(f"`calibration_examples` must be 0 or more, got {self.calibration_examples}. Try 4096.")
+        if self.calibration_examples == 0 and self.teacher_projection in MEASURED_PROJECTIONS:
+            raise ValueError(
+                f"teacher_projection={self.teacher_projection!r} is measured on training examples, and "
+                "`calibration_examples` is 0. Set it to some thousand."
+            )
+        if self.teacher_projection == "pca" and self.projection_dim is None:
+            raise ValueError("teacher_projection='pca' needs a `projection_dim`, got None. Try 128.")
+
+    def _validate_bank(self) -> None:
+        perplexity = self.teacher_perplexity
+        if perplexity is not None:
+            if not (perplexity > 1 and math.isfinite(perplexity)):
+                raise ValueError(f"`teacher_perplexity` must be above 1 and finite, got {perplexity}. Try 20.")
+            if self.relational_loss != "rrd":
+                raise ValueError(f"`teacher_perplexity` is for relational_loss='rrd', got {self.relational_loss!r}.")
+            if isinstance(self.bank_size, int) and self.bank_size <= perplexity:
+                raise ValueError(
+                    f"`teacher_perplexity` must be below `bank_size`, got {perplexity} and {self.bank_size}."
+                )
+        if self.relational_loss == "infonce" and not self.include_own:
+            raise ValueError("relational_loss='infonce' is about the own key: leave `include_own` on, got False.")
         if isinstance(self.bank_size, int) and self.bank_size < 0:
             raise ValueError(f"`bank_size` must be 0 or more rows, got {self.bank_size}. Try 4096.")
         if self.bank_size == 0 and not self.include_own:
@@ -188,16 +244,6 @@ class RelationalDistillationConfig(TrainingArguments):
                 "`bank_size=0` compares within the micro-batch, and `per_device_train_batch_size` is 1: the "
                 "relational loss is always 0. Set bank_size above 0."
             )
-        if self.projection_dim is not None and self.projection_dim < 1:
-            raise ValueError(
-                f"`projection_dim` must be 1 or more, got {self.projection_dim}. Try 128, or leave it out."
-            )
-        _check_choice("relational_loss", self.relational_loss, list(RELATIONAL_LOSSES))
-        _check_choice("student_projection", self.student_projection, list(STUDENT_PROJECTIONS))
-        _check_choice("teacher_projection", self.teacher_projection, list(TEACHER_PROJECTIONS))
-        for name in ("student_pooling", "teacher_pooling"):
-            if not callable(getattr(self, name)):
-                _check_choice(name, getattr(self, name), ["auto", *POOLERS])
 
     def to_dict(self) -> dict[str, Any]:
         """As in `TrainingArguments`, with a callable pooling by its name and without the teacher's token."""
@@ -225,10 +271,12 @@ class RelationalDistillationConfig(TrainingArguments):
         return shared
 
 
-def bank_rows(bank_size: Any, train_dataset: Any) -> int:
-    """The rows that a `bank_size` comes to for a training set."""
-    if bank_size != "auto":
-        return int(bank_size)
+def bank_rows(args: RelationalDistillationConfig, train_dataset: Any) -> int:
+    """The rows that the settings come to for a training set: none for a loss that compares within the micro-batch."""
+    if args.relational_loss in BATCH_LOSSES:
+        return 0
+    if isinstance(args.bank_size, int):
+        return args.bank_size
     return min(AUTO_BANK_SIZE, len(train_dataset)) if hasattr(train_dataset, "__len__") else AUTO_BANK_SIZE
 
 

@@ -1,5 +1,6 @@
-"""The losses, as functions of tensors: relational cross-entropy against a bank, and classic distillation on logits."""
+"""The losses, as functions of tensors: relational ones against a bank, and classic distillation on logits."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,9 @@ DENSE_LIMIT = 2**20
 SLICE_ROWS = 8192
 """Rows of the bank that the memory-free form reads at a time."""
 
+SOLVER_STEPS = 10
+"""Steps of the search for the temperature of a perplexity; each reads the (batch, bank) similarities once."""
+
 
 def relational_loss(
     student: Tensor,
@@ -21,6 +25,7 @@ def relational_loss(
     student_temperature: float = 0.1,
     teacher_temperature: float = 0.02,
     include_own: bool = False,
+    teacher_perplexity: float | None = None,
 ) -> Tensor:
     """Cross-entropy between the teacher's and the student's distribution of similarity over a bank, as a batch mean.
 
@@ -39,16 +44,21 @@ def relational_loss(
         teacher_temperature: Positive. Lower is sharper; near 0 with `include_own` the loss is InfoNCE.
         include_own: Compare each example also with its own teacher row, as one more column. The result then does not
             depend on how the examples were cut into batches.
+        teacher_perplexity: Above 1. Instead of `teacher_temperature`, each example gets the temperature at which its
+            distribution over the bank has this perplexity, as in t-SNE; with `include_own`, half of the target is
+            its own key and half that distribution. More than the bank has rows means all of them alike.
 
     Returns:
         The mean over the batch, a scalar.
 
     Raises:
-        ValueError: A temperature is not positive, or the shapes do not agree.
+        ValueError: A temperature is not positive, the perplexity not above 1, or the shapes do not agree.
 
     Source: Relational Representation Distillation, arXiv:2407.12073, section 3.
     """
-    cross_entropy, _ = relational_terms(student, teacher, bank, student_temperature, teacher_temperature, include_own)
+    cross_entropy, _ = relational_terms(
+        student, teacher, bank, student_temperature, teacher_temperature, include_own, teacher_perplexity
+    )
     return cross_entropy.mean()
 
 
@@ -59,6 +69,7 @@ def relational_terms(
     student_temperature: float = 0.1,
     teacher_temperature: float = 0.02,
     include_own: bool = False,
+    teacher_perplexity: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The relational loss of each example, and how far it is from its floor.
 
@@ -69,78 +80,174 @@ def relational_terms(
         the cross-entropy less the teacher's own entropy, 0 when the relations agree.
 
     Raises:
-        ValueError: A temperature is not positive, or the shapes do not agree.
+        ValueError: A temperature is not positive, the perplexity not above 1, or the shapes do not agree.
     """
-    _check_relational(student, teacher, bank, student_temperature, teacher_temperature)
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    _check_temperature("teacher_temperature", teacher_temperature)
+    _check_rows(student, teacher, bank, student_temperature)
+    if teacher_perplexity is not None and not teacher_perplexity > 1:
+        raise ValueError(f"`teacher_perplexity` must be above 1, got {teacher_perplexity}. Try 20.")
+    student, teacher, bank, dtype = _prepared(student, teacher, bank)
+    if len(bank) == 0:  # nothing, or one candidate alone: certain either way
+        nothing = (student * 0).sum(-1)  # (batch,), still part of the graph
+        return nothing, nothing
     with torch.autocast(student.device.type, enabled=False):
-        student, teacher, bank = student.to(dtype), teacher.detach().to(dtype), bank.detach()
-        if not include_own and len(bank) == 0:
-            nothing = (student * 0).sum(-1)  # (batch,), still part of the graph
-            return nothing, nothing
         if len(student) * len(bank) <= DENSE_LIMIT:
-            return _dense_terms(
-                student, teacher, bank.to(dtype), student_temperature, teacher_temperature, include_own
-            )
-        cross_entropy, divergence = _SlicedTerms.apply(  # type: ignore[no-untyped-call]
-            student, teacher, bank, student_temperature, teacher_temperature, include_own
-        )
-        return cross_entropy, divergence
+            bank = bank.to(dtype)
+            student_log_probs = _log_probs(student, teacher, bank, student_temperature, include_own)
+            teacher_log_probs = _teacher_log_probs(teacher, bank, teacher_temperature, include_own, teacher_perplexity)
+            return _dense_terms(student_log_probs, teacher_log_probs)
+        with torch.no_grad():
+            target, entropy = _teacher_read(teacher, bank, teacher_temperature, include_own, teacher_perplexity)
+        cross_entropy = _sliced_cross_entropy(student, target, bank, teacher, student_temperature, include_own)
+        return cross_entropy, cross_entropy - entropy
 
 
-def _dense_terms(
-    student: Tensor,
-    teacher: Tensor,
-    bank: Tensor,
-    student_temperature: float,
-    teacher_temperature: float,
-    include_own: bool,
-) -> tuple[Tensor, Tensor]:
-    """The definition. Cross-entropy and divergence, (batch,) each."""
-    student_similarity = student @ bank.T  # (batch, bank)
-    teacher_similarity = teacher @ bank.T  # (batch, bank)
-    if include_own:  # one more column: the example's own teacher row
-        student_similarity = torch.cat([student_similarity, (student * teacher).sum(-1, keepdim=True)], dim=1)
-        teacher_similarity = torch.cat([teacher_similarity, (teacher * teacher).sum(-1, keepdim=True)], dim=1)
-    student_log_probs = F.log_softmax(student_similarity / student_temperature, dim=-1)
-    teacher_log_probs = F.log_softmax(teacher_similarity / teacher_temperature, dim=-1)
+def infonce_loss(
+    student: Tensor, teacher: Tensor, bank: Tensor, student_temperature: float = 0.1, include_own: bool = True
+) -> Tensor:
+    """InfoNCE against a bank: each student row has to find its own teacher row among those of other examples.
+
+    `-log(exp(s.t / temperature) / sum_k exp(s.q_k / temperature))` over the bank and the own row: contrastive
+    distillation's aim, and the limit of `relational_loss` at a teacher's temperature of 0.
+
+    Args:
+        student: Unit rows, (batch, dim). Gets the gradient.
+        teacher: Unit rows of the same examples, (batch, dim).
+        bank: Unit rows of other examples, (bank, dim); may be empty.
+        student_temperature: Positive. Lower is sharper.
+        include_own: The own row is one more candidate; false where it is in the bank already.
+
+    Returns:
+        The mean over the batch, a scalar.
+
+    Raises:
+        ValueError: The temperature is not positive, or the shapes do not agree.
+
+    Source: van den Oord et al., arXiv:1807.03748, eq. 4; as distillation: Tian et al., arXiv:1910.10699.
+    """
+    return infonce_terms(student, teacher, bank, student_temperature, include_own).mean()
+
+
+def infonce_terms(
+    student: Tensor, teacher: Tensor, bank: Tensor, student_temperature: float = 0.1, include_own: bool = True
+) -> Tensor:
+    """`infonce_loss` of each example, (batch,)."""
+    _check_rows(student, teacher, bank, student_temperature)
+    student, teacher, bank, dtype = _prepared(student, teacher, bank)
+    with torch.autocast(student.device.type, enabled=False):
+        if len(student) * len(bank) > DENSE_LIMIT:
+            return _sliced_cross_entropy(student, teacher, bank, teacher, student_temperature, include_own)
+        logits = _similarity(student, teacher, bank.to(dtype), include_own) / student_temperature
+        return logits.logsumexp(-1) - (student * teacher).sum(-1) / student_temperature
+
+
+def temperature_of_perplexity(teacher: Tensor, bank: Tensor, perplexity: float) -> Tensor:
+    """The temperature at which each row's distribution of similarity over the bank has a perplexity, (batch, 1).
+
+    Found on the logarithm of the inverse temperature, from 0.01 to 10,000, by Newton's steps kept inside a bracket.
+    Where no temperature gives the perplexity, the nearest end of that range is taken.
+
+    Args:
+        teacher: Unit rows, (batch, dim).
+        bank: Unit rows, (bank, dim), at least one.
+        perplexity: Above 1: the exponential of the entropy in nats.
+    """
+    rows = max(1, DENSE_LIMIT // len(bank))
+    parts = [
+        _solve_temperature(part @ bank.to(part.dtype).T, math.log(perplexity)) for part in torch.split(teacher, rows)
+    ]
+    return torch.cat(parts)
+
+
+def _solve_temperature(similarity: Tensor, entropy: float) -> Tensor:
+    """From (rows, bank) to (rows, 1)."""
+    similarity = similarity - similarity.amax(-1, keepdim=True)  # at most 0, so that nothing overflows
+    low = similarity.new_full((len(similarity), 1), math.log(1e-2))
+    high = torch.full_like(low, math.log(1e4))
+    log_beta = torch.full_like(low, math.log(30.0))
+    for _ in range(SOLVER_STEPS):
+        beta = log_beta.exp()
+        weights = (similarity * beta).exp_()
+        total = weights.sum(-1, keepdim=True)
+        mean = (weights * similarity).sum(-1, keepdim=True) / total
+        square = (weights * similarity**2).sum(-1, keepdim=True) / total
+        excess = total.log() - beta * mean - entropy  # falls as beta grows, by beta**2 times the variance
+        low, high = torch.where(excess > 0, log_beta, low), torch.where(excess > 0, high, log_beta)
+        slope = (beta**2 * (square - mean**2)).clamp(min=1e-12)
+        newton = log_beta + excess / slope
+        log_beta = torch.where((newton >= low) & (newton <= high), newton, (low + high) / 2)
+    return (-log_beta).exp()
+
+
+def _dense_terms(student_log_probs: Tensor, teacher_log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition: cross-entropy and divergence, (batch,) each, of two (batch, candidates) distributions."""
     teacher_probs = teacher_log_probs.exp()
     cross_entropy = -(teacher_probs * student_log_probs).sum(-1)
     divergence = (teacher_probs * (teacher_log_probs - student_log_probs)).sum(-1)
     return cross_entropy, divergence
 
 
-class _SlicedTerms(torch.autograd.Function):
-    """The same two numbers from attention reads of the bank.
+def _similarity(query: Tensor, teacher: Tensor, bank: Tensor, include_own: bool) -> Tensor:
+    """With the bank's rows and, as the last column, with the example's own teacher row: (batch, candidates)."""
+    similarity = query @ bank.T
+    return torch.cat([similarity, (query * teacher).sum(-1, keepdim=True)], dim=1) if include_own else similarity
 
-    With `s = student @ bank.T / student_temperature`, `m_t` the teacher's read `p_t @ bank` and `m_s` the student's:
-    the loss is `logsumexp(s) - <student, m_t> / student_temperature`, its gradient `(m_s - m_t) /
-    student_temperature`.
+
+def _log_probs(query: Tensor, teacher: Tensor, bank: Tensor, temperature: float | Tensor, own: bool) -> Tensor:
+    return F.log_softmax(_similarity(query, teacher, bank, own) / temperature, dim=-1)
+
+
+def _teacher_log_probs(
+    teacher: Tensor, bank: Tensor, temperature: float, include_own: bool, perplexity: float | None
+) -> Tensor:
+    """The target, (batch, candidates)."""
+    if perplexity is None:
+        return _log_probs(teacher, teacher, bank, temperature, include_own)
+    neighbors = _log_probs(teacher, teacher, bank, temperature_of_perplexity(teacher, bank, perplexity), False)
+    if not include_own:
+        return neighbors
+    return torch.cat([neighbors, torch.zeros_like(neighbors[:, :1])], dim=1) - math.log(2)
+
+
+def _teacher_read(
+    teacher: Tensor, bank: Tensor, temperature: float, include_own: bool, perplexity: float | None
+) -> tuple[Tensor, Tensor]:
+    """The mean of the candidates under the target, (batch, dim), and the target's entropy, (batch,)."""
+    scale = temperature if perplexity is None else temperature_of_perplexity(teacher, bank, perplexity)
+    logsumexp, read = _read(teacher / scale, bank, teacher if include_own and perplexity is None else None)
+    entropy = logsumexp - ((teacher * read).sum(-1, keepdim=True) / scale).squeeze(-1)
+    if perplexity is None or not include_own:
+        return read, entropy
+    return (read + teacher) / 2, math.log(2) + entropy / 2
+
+
+def _sliced_cross_entropy(
+    student: Tensor, target: Tensor, bank: Tensor, teacher: Tensor, temperature: float, include_own: bool
+) -> Tensor:
+    own = teacher if include_own else None
+    return _SlicedCrossEntropy.apply(student, target, bank, own, temperature)  # type: ignore[no-untyped-call]
+
+
+class _SlicedCrossEntropy(torch.autograd.Function):
+    """The cross-entropy of each example, (batch,), from an attention read of the bank.
+
+    With `s = student @ bank.T / temperature`, `target` the teacher's mean of the candidates and `m_s` the student's:
+    the loss is `logsumexp(s) - <student, target> / temperature`, its gradient `(m_s - target) / temperature`.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        bank: Tensor,
-        student_temperature: float,
-        teacher_temperature: float,
-        include_own: bool,
-    ) -> tuple[Tensor, Tensor]:
-        own = teacher if include_own else None
-        student_logsumexp, student_read = _read(student / student_temperature, bank, own)
-        teacher_logsumexp, teacher_read = _read(teacher / teacher_temperature, bank, own)
-        cross_entropy = student_logsumexp - (student * teacher_read).sum(-1) / student_temperature  # (batch,)
-        entropy = teacher_logsumexp - (teacher * teacher_read).sum(-1) / teacher_temperature  # (batch,)
-        ctx.save_for_backward((student_read - teacher_read) / student_temperature)
-        return cross_entropy, cross_entropy - entropy
+        ctx: Any, student: Tensor, target: Tensor, bank: Tensor, own: Tensor | None, temperature: float
+    ) -> Tensor:
+        logsumexp, read = _read(student / temperature, bank, own)
+        ctx.save_for_backward((read - target) / temperature)
+        return logsumexp - (student * target).sum(-1) / temperature
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (slope,) = ctx.saved_tensors  # (batch, dim); the teacher's entropy has no gradient, so both outputs share it
-        return (grads[0] + grads[1]).unsqueeze(-1) * slope, None, None, None, None, None
+        (slope,) = ctx.saved_tensors  # (batch, dim)
+        return grads[0].unsqueeze(-1) * slope, None, None, None, None
 
 
 def _read(query: Tensor, bank: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -218,11 +325,14 @@ def logit_terms(student_logits: Tensor, teacher_logits: Tensor, temperature: flo
         return divergence * temperature**2
 
 
-def _check_relational(
-    student: Tensor, teacher: Tensor, bank: Tensor, student_temperature: float, teacher_temperature: float
-) -> None:
+def _prepared(student: Tensor, teacher: Tensor, bank: Tensor) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
+    """In full precision, with a gradient for the student alone; the bank keeps its dtype until it is read."""
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    return student.to(dtype), teacher.detach().to(dtype), bank.detach(), dtype
+
+
+def _check_rows(student: Tensor, teacher: Tensor, bank: Tensor, student_temperature: float) -> None:
     _check_temperature("student_temperature", student_temperature)
-    _check_temperature("teacher_temperature", teacher_temperature)
     if student.dim() != 2 or student.shape != teacher.shape:
         raise ValueError(
             f"student and teacher must be rows of one shape (batch, dim), got {tuple(student.shape)} and "

@@ -6,14 +6,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_rrd.batch_losses import BATCH_LOSSES
 from hf_rrd.feature_bank import FeatureBank
-from hf_rrd.losses import logit_terms, relational_terms
+from hf_rrd.losses import infonce_terms, logit_terms, relational_terms
 
 TERMS = ("task_loss", "kd_loss", "relational_loss", "relational_kl")
 """The terms' names, in the order of the log."""
 
-RELATIONAL_LOSSES = {"rrd": relational_terms}
-"""The values of `relational_loss=`: functions from rows and a bank to a loss and a divergence of each example."""
+RELATIONAL_LOSSES = ("rrd", "infonce", *BATCH_LOSSES)
+"""The values of `relational_loss=`: the first two compare with the bank, the others within the micro-batch."""
+
+RAW_LOSSES = ("rkd_distance", "rkd_angle", "similarity_preserving", "mse")
+"""Those whose papers take embeddings as they are; the others get unit rows."""
 
 
 @dataclass
@@ -33,6 +37,7 @@ class DistillationObjective:
     relational_loss: str
     student_temperature: float
     teacher_temperature: float
+    teacher_perplexity: float | None
     include_own: bool
     bank: FeatureBank | None
 
@@ -43,23 +48,34 @@ class DistillationObjective:
         """Compare with the bank and, in training, remember the teacher's rows for it.
 
         Args:
-            student: Unit rows, (batch, dim).
-            teacher: Unit rows, (batch, dim).
+            student: Rows, (batch, dim): unit, but for `RAW_LOSSES`.
+            teacher: The same.
             training: Evaluation leaves the bank as it is.
 
         Returns:
-            `relational_loss` and `relational_kl` of each example, (batch,).
+            `relational_loss`, and of "rrd" also `relational_kl`: of each example, (batch,), or their mean.
         """
+        if self.relational_loss in BATCH_LOSSES:
+            return {"relational_loss": BATCH_LOSSES[self.relational_loss](student, teacher)}
         assert self.bank is not None
         # With no bank, or in an evaluation before the first step, the micro-batch itself is the bank. Own keys are in
         # it.
         within_batch = self.bank.size == 0 or (len(self.bank) == 0 and not training)
         bank, include_own = (teacher, False) if within_batch else (self.bank.filled, self.include_own)
-        loss, divergence = RELATIONAL_LOSSES[self.relational_loss](
-            student, teacher, bank, self.student_temperature, self.teacher_temperature, include_own
-        )
         if training and self.bank.size > 0:
             self.pending.append(teacher.detach())
+        if self.relational_loss == "infonce":
+            own = include_own or not within_batch
+            return {"relational_loss": infonce_terms(student, teacher, bank, self.student_temperature, own)}
+        loss, divergence = relational_terms(
+            student,
+            teacher,
+            bank,
+            self.student_temperature,
+            self.teacher_temperature,
+            include_own,
+            self.teacher_perplexity,
+        )
         return {"relational_loss": loss, "relational_kl": divergence}
 
     def kd_terms(self, student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ STUDENT_PROJECTIONS: dict[str, Callable[[int, int], nn.Module]] = {
 
 
 class RelationalHead(nn.Module):
-    """Pools the body's output, projects it and puts it on the unit sphere.
+    """Pools the body's output, projects it and, unless told otherwise, puts it on the unit sphere.
 
     Args:
         body: The student's body, read for its pooling; not kept as a submodule.
@@ -49,13 +49,17 @@ class RelationalHead(nn.Module):
         projection: A key of `STUDENT_PROJECTIONS`.
         pooling: A key of `POOLERS`, "auto" or a callable.
         seed: Of the projection's start, which leaves the global random state alone.
+        unit: Whether the rows are scaled to length 1.
 
     Raises:
         ValueError: `projection` is "none" and the student's width is not `dim`.
     """
 
-    def __init__(self, body: Any, dim: int, projection: str, pooling: str | Callable[..., Any], seed: int) -> None:
+    def __init__(
+        self, body: Any, dim: int, projection: str, pooling: str | Callable[..., Any], seed: int, unit: bool = True
+    ) -> None:
         super().__init__()
+        self.unit = unit
         self.width = embedding_width(pooling, body)
         if projection == "none" and self.width != dim:
             raise ValueError(
@@ -68,9 +72,10 @@ class RelationalHead(nn.Module):
             self.projection = STUDENT_PROJECTIONS[projection](self.width, dim)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        """From (batch, width) to unit rows in float32, (batch, dim)."""
+        """From (batch, width) to rows in float32, (batch, dim)."""
         weight = next(self.projection.parameters(), None)
-        return F.normalize(self.projection(pooled if weight is None else pooled.to(weight.dtype)).float(), dim=-1)
+        rows = self.projection(pooled if weight is None else pooled.to(weight.dtype)).float()
+        return F.normalize(rows, dim=-1) if self.unit else rows
 
     def pool(self, outputs: Any, attention_mask: Tensor | None) -> Tensor:
         """The body's output as one row per example, (batch, width)."""
@@ -86,15 +91,16 @@ def attach_head(
     projection: str = "linear",
     pooling: str | Callable[..., Any] = "auto",
     seed: int = 0,
+    unit: bool = True,
 ) -> RelationalHead:
     """Give the student a head, in place of one that it may have from an earlier trainer.
 
     Afterwards `student(..., with_relational_embedding=True)` returns the output with one more field,
-    `relational_embedding`: unit rows in float32, (batch, dim).
+    `relational_embedding`: rows in float32, (batch, dim), of length 1 if `unit`.
     """
     detach_head(student)
     body = body_of(student)
-    head = RelationalHead(body, dim, projection, pooling, seed)
+    head = RelationalHead(body, dim, projection, pooling, seed, unit)
     reference = next(student.parameters())
     head.to(device=reference.device, dtype=reference.dtype if reference.is_floating_point() else None)
     student.add_module(HEAD, head)

@@ -1,5 +1,6 @@
 """The terms of the loss on their way into the log: sums on the device, read only when a line is written."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -47,13 +48,16 @@ class TermLog:
         return dict(zip(self.window, sums.unbind(), strict=True))
 
     def line(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The mean of each term per optimizer step since the last line, which ends the window."""
+        """The mean of each term per optimizer step since the last line, which ends the window.
+
+        With the relational loss comes `teacher_perplexity`: how many rows of the bank the target is spread over.
+        """
         sums, self.window = self.state(reduce), {}
         names = [name for name in TERMS if name in sums]
         if not names:
             return {}
         means = torch.stack([sums[name] for name in names]) / sums["steps"]
-        return dict(zip(names, means.tolist(), strict=True))
+        return _with_perplexity(dict(zip(names, means.tolist(), strict=True)))
 
     def start_evaluation(self) -> None:
         """Forget an earlier evaluation."""
@@ -76,4 +80,11 @@ class TermLog:
         if not self._evaluated:
             return {}
         means = torch.cat(self._evaluated).mean(0).tolist()
-        return dict(zip(self._evaluated_names, means, strict=True))
+        return _with_perplexity(dict(zip(self._evaluated_names, means, strict=True)))
+
+
+def _with_perplexity(means: dict[str, float]) -> dict[str, float]:
+    # The relational loss less its divergence is the entropy of the teacher's distribution: nothing more to compute.
+    if "relational_kl" in means:
+        means["teacher_perplexity"] = math.exp(means["relational_loss"] - means["relational_kl"])
+    return means

@@ -6,6 +6,8 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import find_batch_size, nested_detach
@@ -13,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Ev
 from transformers.utils import find_labels, logging
 
 from hf_rrd.body import unwrapped
+from hf_rrd.calibration import preserved_randomness, sample_of
 from hf_rrd.checkpoint import (
     has_sidecar,
     invalidate,
@@ -34,7 +37,7 @@ from hf_rrd.data import (
     warn_of_shared_tokens,
 )
 from hf_rrd.feature_bank import FeatureBank
-from hf_rrd.objective import DistillationObjective
+from hf_rrd.objective import RAW_LOSSES, DistillationObjective
 from hf_rrd.student import HEAD, WITH_EMBEDDING, attach_head, check_student, detach_head, head_of, split_embedding
 from hf_rrd.teacher import (
     FiniteCheck,
@@ -48,6 +51,9 @@ from hf_rrd.teacher import (
 from hf_rrd.terms import TermLog
 
 logger = logging.get_logger(__name__)
+
+NEAR_ONE = 1.1
+"""Below this perplexity the teacher's distribution counts as certain."""
 
 
 class RelationalDistillationTrainer(Trainer):
@@ -127,6 +133,7 @@ class RelationalDistillationTrainer(Trainer):
             warn_of_shared_tokens(model, self.teacher, train_dataset)
         self._terms = TermLog()
         self._resumed: tuple[Tensor, int] | None = None
+        self._resuming, self._near_one = False, 0
         self._examples_in_step, self._micro_batches = 0, 1
         if model is not None:
             check_student(model, task=args.task_weight > 0 and not self._has_loss_func)
@@ -179,8 +186,9 @@ class RelationalDistillationTrainer(Trainer):
                     "the relational loss needs a teacher: pass `teacher=` a model, a Hub name or a folder, or a "
                     "training set with a `teacher_embedding` column. Got neither. relational_weight=0 does without."
                 )
-            self._projection = TeacherProjection(width, args.projection_dim, args.teacher_projection, args.seed)
-            bank = FeatureBank(bank_rows(args.bank_size, train_dataset), self._projection.dim)
+            unit = args.relational_loss not in RAW_LOSSES
+            self._projection = TeacherProjection(width, args.projection_dim, args.teacher_projection, args.seed, unit)
+            bank = FeatureBank(bank_rows(args, train_dataset), self._projection.dim)
         elif needed and self._teacher is None and train_dataset is not None:
             if "teacher_logits" not in next(iter(train_dataset), {}):
                 raise ValueError(
@@ -195,7 +203,12 @@ class RelationalDistillationTrainer(Trainer):
             detach_head(student)  # of an earlier trainer
         else:
             self._head = attach_head(
-                student, self._projection.dim, args.student_projection, args.student_pooling, args.seed
+                student,
+                self._projection.dim,
+                args.student_projection,
+                args.student_pooling,
+                args.seed,
+                self._projection.unit,
             )
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -218,7 +231,12 @@ class RelationalDistillationTrainer(Trainer):
         for name, value in _objective_settings(self.args).items():
             setattr(self.objective, name, value)
         if self.objective.bank is not None:
-            self.objective.bank.size = bank_rows(self.args.bank_size, self.train_dataset)
+            self.objective.bank.size = bank_rows(self.args, self.train_dataset)
+        if self._projection is not None and self._projection.unit != (self.args.relational_loss not in RAW_LOSSES):
+            raise ValueError(
+                f"`relational_loss` was changed after construction to {self.args.relational_loss!r}, which compares "
+                "rows of another scale. Make a new trainer."
+            )
         if head_of(self._unwrapped_student()) is not self._head:
             raise ValueError(
                 "another trainer has taken this student over: its head is not this trainer's. Make a new one."
@@ -275,14 +293,17 @@ class RelationalDistillationTrainer(Trainer):
 
     def _teacher_outputs(self, inputs: dict[str, Any], training: bool) -> TeacherOutputs:
         """From the batch's cached columns where it has them, otherwise by one forward of the teacher."""
-        with self.accelerator.autocast():
-            outputs = teacher_outputs(self._teacher, inputs, self._wants_embedding, self._wants_logits)
+        outputs = self._read_teacher(inputs, self._wants_logits)
         if training and (self._wants_embedding, self._wants_logits) != tuple(each is not None for each in outputs):
             raise ValueError(f"no teacher, and the batch lacks some of its outputs: its columns are {sorted(inputs)}.")
         self._finite.note(self.state.global_step + training, outputs)
         if self.args.device.type == "cpu":  # nothing to wait for there
             self._finite.raise_if_found()
         return outputs
+
+    def _read_teacher(self, inputs: dict[str, Any], wants_logits: bool) -> TeacherOutputs:
+        with self.accelerator.autocast():
+            return teacher_outputs(self._teacher, inputs, self._wants_embedding, wants_logits)
 
     def _student_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor | None, Any, Tensor | None]:
         """One forward of the student: its task loss (a scalar), its own output, and its embedding, (batch, dim)."""
@@ -322,6 +343,7 @@ class RelationalDistillationTrainer(Trainer):
                 f"{resume_from_checkpoint} is not a complete checkpoint: it has no readable trainer_state.json. Pass "
                 "resume_from_checkpoint=True for the newest complete one."
             )
+        self._resuming = bool(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -330,7 +352,44 @@ class RelationalDistillationTrainer(Trainer):
         self._apply_settings()
         self._finite = FiniteCheck()
         self._terms, self._resumed = TermLog(), None
+        if not self._resuming:  # else both come from the checkpoint
+            self._calibrate()
         return super()._inner_training_loop(batch_size, *args, **kwargs)
+
+    def _calibrate(self) -> None:
+        """Measure the teacher on some training examples: fit its projection, unless it is, and fill the bank."""
+        projection, bank = self._projection, self.objective.bank
+        if projection is None or bank is None or self.train_dataset is None:
+            return
+        count = self.args.calibration_examples if not projection.is_ready else 0
+        count = max(count, min(self.args.calibration_examples, bank.size))
+        if count == 0:
+            return
+        embeddings = self._embeddings_of(sample_of(self.train_dataset, count, self.args.seed))
+        if len(embeddings) == 0 and projection.is_ready:
+            return
+        if not embeddings.isfinite().all():
+            raise ValueError("the teacher's embedding is not finite (nan or inf) on training examples. Check them.")
+        if not projection.is_ready:
+            projection.fit(embeddings)
+            state = {name: tensor.to(self.args.device) for name, tensor in projection.state_dict().items()}
+            projection.load_state_dict(broadcast(state))  # the same to the bit on all processes
+        bank.enqueue(projection(embeddings[: bank.size]))
+
+    @torch.no_grad()
+    def _embeddings_of(self, sample: Any) -> Tensor:
+        """The teacher's pooled embeddings of some examples, (examples, width), on all processes."""
+        if self._teacher is None and isinstance(sample, Dataset):
+            column = sample.select_columns("teacher_embedding").with_format("torch")["teacher_embedding"][:]
+            return column.to(self.args.device)
+        parts = []
+        with preserved_randomness():
+            for batch in self.get_test_dataloader(sample):
+                outputs = self._read_teacher(self._prepare_inputs(batch), wants_logits=False)
+                if outputs.embedding is None:
+                    raise ValueError(f"no teacher, and the batch has no `teacher_embedding`: it has {sorted(batch)}.")
+                parts.append(self.accelerator.gather_for_metrics(outputs.embedding.float()))
+        return torch.cat(parts) if parts else torch.empty(0, 0)  # `dataloader_drop_last` may leave nothing
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The micro-batches of one optimizer step; counts their examples."""
@@ -400,6 +459,8 @@ class RelationalDistillationTrainer(Trainer):
     ) -> EvalLoopOutput:
         """As in `Trainer`, with the mean of each term among the metrics. The bank stays as it is."""
         self._terms.start_evaluation()
+        if self.objective.bank is not None and len(self.objective.bank) == 0:  # before the first step
+            self._calibrate()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         self._finite.raise_if_found()
         for name, mean in self._terms.evaluated().items():
@@ -428,8 +489,8 @@ class RelationalDistillationTrainer(Trainer):
         head = head_of(self._unwrapped_student())
         if head is not None and not self._is_sharded():  # a sharded checkpoint holds the head with the student
             state["head"] = head.state_dict()
-        if self._projection is not None and self._projection.matrix is not None:
-            state["teacher_projection"] = {"matrix": self._projection.matrix}
+        if self._projection is not None:
+            state["teacher_projection"] = self._projection.state_dict()
         if self.objective.bank is not None:
             state["bank"] = self.objective.bank.state_dict()
         return state
@@ -476,8 +537,8 @@ class RelationalDistillationTrainer(Trainer):
     def _restore_comparison(self, state: dict[str, dict[str, Tensor]]) -> None:
         if self.objective.bank is not None:
             self.objective.bank.load_state_dict(state.get("bank", {}))
-        if "teacher_projection" in state and self._projection is not None:
-            self._projection.matrix = state["teacher_projection"]["matrix"]
+        if self._projection is not None:
+            self._projection.load_state_dict(state.get("teacher_projection", {}))
         head = head_of(self._unwrapped_student())
         if head is not None and "head" in state:
             head.load_state_dict(state["head"])
@@ -495,7 +556,19 @@ class RelationalDistillationTrainer(Trainer):
         self._finite.raise_if_found()
         if "loss" in logs:
             logs.update(self._terms.line(self._mean_over_processes))
+            self._watch_perplexity(logs.get("teacher_perplexity"))
         super().log(logs, start_time)
+
+    def _watch_perplexity(self, perplexity: float | None) -> None:
+        """Say once when the teacher's distribution stays all but certain."""
+        near_one = perplexity is not None and perplexity < NEAR_ONE and self.objective.include_own
+        self._near_one = self._near_one + 1 if near_one else 0
+        if self._near_one == 2:
+            logger.warning_once(
+                f"The teacher's perplexity over the bank stays near 1 ({perplexity:.2f}): each example has only its "
+                "own key to match, as in InfoNCE, and its neighbours have no say. Raise teacher_temperature "
+                f"(now {self.args.teacher_temperature}), or set teacher_perplexity=20."
+            )
 
     def _mean_over_processes(self, values: Tensor) -> Tensor:
         if self.accelerator.num_processes == 1:

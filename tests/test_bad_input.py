@@ -190,7 +190,7 @@ def test_plain_training_arguments(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"projection_dim": 8}, "must be the teacher's width, 24, without a teacher projection, got 8.*orthogonal"),
+        ({"projection_dim": 8}, "must be the teacher's width, 24, with teacher_projection='none', got 8.*pca"),
         ({"projection_dim": 25, "teacher_projection": "orthogonal"}, "at most the teacher's width, 24, got 25"),
         ({"student_projection": "none"}, "as wide as the teacher's embedding, got 16 and 24.*linear"),
     ],

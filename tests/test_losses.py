@@ -435,3 +435,93 @@ def test_both_forms_give_on_cuda_what_they_give_on_the_cpu(
     cuda_loss, cuda_gradient = gradient_of(on_cuda, student.cuda())
     torch.testing.assert_close(cuda_loss.cpu(), loss, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(cuda_gradient.cpu(), gradient, rtol=tolerance, atol=tolerance)
+
+
+# ---- The temperature of a perplexity, and InfoNCE ----
+
+
+def naive_perplexity(teacher: Tensor, bank: Tensor, temperature: Tensor) -> list[float]:
+    """From the definition: the exponential of the entropy of each row's softmax."""
+    values = []
+    for row, scale in zip(teacher.tolist(), temperature.flatten().tolist(), strict=True):
+        logits = [sum(a * b for a, b in zip(row, key, strict=True)) / scale for key in bank.tolist()]
+        weights = [math.exp(logit - max(logits)) for logit in logits]
+        probabilities = [weight / sum(weights) for weight in weights]
+        values.append(math.exp(-sum(p * math.log(p) for p in probabilities if p > 0)))
+    return values
+
+
+@pytest.mark.parametrize("perplexity", [1.01, 2.0, 20.0, 49.0])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-3)])
+def test_the_temperature_gives_each_row_the_perplexity(
+    perplexity: float, dtype: torch.dtype, tolerance: float
+) -> None:
+    teacher, bank = unit_rows(7, 5, 0, dtype), unit_rows(50, 5, 1, dtype)
+    temperature = losses.temperature_of_perplexity(teacher, bank, perplexity)
+    assert temperature.shape == (7, 1)
+    assert naive_perplexity(teacher, bank, temperature) == pytest.approx([perplexity] * 7, rel=tolerance)
+
+
+def test_a_perplexity_above_the_banks_rows_means_all_of_them_alike() -> None:
+    teacher, bank = unit_rows(3, 5, 0), unit_rows(4, 5, 1)
+    temperature = losses.temperature_of_perplexity(teacher, bank, 20.0)
+    assert naive_perplexity(teacher, bank, temperature) == pytest.approx([4.0] * 3, rel=1e-3)
+
+
+@pytest.mark.parametrize("include_own", [False, True])
+@pytest.mark.parametrize("limit", [0, 2**20])
+def test_with_a_perplexity_both_forms_are_half_own_key_and_half_neighbours(
+    include_own: bool, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "DENSE_LIMIT", limit)
+    monkeypatch.setattr(losses, "SLICE_ROWS", 6)
+    student, teacher, bank = unit_rows(5, 4, 0).requires_grad_(), unit_rows(5, 4, 1), unit_rows(17, 4, 2)
+    cross_entropy, divergence = losses.relational_terms(
+        student, teacher, bank, 0.1, include_own=include_own, teacher_perplexity=6.0
+    )
+    temperature = losses.temperature_of_perplexity(teacher, bank, 6.0)
+    for index in range(5):
+        target = F.softmax(bank @ teacher[index] / temperature[index], dim=0)
+        keys = bank
+        if include_own:
+            target = torch.cat([target / 2, torch.tensor([0.5], dtype=torch.float64)])
+            keys = torch.cat([bank, teacher[index : index + 1]])
+        log_probs = F.log_softmax(keys @ student[index] / 0.1, dim=0)
+        expected = -(target * log_probs).sum()
+        assert abs(cross_entropy[index] - expected) < 1e-9
+        assert abs(divergence[index] - (expected + (target * target.log()).sum())) < 1e-9
+        (gradient,) = torch.autograd.grad(expected, student)
+        (found,) = torch.autograd.grad(cross_entropy[index], student, retain_graph=True)
+        assert (gradient - found).abs().max() < 1e-9
+
+
+def test_a_perplexity_of_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="`teacher_perplexity` must be above 1, got 1"):
+        relational_loss(unit_rows(2, 4, 0), unit_rows(2, 4, 1), unit_rows(3, 4, 2), teacher_perplexity=1)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 17])
+@pytest.mark.parametrize("limit", [0, 2**20])
+def test_infonce_is_the_loop_over_its_formula_in_both_forms(
+    rows: int, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "DENSE_LIMIT", limit)
+    monkeypatch.setattr(losses, "SLICE_ROWS", 6)
+    student, teacher, bank = unit_rows(5, 4, 0).requires_grad_(), unit_rows(5, 4, 1), unit_rows(rows, 4, 2)
+    expected = torch.stack(
+        [
+            -((s @ t) / 0.2) + torch.stack([(s @ key) / 0.2 for key in [*bank, t]]).exp().sum().log()
+            for s, t in zip(student, teacher, strict=True)
+        ]
+    ).mean()
+    found = losses.infonce_loss(student, teacher, bank, 0.2)
+    assert abs(found - expected) < 1e-9
+    (gradient,) = torch.autograd.grad(expected, student)
+    (ours,) = torch.autograd.grad(found, student)
+    assert (gradient - ours).abs().max() < 1e-9
+
+
+def test_infonce_within_a_batch_is_cross_entropy_on_the_diagonal() -> None:
+    student, teacher = unit_rows(6, 4, 0), unit_rows(6, 4, 1)
+    expected = F.cross_entropy(student @ teacher.T / 0.1, torch.arange(6))
+    assert abs(losses.infonce_loss(student, teacher, teacher, include_own=False) - expected) < 1e-9
