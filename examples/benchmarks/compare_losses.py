@@ -86,6 +86,7 @@ class Arguments:
     seeds: int = field(default=5, metadata={"help": "Runs of each loss alone."})
     kd_seeds: int = field(default=3, metadata={"help": "Runs of each loss together with KD."})
     workers: int = field(default=1, metadata={"help": "Runs at a time, each in a process of its own."})
+    rows: list[str] | None = field(default=None, metadata={"help": "Only these rows of the tables; all if unset."})
     max_steps: int | None = field(default=None, metadata={"help": "Steps of a run, for a quick look."})
     only_report: bool = field(default=False, metadata={"help": "Train nothing, print what is finished."})
 
@@ -234,6 +235,13 @@ def chosen_weights(args: Arguments) -> dict[str, float]:
     return weights
 
 
+def _tunes(name: str, row: str) -> bool:
+    """Whether a row needs the weight of a loss."""
+    if name == "KD":
+        return row.endswith("KD")
+    return row == "rrd, tuned weight" if name == "rrd" else row.removesuffix(" + KD") == name
+
+
 def methods(weights: dict[str, float]) -> dict[str, dict[str, Any]]:
     """All rows of the tables, with their settings."""
     kd = {"kd_weight": weights["KD"]}
@@ -251,7 +259,8 @@ def planned(args: Arguments, weights: dict[str, float]) -> list[tuple[str, str, 
         for seed in range(seeds):
             for regime in ("none", "few", "all"):
                 for name, settings in methods(weights).items():
-                    if name.endswith("+ KD") == with_kd and (regime, name) != ("none", "plain"):
+                    wanted = args.rows is None or name in args.rows
+                    if wanted and name.endswith("+ KD") == with_kd and (regime, name) != ("none", "plain"):
                         plan.append((regime, name, run_of(regime, settings, seed)))
     return plan
 
@@ -371,7 +380,8 @@ def main(args: Arguments) -> None:
     if not args.only_report:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(args.workers, context, start_worker, (args,)) as pool:
-            finish_all(args, pool, [run for name in WEIGHTS for _, run in tuning_runs(name)])
+            tuned = [name for name in WEIGHTS if args.rows is None or any(_tunes(name, row) for row in args.rows)]
+            finish_all(args, pool, [run for name in tuned for _, run in tuning_runs(name)])
             finish_all(args, pool, [run for _, _, run in planned(args, chosen_weights(args))])
     weights = chosen_weights(args)
     report(args, planned(args, weights), weights)
