@@ -1,0 +1,215 @@
+"""Distil a text classifier: its labels, and the relations that a bigger one sees between texts.
+
+    python examples/text_classification.py \
+        --train_file data/sst2/train.csv --validation_file data/sst2/validation.csv --test_file data/sst2/test.csv \
+        --text_column_name sentence --max_length 64 \
+        --teacher_model_name_or_path sentence-transformers/all-MiniLM-L6-v2 --teacher_epochs 2 \
+        --student_config_name bert --student_config_overrides \
+        "hidden_size=128,num_hidden_layers=2,num_attention_heads=2,intermediate_size=512" \
+        --output_dir out/text_classification --num_train_epochs 4 --per_device_train_batch_size 32 \
+        --learning_rate 5e-4 --warmup_steps 100 --kd_weight 1 --eval_strategy epoch --save_strategy no
+
+The teacher is fine-tuned first for `--teacher_epochs`, and kept in `teacher` under the output folder: a second run
+takes it from there. The student is pretrained (`--student_model_name_or_path`), or new (`--student_config_name`), or
+has some of the teacher's layers (`--student_num_layers`). Every field of `RelationalDistillationConfig` is a flag,
+too. Instead of flags one YAML or JSON file will do, and `accelerate launch` instead of `python` where there are
+several devices.
+"""
+
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from datasets import ClassLabel, DatasetDict, load_dataset
+from rich.console import Console
+from rich.table import Table
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    EvalPrediction,
+    HfArgumentParser,
+    Trainer,
+    set_seed,
+)
+
+from hf_rrd import RelationalDistillationConfig, RelationalDistillationTrainer, student_from_teacher
+
+
+@dataclass
+class ModelArguments:
+    """The teacher, and where the student comes from."""
+
+    teacher_model_name_or_path: str = field(metadata={"help": "Hub name or folder of the teacher."})
+    teacher_epochs: float = field(default=0, metadata={"help": "Fine-tune the teacher first, for so many epochs."})
+    student_model_name_or_path: str | None = field(default=None, metadata={"help": "The same for the student."})
+    student_config_name: str | None = field(default=None, metadata={"help": "A new student: model type or config."})
+    student_num_layers: int | None = field(default=None, metadata={"help": "A part of the teacher: its layers."})
+    student_config_overrides: str = field(default="", metadata={"help": "Changes to either: 'hidden_size=128'."})
+
+
+@dataclass
+class DataArguments:
+    """The texts and their labels: a data set on the Hub or in a folder, or files."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub name or folder of a data set."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Which of its configurations."})
+    train_file: str | None = field(default=None, metadata={"help": "A csv, json or parquet file to train on."})
+    validation_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
+    test_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on once at the end."})
+    text_column_name: str = field(default="text", metadata={"help": "The column with the texts."})
+    label_column_name: str = field(default="label", metadata={"help": "The column with the labels, of any kind."})
+    max_length: int = field(default=128, metadata={"help": "Tokens of a text, at most."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many only, drawn at random."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many only, drawn at random."})
+
+
+def parse() -> tuple[ModelArguments, DataArguments, RelationalDistillationConfig]:
+    """Flags, or one YAML or JSON file."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, RelationalDistillationConfig))
+    read = {".yaml": parser.parse_yaml_file, ".yml": parser.parse_yaml_file, ".json": parser.parse_json_file}
+    given = read.get(Path(sys.argv[-1]).suffix) if len(sys.argv) == 2 else None
+    return given(sys.argv[1]) if given else parser.parse_args_into_dataclasses()
+
+
+def load(args: DataArguments) -> DatasetDict:
+    """The splits."""
+    if (args.dataset_name is None) == (args.train_file is None):
+        raise SystemExit("Give either --dataset_name or --train_file.")
+    if args.dataset_name:
+        data = load_dataset(args.dataset_name, args.dataset_config_name)
+    else:
+        files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
+        kind = Path(args.train_file).suffix.removeprefix(".").replace("jsonl", "json")
+        data = load_dataset(kind, data_files={split: file for split, file in files.items() if file})
+    return data
+
+
+def label_ids(data: DatasetDict, column: str, known: dict[str, int]) -> tuple[dict[str, int], dict[Any, int]]:
+    """Ids of the labels by name, the teacher's own if it knows just these; and by their value in the data."""
+    feature = data["train"].features[column]
+    values = range(feature.num_classes) if isinstance(feature, ClassLabel) else sorted(data["train"].unique(column))
+    names = feature.names if isinstance(feature, ClassLabel) else [str(value) for value in values]
+    label2id = known if set(known) == set(names) else {name: number for number, name in enumerate(names)}
+    return label2id, {value: label2id[name] for value, name in zip(values, names, strict=True)}
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """The share that is right."""
+    return {"accuracy": float((np.argmax(prediction.predictions, -1) == prediction.label_ids).mean())}
+
+
+def main() -> None:
+    """Load, build, train, evaluate, print."""
+    model_args, data_args, args = parse()
+    set_seed(args.seed)
+
+    # A teacher that an earlier run has fine-tuned is there to its end when its last file is.
+    teacher_name, teacher_folder = model_args.teacher_model_name_or_path, Path(args.output_dir, "teacher")
+    fine_tune = model_args.teacher_epochs > 0
+    if fine_tune and (teacher_folder / "training_args.bin").exists():
+        teacher_name, fine_tune = str(teacher_folder), False
+
+    # The data, with labels as the teacher numbers them. Test sets on the Hub may hide theirs, as -1.
+    with args.main_process_first():
+        data = load(data_args)
+    known = AutoConfig.from_pretrained(teacher_name).label2id
+    label2id, ids = label_ids(data, data_args.label_column_name, known)
+    labels = {"label2id": label2id, "id2label": {number: name for name, number in label2id.items()}}
+    unknown = {split: set(data[split].unique(data_args.label_column_name)) - set(ids) for split in data}
+    evaluated = [split for split in ("validation", "test") if split in data and unknown[split] != {-1}]
+    data = DatasetDict({split: data[split] for split in ("train", *evaluated)})
+    for split, rows in data.items():
+        limit = data_args.max_train_samples if split == "train" else data_args.max_eval_samples
+        data[split] = rows.shuffle(seed=0).select(range(limit)) if limit and limit < len(rows) else rows
+
+    # The teacher; of its weights, those that its files lack are new, such as the head of an embedding model.
+    teacher, loading = AutoModelForSequenceClassification.from_pretrained(
+        teacher_name, **labels, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    has_head = fine_tune or not (loading["missing_keys"] or loading["mismatched_keys"])
+    if args.kd_weight > 0 and not has_head:
+        raise SystemExit(f"--kd_weight needs a teacher of the labels {list(label2id)}: try --teacher_epochs 2.")
+    teacher_tokenizer = AutoTokenizer.from_pretrained(teacher_name)
+    tokenizer = AutoTokenizer.from_pretrained(model_args.student_model_name_or_path or teacher_name)
+
+    # What they read: the teacher has columns of its own only where its tokenizer is another.
+    sample = data["train"][:100][data_args.text_column_name]
+    shared = tokenizer.get_vocab() == teacher_tokenizer.get_vocab() and tokenizer(sample) == teacher_tokenizer(sample)
+
+    def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        texts, cut = batch[data_args.text_column_name], {"truncation": True, "max_length": data_args.max_length}
+        own = {} if shared else teacher_tokenizer(texts, **cut)
+        columns = dict(tokenizer(texts, **cut)) | {f"teacher_{name}": values for name, values in own.items()}
+        return columns | {"labels": [ids[value] for value in batch[data_args.label_column_name]]}
+
+    with args.main_process_first():
+        data = data.map(encode, batched=True, remove_columns=data["train"].column_names)
+    own = {name: name.removeprefix("teacher_") for name in data["train"].column_names if name.startswith("teacher_")}
+    teacher_data = data.select_columns([*own, "labels"]).rename_columns(own) if own else data
+
+    # Train the teacher, if it is to be.
+    teacher_args = {"num_train_epochs": model_args.teacher_epochs, "max_steps": -1, "learning_rate": 5e-5}
+    without = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "push_to_hub": False}
+    teacher_trainer = Trainer(
+        teacher,
+        replace(args, output_dir=str(teacher_folder), report_to="none", **teacher_args, **without),
+        train_dataset=teacher_data["train"],
+        processing_class=teacher_tokenizer,
+        compute_metrics=accuracy,
+    )
+    if fine_tune:
+        teacher_trainer.train()
+        teacher_trainer.save_model()
+
+    # The student: pretrained, new, or a part of the teacher; seeded as if that had not been trained just now.
+    set_seed(args.seed)
+    overrides = yaml.safe_load(f"{{{model_args.student_config_overrides.replace('=', ': ')}}}")  # YAML knows numbers
+    if model_args.student_model_name_or_path:
+        student = AutoModelForSequenceClassification.from_pretrained(
+            model_args.student_model_name_or_path, **labels, ignore_mismatched_sizes=True
+        )
+    elif model_args.student_config_name:
+        name, vocabulary = model_args.student_config_name, teacher.config.vocab_size
+        settings = {"vocab_size": vocabulary, "pad_token_id": tokenizer.pad_token_id} | labels | overrides
+        config = (AutoConfig.for_model if name in CONFIG_MAPPING else AutoConfig.from_pretrained)(name, **settings)
+        student = AutoModelForSequenceClassification.from_config(config)
+    else:
+        student = student_from_teacher(teacher, num_hidden_layers=model_args.student_num_layers, **overrides)
+
+    # Train the student.
+    trainer = RelationalDistillationTrainer(
+        model=student,
+        args=args,
+        train_dataset=data["train"],
+        eval_dataset=data[evaluated[0]] if evaluated else None,
+        processing_class=tokenizer,
+        compute_metrics=accuracy,
+        teacher=teacher,
+        teacher_processing_class=teacher_tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+
+    # Evaluate, print.
+    table = Table("", "parameters", *evaluated, title="Accuracy")
+    rows = {"student": (trainer, data)} | ({"teacher": (teacher_trainer, teacher_data)} if has_head else {})
+    for name, (run, splits) in rows.items():
+        metrics = {split: run.evaluate(splits[split], metric_key_prefix=split) for split in evaluated}
+        for split in evaluated:
+            run.save_metrics(split, metrics[split])
+        shares = [f"{100 * metrics[split][f'{split}_accuracy']:.1f} %" for split in evaluated]
+        table.add_row(name, f"{run.model.num_parameters():,}", *shares)
+    if trainer.is_world_process_zero():
+        Console().print(table)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    main()
