@@ -41,21 +41,21 @@ from hf_rrd.pooling import cls_pool, mean_pool
 REGIMES = {"all": "all labels", "few": f"{LABELED} labels", "none": "no labels"}
 
 RELATIONAL: dict[str, dict[str, Any]] = {
-    "rrd": {},
+    "rrd": {"teacher_projection": "none"},
     "rrd, centred": {"teacher_projection": "center"},
     "rrd, PCA to 128": {"teacher_projection": "pca", "projection_dim": 128},
     "rrd, random 128 (paper)": {"teacher_projection": "orthogonal", "projection_dim": 128},
-    "rrd, perplexity 20": {"teacher_perplexity": 20.0},
-    "InfoNCE (CRD)": {"relational_loss": "infonce"},
-    "RKD distance": {"relational_loss": "rkd_distance"},
-    "RKD angle": {"relational_loss": "rkd_angle"},
-    "SP": {"relational_loss": "similarity_preserving"},
-    "PKT": {"relational_loss": "pkt"},
-    "CC": {"relational_loss": "correlation_congruence"},
-    "cosine": {"relational_loss": "cosine"},
-    "MSE": {"relational_loss": "mse"},
+    "rrd, perplexity 20": {"teacher_projection": "none", "teacher_perplexity": 20.0},
+    "InfoNCE (CRD)": {"teacher_projection": "none", "relational_loss": "infonce"},
+    "RKD distance": {"teacher_projection": "none", "relational_loss": "rkd_distance"},
+    "RKD angle": {"teacher_projection": "none", "relational_loss": "rkd_angle"},
+    "SP": {"teacher_projection": "none", "relational_loss": "similarity_preserving"},
+    "PKT": {"teacher_projection": "none", "relational_loss": "pkt"},
+    "CC": {"teacher_projection": "none", "relational_loss": "correlation_congruence"},
+    "cosine": {"teacher_projection": "none", "relational_loss": "cosine"},
+    "MSE": {"teacher_projection": "none", "relational_loss": "mse"},
 }
-"""The relational losses; the first is the default, and its variants share its weight."""
+"""The relational losses; the variants of the first share its default weight."""
 
 WEIGHTS = {
     "KD": (0.02, 0.1, 0.5),
@@ -248,7 +248,7 @@ def methods(weights: dict[str, float]) -> dict[str, dict[str, Any]]:
     rows = {"plain": {"relational_weight": 0.0}, "KD": {"relational_weight": 0.0, **kd}}
     for name, settings in RELATIONAL.items():
         rows[name] = settings if name.startswith("rrd") else {**settings, "relational_weight": weights[name]}
-    rows["rrd, tuned weight"] = {"relational_weight": weights["rrd"]}
+    rows["rrd, tuned weight"] = {**RELATIONAL["rrd"], "relational_weight": weights["rrd"]}
     return rows | {f"{name} + KD": {**rows[name], **kd} for name in RELATIONAL}
 
 
