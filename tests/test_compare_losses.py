@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelCard
 from scipy.stats import ttest_1samp
 
 from tests.builders import tiny_vit
@@ -19,9 +20,10 @@ BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
 
 @pytest.fixture(scope="module")
 def modules() -> tuple[ModuleType, ModuleType]:
-    """`comparison_tasks` and `compare_losses`, as a run of the script imports them."""
+    """`comparison_tasks` and `compare_losses`, as a run of the script imports them; beside them `write_cards`."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
+        importlib.import_module("write_cards")
         return importlib.import_module("comparison_tasks"), importlib.import_module("compare_losses")
     finally:
         sys.path.remove(str(BENCHMARKS))
@@ -82,7 +84,7 @@ def test_every_row_trains_without_labels_and_every_regime_trains(
 ) -> None:
     _, comparison = modules
     rows = comparison.methods({name: weights[1] for name, weights in comparison.WEIGHTS.items()})
-    assert len(rows) == 2 + 2 * len(comparison.RELATIONAL) + 1
+    assert len(rows) == 2 + 2 * len(comparison.RELATIONAL) + 1 + len(comparison.KNOBS)
     for regime in comparison.REGIMES:
         for name, settings in rows.items():
             if (regime, name) == ("none", "plain") or (regime != "none" and name not in ("plain", "KD", "rrd")):
@@ -142,10 +144,44 @@ def test_differences_are_paired_by_seed_and_the_weight_is_chosen_on_validation(
     assert comparison.chosen_weights(args)["rrd"] == 3.0
     for seed, (plain, distilled) in enumerate(((70.0, 71.0), (72.0, 75.0), (71.0, 73.0))):
         finished(comparison.run_of("all", {"relational_weight": 0.0}, seed), plain)
-        finished(comparison.run_of("all", {}, seed), distilled)
+        finished(comparison.run_of("all", comparison.RELATIONAL["rrd"], seed), distilled)
     plan = comparison.planned(args, comparison.chosen_weights(args))
     (row,) = [each for each in comparison.summarize(args, plan) if each["method"] == "rrd"]
     assert (row["seeds"], row["score"], row["difference"]) == (3, 73.0, 2.0)
     assert row["half_interval"] == pytest.approx(4.302653 * 1.0 / 3**0.5, rel=1e-5)
     comparison.report(args, plan, comparison.chosen_weights(args))
     assert (tmp_path / "sst2" / "summary.csv").read_text().count("\n") == 3
+
+
+def test_a_card_holds_the_figures_of_the_table_and_the_index_lists_it(
+    modules: tuple[ModuleType, ModuleType], task: Any, tmp_path: Path
+) -> None:
+    _, comparison = modules
+    cards = sys.modules["write_cards"]
+    common = {"probe_few": "", "cka": "0.5", "neighbor_overlap": "9.6"}
+    rows = [
+        {"regime": "few", "method": "plain", "seeds": "3", "score": "60", "deviation": "1", "difference": "0"}
+        | {"half_interval": "0", **common},
+        {
+            "regime": "few",
+            "method": cards.ROW,
+            "seeds": "3",
+            "score": "70.25",
+            "deviation": "0.5",
+            "difference": "10.25",
+        }
+        | {"half_interval": "2.25", **common},
+        {"regime": "all", "method": cards.ROW, "seeds": "1", "score": "90", "deviation": "nan", "difference": "nan"}
+        | {"half_interval": "nan", **common},
+    ]
+    run = comparison.run_of("few", comparison.RELATIONAL[cards.ROW], 0)
+    page = cards.card(cards.CardArguments("sst2"), task, run, task.student(0), rows)
+    assert f"| {cards.ROW} | 70.2 ± 0.5 | +10.2 ± 2.2 |  | 0.50 | 10 | 3 |" in page.text
+    assert "| plain | 60.0 ± 1.0 |  |" in page.text
+    assert "90.0" not in page.text  # another regime's
+    assert "`max_steps` | 2 |" in page.text
+    page.save(tmp_path / "student.md")
+    (evaluated,) = ModelCard.load(tmp_path / "student.md").data.eval_results
+    assert (evaluated.metric_value, evaluated.dataset_type) == (0.7025, "stanfordnlp/sst2")
+    (listed,) = [line for line in cards.index(tmp_path).splitlines() if "student.md" in line]
+    assert listed.endswith("| accuracy, mean of 3 seeds | 70.2 % |")

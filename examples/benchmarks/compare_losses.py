@@ -55,7 +55,15 @@ RELATIONAL: dict[str, dict[str, Any]] = {
     "cosine": {"teacher_projection": "none", "relational_loss": "cosine"},
     "MSE": {"teacher_projection": "none", "relational_loss": "mse"},
 }
-"""The relational losses; the variants of the first share its default weight."""
+"""The relational losses, each also run with KD; the variants of the first share its default weight."""
+
+KNOBS: dict[str, dict[str, Any]] = {
+    "rrd, sharper student": {"student_temperature": 0.02, "teacher_temperature": 0.1},
+    "rrd, without own key": {"include_own": False},
+    "rrd, bank of 256": {"bank_size": 256},
+    "rrd, batch as bank": {"bank_size": 0},
+}
+"""One setting of the first relational loss changed at a time, alone only: the evidence for the other defaults."""
 
 WEIGHTS = {
     "KD": (0.02, 0.1, 0.5),
@@ -124,8 +132,8 @@ def task_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> T
     return summed / (labels != -100).sum().clamp(min=1)
 
 
-def train(task: Task, run: Run, max_steps: int | None) -> dict[str, float]:
-    """Train a student from the run's seed and measure it on the run's split."""
+def trained(task: Task, run: Run, max_steps: int | None) -> Any:
+    """A student trained from the run's seed, ready to be read."""
     settings = {**task.settings, **({"max_steps": max_steps} if max_steps else {}), **json.loads(run.settings)}
     with tempfile.TemporaryDirectory() as folder:
         args = RelationalDistillationConfig(
@@ -139,7 +147,12 @@ def train(task: Task, run: Run, max_steps: int | None) -> dict[str, float]:
             compute_loss_func=task_loss if args.task_weight > 0 else None,
         )
         trainer.train()
-    return measure(trainer.model.eval(), task, getattr(task, run.split), probes=run.regime == "none")
+    return trainer.model.eval()
+
+
+def train(task: Task, run: Run, max_steps: int | None) -> dict[str, float]:
+    """Train a student and measure it on the run's split."""
+    return measure(trained(task, run, max_steps), task, getattr(task, run.split), probes=run.regime == "none")
 
 
 @torch.no_grad()
@@ -249,6 +262,7 @@ def methods(weights: dict[str, float]) -> dict[str, dict[str, Any]]:
     for name, settings in RELATIONAL.items():
         rows[name] = settings if name.startswith("rrd") else {**settings, "relational_weight": weights[name]}
     rows["rrd, tuned weight"] = {**RELATIONAL["rrd"], "relational_weight": weights["rrd"]}
+    rows |= {name: {**RELATIONAL["rrd"], **changed} for name, changed in KNOBS.items()}
     return rows | {f"{name} + KD": {**rows[name], **kd} for name in RELATIONAL}
 
 
