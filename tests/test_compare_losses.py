@@ -139,12 +139,12 @@ def test_differences_are_paired_by_seed_and_the_weight_is_chosen_on_validation(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({**vars(run), "accuracy": accuracy, "cka": 0.5, "neighbor_overlap": 10.0}))
 
-    for accuracy, (_, run) in zip((60.0, 59.0, 61.0), comparison.tuning_runs("rrd"), strict=True):
+    for accuracy, (_, run) in zip((60.0, 59.0, 61.0, 58.0), comparison.tuning_runs("rrd"), strict=True):
         finished(run, accuracy)
     assert comparison.chosen_weights(args)["rrd"] == 3.0
     for seed, (plain, distilled) in enumerate(((70.0, 71.0), (72.0, 75.0), (71.0, 73.0))):
         finished(comparison.run_of("all", {"relational_weight": 0.0}, seed), plain)
-        finished(comparison.run_of("all", comparison.RELATIONAL["rrd"], seed), distilled)
+        finished(comparison.run_of("all", comparison.methods(comparison.chosen_weights(args))["rrd"], seed), distilled)
     plan = comparison.planned(args, comparison.chosen_weights(args))
     (row,) = [each for each in comparison.summarize(args, plan) if each["method"] == "rrd"]
     assert (row["seeds"], row["score"], row["difference"]) == (3, 73.0, 2.0)

@@ -4,7 +4,7 @@
     python examples/benchmarks/compare_losses.py --task cifar10 --data_dir data
 
 Regimes: `all` (every label), `few` (500 labels, all examples for distillation), `none` (no labels; a linear probe of
-the frozen student). Every run has as many steps of the same batch size. A rival's weight is chosen from three on the
+the frozen student). Every run has as many steps of the same batch size. A rival's weight is chosen from four on the
 validation split in the regime `few` with a seed of its own; the test split is read for the tables alone. The teacher
 is trained once and its outputs are computed once. Each finished run is a file, so a killed comparison goes on where
 it was. Writes `runs.csv`, `summary.csv` and, with the extra [plots], `comparison.png` into the output folder.
@@ -58,24 +58,26 @@ RELATIONAL: dict[str, dict[str, Any]] = {
 """The relational losses, each also run with KD; the variants of the first share its default weight."""
 
 KNOBS: dict[str, dict[str, Any]] = {
+    "rrd, weight 3": {"relational_weight": 3.0},
+    "rrd, centred, weight 3": {"relational_weight": 3.0, "teacher_projection": "center"},
     "rrd, sharper student": {"student_temperature": 0.02, "teacher_temperature": 0.1},
     "rrd, without own key": {"include_own": False},
     "rrd, bank of 256": {"bank_size": 256},
     "rrd, batch as bank": {"bank_size": 0},
 }
-"""One setting of the first relational loss changed at a time, alone only: the evidence for the other defaults."""
+"""Settings of the first relational loss, alone only: the evidence for the other defaults."""
 
 WEIGHTS = {
-    "KD": (0.02, 0.1, 0.5),
-    "rrd": (0.3, 1.0, 3.0),
-    "InfoNCE (CRD)": (0.3, 1.0, 3.0),
-    "RKD distance": (2.5, 25.0, 250.0),
-    "RKD angle": (5.0, 50.0, 500.0),
-    "SP": (30.0, 300.0, 3000.0),
-    "PKT": (300.0, 3000.0, 30000.0),
-    "CC": (0.2, 2.0, 20.0),
-    "cosine": (1.0, 3.0, 10.0),
-    "MSE": (0.3, 3.0, 30.0),
+    "KD": (0.02, 0.1, 0.5, 2.5),
+    "rrd": (0.3, 1.0, 3.0, 10.0),
+    "InfoNCE (CRD)": (0.3, 1.0, 3.0, 10.0),
+    "RKD distance": (2.5, 25.0, 250.0, 2500.0),
+    "RKD angle": (5.0, 50.0, 500.0, 5000.0),
+    "SP": (30.0, 300.0, 3000.0, 30000.0),
+    "PKT": (300.0, 3000.0, 30000.0, 300000.0),
+    "CC": (0.2, 2.0, 20.0, 200.0),
+    "cosine": (1.0, 3.0, 10.0, 30.0),
+    "MSE": (0.3, 3.0, 30.0, 300.0),
 }
 """What each loss's weight is chosen from: around its paper's value, or around the size of the task loss."""
 
@@ -260,9 +262,10 @@ def methods(weights: dict[str, float]) -> dict[str, dict[str, Any]]:
     kd = {"kd_weight": weights["KD"]}
     rows = {"plain": {"relational_weight": 0.0}, "KD": {"relational_weight": 0.0, **kd}}
     for name, settings in RELATIONAL.items():
-        rows[name] = settings if name.startswith("rrd") else {**settings, "relational_weight": weights[name]}
-    rows["rrd, tuned weight"] = {**RELATIONAL["rrd"], "relational_weight": weights["rrd"]}
-    rows |= {name: {**RELATIONAL["rrd"], **changed} for name, changed in KNOBS.items()}
+        rows[name] = {**settings, "relational_weight": weights.get(name, 1.0)}
+    rows["rrd"] = default = {**RELATIONAL["rrd"], "relational_weight": 1.0}
+    rows["rrd, tuned weight"] = {**default, "relational_weight": weights["rrd"]}
+    rows |= {name: {**default, **changed} for name, changed in KNOBS.items()}
     return rows | {f"{name} + KD": {**rows[name], **kd} for name in RELATIONAL}
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compare_losses import REGIMES, RELATIONAL, Arguments, Run, measure, result, run_of, trained
+from compare_losses import REGIMES, Arguments, Run, chosen_weights, measure, methods, result, run_of, trained
 from comparison_tasks import LABELED, TASKS, Task
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoImageProcessor, AutoTokenizer
@@ -76,9 +76,14 @@ class CardArguments:
     cards_dir: str = field(default="model_cards", metadata={"help": "Where the cards go."})
 
 
+def comparison(args: CardArguments) -> Arguments:
+    """The arguments of the comparison that the cards are of."""
+    return Arguments(args.task, args.data_dir, args.output_dir)
+
+
 def student_again(args: CardArguments, task: Task, run: Run, folder: Path) -> Any:
     """Train a run's student, compare it with the one on record, save it with its processor."""
-    recorded = result(Arguments(args.task, args.data_dir, args.output_dir), run)
+    recorded = result(comparison(args), run)
     if recorded is None:
         raise SystemExit(f"No finished run of {ROW!r}, {run.regime!r}, seed {run.seed}: run compare_losses.py first.")
     model = trained(task, run, None)
@@ -210,8 +215,9 @@ def main(args: CardArguments) -> None:
         rows = list(csv.DictReader(file))
     task = TASKS[args.task](Path(args.data_dir), results)
     cards = Path(args.cards_dir)
+    settings = methods(chosen_weights(comparison(args)))[ROW]
     for regime in REGIMES:
-        run = run_of(regime, RELATIONAL[ROW], seed=0)
+        run = run_of(regime, settings, seed=0)
         folder = results / "students" / regime
         model = student_again(args, task, run, folder)
         page = card(args, task, run, model, rows)
