@@ -14,6 +14,8 @@ takes it from there. The student is pretrained (`--student_model_name_or_path`),
 has some of the teacher's layers (`--student_num_layers`). Every field of `RelationalDistillationConfig` is a flag,
 too: `--train_sampling_strategy group_by_length` (in transformers 5.0 `--group_by_length`) halves the time. Instead of
 flags one YAML or JSON file will do, and `accelerate launch` instead of `python` where there are several devices.
+
+Needs `pip install 'hf_rrd[demo]'`.
 """
 
 import sys

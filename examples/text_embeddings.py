@@ -16,6 +16,8 @@ for a narrower student add `--teacher_projection pca --projection_dim` with its 
 (`--student_model_name_or_path`), or new (`--student_config_name`), or has some of the teacher's layers
 (`--student_num_layers`). Every field of `RelationalDistillationConfig` is a flag, too. Instead of flags one YAML or
 JSON file will do, and `accelerate launch` instead of `python` where there are several devices.
+
+Needs `pip install 'hf_rrd[demo]'`.
 """
 
 import sys
