@@ -96,6 +96,8 @@ def config(output_dir: str | Path, **changes: Any) -> RelationalDistillationConf
         "learning_rate": 1e-2,
         "bank_size": 20,
         "calibration_examples": 0,  # most tests count what the bank holds
+        "teacher_projection": "none",
+        "relational_weight": 1.0,
         "save_strategy": "no",
         "report_to": [],
         "use_cpu": True,

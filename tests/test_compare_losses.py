@@ -43,8 +43,8 @@ def task(modules: tuple[ModuleType, ModuleType], monkeypatch: pytest.MonkeyPatch
         torch.randn(60, 2, 4, generator=generator),
     )
     settings = {"per_device_train_batch_size": 16, "max_steps": 2, "use_cpu": True}
-    for name in ("rrd, PCA to 128", "rrd, random 128 (paper)"):  # the teacher here is 24 wide
-        monkeypatch.setitem(comparison.RELATIONAL[name], "projection_dim", 8)
+    for name in ("rrd1, PCA to 128", "rrd1, random 128 (paper)"):  # the teacher here is 24 wide
+        monkeypatch.setitem(comparison.KNOBS[name], "projection_dim", 8)
     return tasks.Task(split, split, split, lambda seed: tiny_vit(seed=seed), settings, Path("none"))
 
 
@@ -174,7 +174,7 @@ def test_a_card_holds_the_figures_of_the_table_and_the_index_lists_it(
         {"regime": "all", "method": cards.ROW, "seeds": "1", "score": "90", "deviation": "nan", "difference": "nan"}
         | {"half_interval": "nan", **common},
     ]
-    run = comparison.run_of("few", comparison.RELATIONAL[cards.ROW], 0)
+    run = comparison.run_of("few", comparison.DEFAULTS, 0)
     page = cards.card(cards.CardArguments("sst2"), task, run, task.student(0), rows)
     assert f"| {cards.ROW} | 70.2 ± 0.5 | +10.2 ± 2.2 |  | 0.50 | 10 | 3 |" in page.text
     assert "| plain | 60.0 ± 1.0 |  |" in page.text

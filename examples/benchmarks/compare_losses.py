@@ -40,12 +40,13 @@ from hf_rrd.pooling import cls_pool, mean_pool
 
 REGIMES = {"all": "all labels", "few": f"{LABELED} labels", "none": "no labels"}
 
+DEFAULTS = {"teacher_projection": "center", "relational_weight": 3.0}
+"""Those of the package that this comparison decided; said here, so that a run on record says what it was."""
+
+PLAIN_ONE = {"teacher_projection": "none", "relational_weight": 1.0}
+
 RELATIONAL: dict[str, dict[str, Any]] = {
-    "rrd": {"teacher_projection": "none"},
-    "rrd, centred": {"teacher_projection": "center"},
-    "rrd, PCA to 128": {"teacher_projection": "pca", "projection_dim": 128},
-    "rrd, random 128 (paper)": {"teacher_projection": "orthogonal", "projection_dim": 128},
-    "rrd, perplexity 20": {"teacher_projection": "none", "teacher_perplexity": 20.0},
+    "rrd": DEFAULTS,
     "InfoNCE (CRD)": {"teacher_projection": "none", "relational_loss": "infonce"},
     "RKD distance": {"teacher_projection": "none", "relational_loss": "rkd_distance"},
     "RKD angle": {"teacher_projection": "none", "relational_loss": "rkd_angle"},
@@ -55,17 +56,21 @@ RELATIONAL: dict[str, dict[str, Any]] = {
     "cosine": {"teacher_projection": "none", "relational_loss": "cosine"},
     "MSE": {"teacher_projection": "none", "relational_loss": "mse"},
 }
-"""The relational losses, each also run with KD; the variants of the first share its default weight."""
+"""The relational losses, each also run with KD. The first has the defaults, the others a weight of their own."""
 
 KNOBS: dict[str, dict[str, Any]] = {
-    "rrd, weight 3": {"relational_weight": 3.0},
-    "rrd, centred, weight 3": {"relational_weight": 3.0, "teacher_projection": "center"},
-    "rrd, sharper student": {"student_temperature": 0.02, "teacher_temperature": 0.1},
-    "rrd, without own key": {"include_own": False},
-    "rrd, bank of 256": {"bank_size": 256},
-    "rrd, batch as bank": {"bank_size": 0},
+    "rrd, not centred": {**DEFAULTS, "teacher_projection": "none"},
+    "rrd1, centred": {**DEFAULTS, "relational_weight": 1.0},
+    "rrd1": PLAIN_ONE,
+    "rrd1, PCA to 128": {**PLAIN_ONE, "teacher_projection": "pca", "projection_dim": 128},
+    "rrd1, random 128 (paper)": {**PLAIN_ONE, "teacher_projection": "orthogonal", "projection_dim": 128},
+    "rrd1, perplexity 20": {**PLAIN_ONE, "teacher_perplexity": 20.0},
+    "rrd1, sharper student": {**PLAIN_ONE, "student_temperature": 0.02, "teacher_temperature": 0.1},
+    "rrd1, without own key": {**PLAIN_ONE, "include_own": False},
+    "rrd1, bank of 256": {**PLAIN_ONE, "bank_size": 256},
+    "rrd1, batch as bank": {**PLAIN_ONE, "bank_size": 0},
 }
-"""Settings of the first relational loss, alone only: the evidence for the other defaults."""
+"""Settings of the first, alone only: the evidence for the defaults. "rrd1": weight 1, not centred unless said."""
 
 WEIGHTS = {
     "KD": (0.02, 0.1, 0.5, 2.5),
@@ -262,10 +267,9 @@ def methods(weights: dict[str, float]) -> dict[str, dict[str, Any]]:
     kd = {"kd_weight": weights["KD"]}
     rows = {"plain": {"relational_weight": 0.0}, "KD": {"relational_weight": 0.0, **kd}}
     for name, settings in RELATIONAL.items():
-        rows[name] = {**settings, "relational_weight": weights.get(name, 1.0)}
-    rows["rrd"] = default = {**RELATIONAL["rrd"], "relational_weight": 1.0}
-    rows["rrd, tuned weight"] = {**default, "relational_weight": weights["rrd"]}
-    rows |= {name: {**default, **changed} for name, changed in KNOBS.items()}
+        rows[name] = settings if name == "rrd" else {**settings, "relational_weight": weights[name]}
+    rows["rrd, tuned weight"] = {**DEFAULTS, "relational_weight": weights["rrd"]}
+    rows |= KNOBS
     return rows | {f"{name} + KD": {**rows[name], **kd} for name in RELATIONAL}
 
 
