@@ -57,8 +57,8 @@ class RelationalDistillationConfig(TrainingArguments):
     relational_weight: float = field(
         default=3.0,
         metadata={
-            "help": "Weight of the relational loss, 0 or more. Raise it where labels are few (10), lower it where they "
-            "are many and the student learns the task well without a teacher (1). 0 leaves out head and bank."
+            "help": "Weight of the relational loss, 0 or more. Raise it where labels are few (10), lower it where "
+            "they are many and the student learns the task well without a teacher (1). 0 leaves out head and bank."
         },
     )
     relational_loss: str = field(
