@@ -74,7 +74,7 @@ class RelationalDistillationConfig(TrainingArguments):
         default=0.1,
         metadata={
             "help": "Temperature of the student's similarities, positive. Keep it above teacher_temperature: a "
-            "sharper student was worse in early comparisons."
+            "sharper student was worse where labels are few on CIFAR-10, and no better elsewhere."
         },
     )
     teacher_temperature: float = field(
@@ -103,7 +103,7 @@ class RelationalDistillationConfig(TrainingArguments):
         default=True,
         metadata={
             "help": "Whether an example is also compared with its own teacher embedding. Turn it off to compare with "
-            "other examples only, which was worse in early comparisons."
+            "other examples only, which was level on SST-2 and up to 0.7 points worse on CIFAR-10."
         },
     )
     gather_bank: bool = field(
@@ -116,8 +116,8 @@ class RelationalDistillationConfig(TrainingArguments):
     projection_dim: int | None = field(
         default=None,
         metadata={
-            "help": "Width in which teacher and student are compared, 1 or more. Unset: the teacher's own width, the "
-            "best in early comparisons. Set it, with teacher_projection, for a smaller bank."
+            "help": "Width in which teacher and student are compared, 1 or more. Unset: the teacher's own "
+            "width. Set it, with teacher_projection, for a smaller bank."
         },
     )
     student_projection: str = field(
@@ -131,8 +131,8 @@ class RelationalDistillationConfig(TrainingArguments):
     teacher_projection: str = field(
         default="center",
         metadata={
-            "help": "From the teacher's embedding to that width, frozen: 'center' takes the mean off, 'none' keeps it "
-            "as it is, 'pca' projects to projection_dim for a smaller bank; 'orthogonal' and 'centered_orthogonal' do "
+            "help": "From the teacher's embedding to that width, frozen: 'center' takes the mean off (worth 0.3 to 1.4 "
+            "points on CIFAR-10 and level on SST-2, see README), 'none' keeps it as it is, 'pca' projects to projection_dim for a smaller bank; 'orthogonal' and 'centered_orthogonal' do "
             "so at random.",
             "choices": list(TEACHER_PROJECTIONS),
         },
