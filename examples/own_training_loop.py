@@ -54,7 +54,7 @@ class Arguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many only, drawn at random."})
     batch_size: int = field(default=32, metadata={"help": "Examples of one step on one device."})
     learning_rate: float = field(default=1e-4, metadata={"help": "After a warm-up of a tenth of the steps."})
-    relational_weight: float = field(default=1.0, metadata={"help": "Weight of the relational loss."})
+    relational_weight: float = field(default=10.0, metadata={"help": "Weight of the relational loss."})
     kd_weight: float = field(default=0.0, metadata={"help": "Weight of distillation on logits; 0 leaves it out."})
     bank_size: int = field(default=4096, metadata={"help": "Teacher embeddings to compare with."})
     seed: int = field(default=0, metadata={"help": "Of new weights and of the order of batches."})

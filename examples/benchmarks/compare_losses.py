@@ -40,7 +40,7 @@ from hf_rrd.pooling import cls_pool, mean_pool
 
 REGIMES = {"all": "all labels", "few": f"{LABELED} labels", "none": "no labels"}
 
-DEFAULTS = {"teacher_projection": "center", "relational_weight": 3.0}
+DEFAULTS = {"teacher_projection": "center", "relational_weight": 10.0}
 """Those of the package that this comparison decided; said here, so that a run on record says what it was."""
 
 PLAIN_ONE = {"teacher_projection": "none", "relational_weight": 1.0}
@@ -59,8 +59,12 @@ RELATIONAL: dict[str, dict[str, Any]] = {
 """The relational losses, each also run with KD. The first has the defaults, the others a weight of their own."""
 
 KNOBS: dict[str, dict[str, Any]] = {
+    "rrd, weight 30": {**DEFAULTS, "relational_weight": 30.0},
+    "rrd, weight 3": {**DEFAULTS, "relational_weight": 3.0},
+    "rrd, weight 1": {**DEFAULTS, "relational_weight": 1.0},
     "rrd, not centred": {**DEFAULTS, "teacher_projection": "none"},
-    "rrd1, centred": {**DEFAULTS, "relational_weight": 1.0},
+    "rrd, PCA to 128": {**DEFAULTS, "teacher_projection": "pca", "projection_dim": 128},
+    "rrd, batch as bank": {**DEFAULTS, "bank_size": 0},
     "rrd1": PLAIN_ONE,
     "rrd1, PCA to 128": {**PLAIN_ONE, "teacher_projection": "pca", "projection_dim": 128},
     "rrd1, random 128 (paper)": {**PLAIN_ONE, "teacher_projection": "orthogonal", "projection_dim": 128},
@@ -70,7 +74,7 @@ KNOBS: dict[str, dict[str, Any]] = {
     "rrd1, bank of 256": {**PLAIN_ONE, "bank_size": 256},
     "rrd1, batch as bank": {**PLAIN_ONE, "bank_size": 0},
 }
-"""Settings of the first, alone only: the evidence for the defaults. "rrd1": weight 1, not centred unless said."""
+"""Settings of the first, alone only: the evidence for the defaults. "rrd1": weight 1, not centred."""
 
 WEIGHTS = {
     "KD": (0.02, 0.1, 0.5, 2.5),
@@ -259,7 +263,7 @@ def _tunes(name: str, row: str) -> bool:
     """Whether a row needs the weight of a loss."""
     if name == "KD":
         return row.endswith("KD")
-    return row == "rrd, tuned weight" if name == "rrd" else row.removesuffix(" + KD") == name
+    return row.removesuffix(" + KD") == name
 
 
 def methods(weights: dict[str, float]) -> dict[str, dict[str, Any]]:
@@ -268,7 +272,6 @@ def methods(weights: dict[str, float]) -> dict[str, dict[str, Any]]:
     rows = {"plain": {"relational_weight": 0.0}, "KD": {"relational_weight": 0.0, **kd}}
     for name, settings in RELATIONAL.items():
         rows[name] = settings if name == "rrd" else {**settings, "relational_weight": weights[name]}
-    rows["rrd, tuned weight"] = {**DEFAULTS, "relational_weight": weights["rrd"]}
     rows |= KNOBS
     return rows | {f"{name} + KD": {**rows[name], **kd} for name in RELATIONAL}
 
