@@ -186,3 +186,26 @@ def test_a_card_holds_the_figures_of_the_table_and_the_index_lists_it(
     assert (evaluated.metric_value, evaluated.dataset_type) == (0.7025, "stanfordnlp/sst2")
     (listed,) = [line for line in cards.index(tmp_path).splitlines() if "student.md" in line]
     assert listed.endswith("| accuracy, mean of 3 seeds | 70.2 % |")
+
+
+def test_the_mean_over_regimes_is_paired_by_seed_and_wants_all_regimes(
+    modules: tuple[ModuleType, ModuleType], tmp_path: Path
+) -> None:
+    _, comparison = modules
+    args = comparison.Arguments(task="sst2", output_dir=str(tmp_path))
+    folder = comparison.path_of(args, comparison.run_of("all", {}, 0)).parent
+    folder.mkdir(parents=True)
+    plan = []
+    ours = {(0, "all"): 80, (0, "few"): 60, (0, "none"): 70, (1, "all"): 82, (1, "few"): 64, (1, "none"): 70}
+    for name, weight, gains in (("rrd", 1.0, (0, 0)), ("other", 2.0, (1, 4)), ("unfinished", 3.0, (9, 9))):
+        for (seed, regime), score in ours.items():
+            run = comparison.run_of(regime, {"relational_weight": weight}, seed)
+            plan.append((regime, name, run))
+            if (name, seed, regime) != ("unfinished", 1, "none"):
+                value = score + gains[seed] * (3 if regime == "none" else 0)  # by that much over three regimes
+                figures = {"accuracy": value, "probe": value} if regime == "none" else {"accuracy": value}
+                comparison.path_of(args, run).write_text(json.dumps({**vars(run), **figures}))
+    (other, mean, gain, error), rrd = comparison.over_regimes(args, plan)
+    assert (other, rrd[0], rrd[2:]) == ("other", "rrd", (0, 0))
+    assert mean == pytest.approx(71 + 2.5)
+    assert (gain, error) == pytest.approx((2.5, 1.5))  # gains of 1 and 4

@@ -332,6 +332,27 @@ def summarize(args: Arguments, plan: list[tuple[str, str, Run]]) -> list[dict[st
     return summary
 
 
+def over_regimes(args: Arguments, plan: list[tuple[str, str, Run]]) -> list[tuple[str, float, float, float]]:
+    """Row, mean score over the regimes, its difference to "rrd", paired by seed, and the standard error of that.
+
+    Of the losses alone that have all regimes for as many seeds as "rrd".
+    """
+    scores: dict[str, dict[tuple[int, str], float]] = {}
+    for regime, name, run in plan:
+        figures = result(args, run)
+        if figures is not None:
+            scores.setdefault(name, {})[run.seed, regime] = figures["probe" if regime == "none" else "accuracy"]
+    ours = scores.get("rrd", {})
+    seeds = sorted({seed for seed, _ in ours})
+    rows = []
+    for name, own in scores.items():
+        if own.keys() == ours.keys() and len(ours) == len(seeds) * len(REGIMES):
+            differences = [statistics.fmean(own[s, r] - ours[s, r] for r in REGIMES) for s in seeds]
+            error = statistics.stdev(differences) / len(seeds) ** 0.5 if len(seeds) > 1 else float("nan")
+            rows.append((name, statistics.fmean(own.values()), statistics.fmean(differences), error))
+    return sorted(rows, key=lambda row: -row[1])
+
+
 def report(args: Arguments, plan: list[tuple[str, str, Run]], weights: dict[str, float]) -> None:
     """Print the tables; write them and the figure."""
     folder = Path(args.output_dir) / args.task
@@ -356,6 +377,10 @@ def report(args: Arguments, plan: list[tuple[str, str, Run]], weights: dict[str,
             f"; to the student trained on {LABELED} labels" if regime == "none" else ""
         )
         console.print(table)
+    table = Table("", "mean score", "difference to rrd ± standard error", title=f"{args.task}, over the regimes")
+    for name, mean, difference, error in over_regimes(args, plan):
+        table.add_row(name, f"{mean:.2f}", f"{difference:+.2f} ± {error:.2f}")
+    console.print(table)
     console.print("weights chosen on validation data:", json.dumps(weights))
     write_csv(folder / "summary.csv", summary)
     finished = [{"row": name, **figures} for _, name, run in plan if (figures := result(args, run))]
