@@ -3,13 +3,17 @@
 import torch
 from torch import Tensor
 
+SLACK = 4
+"""The bank has room for a quarter of its size beyond it: so a row is moved four times on its way, not once a step."""
+
 
 class FeatureBank:
     """A first-in-first-out store of embeddings, of any size, fed with batches of any size.
 
-    Only rows that were put in are ever given out: an empty bank has no rows rather than random ones. A write makes a
-    new tensor, so that a loss computed before it can still run its backward pass afterwards. It is not a module: under
-    data parallelism a buffer would be overwritten with the first process's rows at every forward.
+    Only rows that were put in are ever given out: an empty bank has no rows rather than random ones. A write never
+    touches rows that were given out, so that a loss computed before it can still run its backward pass afterwards. It
+    is not a module: under data parallelism a buffer would be overwritten with the first process's rows at every
+    forward.
 
     Args:
         size: How many rows to keep at most; 0 keeps none.
@@ -30,7 +34,9 @@ class FeatureBank:
             raise ValueError(f"`dim` must be at least 1, got {dim}.")
         self.size = size
         self.dim = dim
-        self._rows = torch.empty(0, dim, dtype=dtype, device=device)
+        self._storage = torch.empty(0, dim, dtype=dtype, device=device)
+        self._rows = self._storage  # the part of it that is filled
+        self._end = 0  # where that part ends, and free room begins
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -57,15 +63,28 @@ class FeatureBank:
             raise ValueError(f"`rows` must have the shape (n, {self.dim}), got {tuple(rows.shape)}.")
         rows = rows.detach()[max(len(rows) - self.size, 0) :]
         kept = self._rows[max(len(self._rows) + len(rows) - self.size, 0) :]
-        self._rows = torch.cat([kept, rows.to(kept)])
+        if self._end + len(rows) > len(self._storage):
+            self._storage = kept.new_empty(self.size + -(-self.size // SLACK), self.dim)
+            self._storage[: len(kept)] = kept
+            self._end = len(kept)
+        # Through `data`, because autograd counts writes to all of a storage: these are to rows that nobody has seen.
+        self._storage.data[self._end : self._end + len(rows)] = rows
+        self._end += len(rows)
+        self._rows = self._storage[self._end - len(kept) - len(rows) : self._end]
 
     def clear(self) -> None:
         """Take all rows out."""
-        self._rows = self._rows[:0].clone()
+        self._rows = self._storage = self._storage.new_empty(0, self.dim)
+        self._end = 0
 
-    def to(self, device: torch.device | str) -> "FeatureBank":
-        """Move the rows to a device; returns the bank itself."""
-        self._rows = self._rows.to(device)
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "FeatureBank":
+        """Move the rows to a device or a dtype; returns the bank itself."""
+        rows = self._rows
+        self.clear()
+        self._storage = self._storage.to(device=device, dtype=dtype)
+        self._rows = self._storage
+        if len(rows):
+            self.enqueue(rows)
         return self
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -1,18 +1,23 @@
 """The losses, as functions of tensors: relational ones against a bank, and classic distillation on logits."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DENSE_LIMIT = 2**20
-"""`relational_loss` builds the (batch, bank) matrix up to this many elements and reads the bank in slices above it."""
+SLICE_ROWS = 4096
+"""Rows of the bank that are read at a time, at most."""
 
-SLICE_ROWS = 8192
-"""Rows of the bank that the memory-free form reads at a time."""
+SLICE_ELEMENTS = 2**19
+"""Elements of the (slice, queries) logits, at most, on a CPU: 2 MiB, which stay in its cache."""
+
+ACCELERATOR_FACTOR = 16
+"""By how much both are larger elsewhere, where each slice costs some launches of kernels."""
+
+SOLVER_ELEMENTS = 2**20
+"""Elements of the (rows, bank) similarities that the search for a perplexity holds at a time."""
 
 SOLVER_STEPS = 10
 """Steps of the search for the temperature of a perplexity; each reads the (batch, bank) similarities once."""
@@ -31,9 +36,8 @@ def relational_loss(
 
     With `p_t = softmax(teacher @ bank.T / teacher_temperature)` and `p_s` likewise for the student, the loss of an
     example is `-sum_k p_t[k] log p_s[k]`. Only `student` gets a gradient. Computed in float32 (float64 for float64
-    input), also under autocast. Up to `DENSE_LIMIT` elements of (batch, bank) this is the formula as it stands; above
-    it the same value and gradient come from one pass over slices of the bank, whose memory does not grow with the
-    bank.
+    input), also under autocast, from one pass over slices of the bank: the (batch, bank) matrix is never there, and
+    memory does not grow with the bank. There is no second derivative.
 
     Args:
         student: Unit rows of the student, (batch, dim).
@@ -79,6 +83,10 @@ def relational_terms(
         The cross-entropy of each example, (batch,), and the Kullback-Leibler divergence `KL(p_t || p_s)`, (batch,):
         the cross-entropy less the teacher's own entropy, 0 when the relations agree.
 
+    With `s` and `m_s` the student's logits and its mean of the candidates under p_s, and `m_t` the teacher's mean, the
+    cross-entropy is `logsumexp(s) - <student, m_t> / student_temperature`, its gradient
+    `(m_s - m_t) / student_temperature`: two attention reads of the bank.
+
     Raises:
         ValueError: A temperature is not positive, the perplexity not above 1, or the shapes do not agree.
     """
@@ -86,20 +94,30 @@ def relational_terms(
     _check_rows(student, teacher, bank, student_temperature)
     if teacher_perplexity is not None and not teacher_perplexity > 1:
         raise ValueError(f"`teacher_perplexity` must be above 1, got {teacher_perplexity}. Try 20.")
-    student, teacher, bank, dtype = _prepared(student, teacher, bank)
+    student, teacher, bank = _prepared(student, teacher, bank)
     if len(bank) == 0:  # nothing, or one candidate alone: certain either way
         nothing = (student * 0).sum(-1)  # (batch,), still part of the graph
         return nothing, nothing
-    with torch.autocast(student.device.type, enabled=False):
-        if len(student) * len(bank) <= DENSE_LIMIT:
-            bank = bank.to(dtype)
-            student_log_probs = _log_probs(student, teacher, bank, student_temperature, include_own)
-            teacher_log_probs = _teacher_log_probs(teacher, bank, teacher_temperature, include_own, teacher_perplexity)
-            return _dense_terms(student_log_probs, teacher_log_probs)
-        with torch.no_grad():
-            target, entropy = _teacher_read(teacher, bank, teacher_temperature, include_own, teacher_perplexity)
-        cross_entropy = _sliced_cross_entropy(student, target, bank, teacher, student_temperature, include_own)
-        return cross_entropy, cross_entropy - entropy
+    with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
+        scale: float | Tensor = teacher_temperature
+        if teacher_perplexity is not None:
+            scale = temperature_of_perplexity(teacher, bank, teacher_perplexity)
+        half_own = include_own and teacher_perplexity is not None
+        # Both sides as columns of one matrix: half as many products, and a wider one is faster.
+        queries = torch.cat([student / student_temperature, teacher / scale]).T.contiguous()  # (dim, 2 * batch)
+        own = teacher.T.repeat(1, 2)  # (dim, 2 * batch)
+        own_logits = (queries * own).sum(0) if include_own else queries.new_full((queries.shape[1],), -torch.inf)
+        if half_own:
+            own_logits[len(teacher) :] = -torch.inf
+        logsumexp, read = _read(queries, bank, own, own_logits)
+        (student_norm, teacher_norm), (student_mean, teacher_mean) = logsumexp.chunk(2), read.chunk(2, dim=1)
+        student_query, teacher_query = queries.chunk(2, dim=1)
+        entropy = teacher_norm - (teacher_query * teacher_mean).sum(0)
+        if half_own:
+            entropy, teacher_mean = math.log(2) + entropy / 2, (teacher.T + teacher_mean) / 2
+        cross_entropy = student_norm - (student_query * teacher_mean).sum(0)
+        slope = (student_mean - teacher_mean).T / student_temperature  # (batch, dim)
+    return _with_slope(student, cross_entropy, slope), _with_slope(student, cross_entropy - entropy, slope)
 
 
 def infonce_loss(
@@ -133,12 +151,13 @@ def infonce_terms(
 ) -> Tensor:
     """`infonce_loss` of each example, (batch,)."""
     _check_rows(student, teacher, bank, student_temperature)
-    student, teacher, bank, dtype = _prepared(student, teacher, bank)
-    with torch.autocast(student.device.type, enabled=False):
-        if len(student) * len(bank) > DENSE_LIMIT:
-            return _sliced_cross_entropy(student, teacher, bank, teacher, student_temperature, include_own)
-        logits = _similarity(student, teacher, bank.to(dtype), include_own) / student_temperature
-        return logits.logsumexp(-1) - (student * teacher).sum(-1) / student_temperature
+    student, teacher, bank = _prepared(student, teacher, bank)
+    with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
+        query = (student / student_temperature).T.contiguous()  # (dim, batch)
+        own_logits = (query * teacher.T).sum(0)
+        logsumexp, read = _read(query, bank, teacher.T, own_logits if include_own else own_logits - torch.inf)
+        slope = (read - teacher.T).T / student_temperature  # (batch, dim)
+    return _with_slope(student, logsumexp - own_logits, slope)
 
 
 def temperature_of_perplexity(teacher: Tensor, bank: Tensor, perplexity: float) -> Tensor:
@@ -152,7 +171,7 @@ def temperature_of_perplexity(teacher: Tensor, bank: Tensor, perplexity: float) 
         bank: Unit rows, (bank, dim), at least one.
         perplexity: Above 1: the exponential of the entropy in nats.
     """
-    rows = max(1, DENSE_LIMIT // len(bank))
+    rows = max(1, SOLVER_ELEMENTS // len(bank))
     parts = [
         _solve_temperature(part @ bank.to(part.dtype).T, math.log(perplexity)) for part in torch.split(teacher, rows)
     ]
@@ -179,109 +198,51 @@ def _solve_temperature(similarity: Tensor, entropy: float) -> Tensor:
     return (-log_beta).exp()
 
 
-def _dense_terms(student_log_probs: Tensor, teacher_log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition: cross-entropy and divergence, (batch,) each, of two (batch, candidates) distributions."""
-    teacher_probs = teacher_log_probs.exp()
-    cross_entropy = -(teacher_probs * student_log_probs).sum(-1)
-    divergence = (teacher_probs * (teacher_log_probs - student_log_probs)).sum(-1)
-    return cross_entropy, divergence
+def _read(queries: Tensor, bank: Tensor, own: Tensor, own_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax attention over the rows of the bank and each query's own column, a slice at a time.
 
+    Args:
+        queries: Columns already divided by their temperature, (dim, queries).
+        bank: (bank, dim), in any floating dtype.
+        own: (dim, queries).
+        own_logits: (queries,); -inf where the own column is no candidate.
 
-def _similarity(query: Tensor, teacher: Tensor, bank: Tensor, include_own: bool) -> Tensor:
-    """With the bank's rows and, as the last column, with the example's own teacher row: (batch, candidates)."""
-    similarity = query @ bank.T
-    return torch.cat([similarity, (query * teacher).sum(-1, keepdim=True)], dim=1) if include_own else similarity
-
-
-def _log_probs(query: Tensor, teacher: Tensor, bank: Tensor, temperature: float | Tensor, own: bool) -> Tensor:
-    return F.log_softmax(_similarity(query, teacher, bank, own) / temperature, dim=-1)
-
-
-def _teacher_log_probs(
-    teacher: Tensor, bank: Tensor, temperature: float, include_own: bool, perplexity: float | None
-) -> Tensor:
-    """The target, (batch, candidates)."""
-    if perplexity is None:
-        return _log_probs(teacher, teacher, bank, temperature, include_own)
-    neighbors = _log_probs(teacher, teacher, bank, temperature_of_perplexity(teacher, bank, perplexity), False)
-    if not include_own:
-        return neighbors
-    return torch.cat([neighbors, torch.zeros_like(neighbors[:, :1])], dim=1) - math.log(2)
-
-
-def _teacher_read(
-    teacher: Tensor, bank: Tensor, temperature: float, include_own: bool, perplexity: float | None
-) -> tuple[Tensor, Tensor]:
-    """The mean of the candidates under the target, (batch, dim), and the target's entropy, (batch,)."""
-    scale = temperature if perplexity is None else temperature_of_perplexity(teacher, bank, perplexity)
-    logsumexp, read = _read(teacher / scale, bank, teacher if include_own and perplexity is None else None)
-    entropy = logsumexp - ((teacher * read).sum(-1, keepdim=True) / scale).squeeze(-1)
-    if perplexity is None or not include_own:
-        return read, entropy
-    return (read + teacher) / 2, math.log(2) + entropy / 2
-
-
-def _sliced_cross_entropy(
-    student: Tensor, target: Tensor, bank: Tensor, teacher: Tensor, temperature: float, include_own: bool
-) -> Tensor:
-    own = teacher if include_own else None
-    return _SlicedCrossEntropy.apply(student, target, bank, own, temperature)  # type: ignore[no-untyped-call]
-
-
-class _SlicedCrossEntropy(torch.autograd.Function):
-    """The cross-entropy of each example, (batch,), from an attention read of the bank.
-
-    With `s = student @ bank.T / temperature`, `target` the teacher's mean of the candidates and `m_s` the student's:
-    the loss is `logsumexp(s) - <student, target> / temperature`, its gradient `(m_s - target) / temperature`.
+    Returns:
+        The logsumexp of the logits, (queries,), and the softmax-weighted mean of the candidates, (dim, queries).
     """
+    highest = own_logits
+    total = own_logits.isfinite().to(queries.dtype)
+    read = own * total
+    slice_rows = max(1, min(SLICE_ROWS, SLICE_ELEMENTS // max(1, len(own_logits))))
+    if bank.device.type != "cpu":
+        slice_rows *= ACCELERATOR_FACTOR
+    for start in range(0, len(bank), slice_rows):
+        rows = bank[start : start + slice_rows].to(queries.dtype)
+        logits = rows @ queries  # (slice, queries)
+        highest, previous = torch.maximum(highest, logits.amax(0)), highest
+        weights = logits.sub_(highest).exp_()
+        rescale = (previous - highest).exp()
+        total = total * rescale + weights.sum(0)
+        read.mul_(rescale).addmm_(rows.T, weights)
+    return highest + total.log(), read / total
 
+
+def _with_slope(student: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+    """Each example's value, (batch,), as a function of the student whose gradient, (batch, dim), is known."""
+    return _WithSlope.apply(student, value, slope)  # type: ignore[no-untyped-call]
+
+
+class _WithSlope(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, target: Tensor, bank: Tensor, own: Tensor | None, temperature: float
-    ) -> Tensor:
-        logsumexp, read = _read(student / temperature, bank, own)
-        ctx.save_for_backward((read - target) / temperature)
-        return logsumexp - (student * target).sum(-1) / temperature
+    def forward(ctx: Any, student: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return value.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (slope,) = ctx.saved_tensors  # (batch, dim)
-        return grads[0].unsqueeze(-1) * slope, None, None, None, None
-
-
-def _read(query: Tensor, bank: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Softmax attention over the rows of the bank (and each query's own row), a slice at a time.
-
-    Args:
-        query: Rows already divided by their temperature, (batch, dim).
-        bank: (bank, dim), in any floating dtype.
-        own: (batch, dim) or None.
-
-    Returns:
-        The logsumexp of the logits, (batch,), and the softmax-weighted mean of the rows, (batch, dim).
-    """
-    if own is None:
-        highest = query.new_full((len(query),), -torch.inf)
-        total = torch.zeros_like(highest)
-        read = torch.zeros_like(query)
-    else:
-        highest = (query * own).sum(-1)
-        total = torch.ones_like(highest)
-        read = own.clone()
-    for rows in _slices(bank, query.dtype):
-        logits = query @ rows.T  # (batch, slice)
-        highest, previous = torch.maximum(highest, logits.amax(-1)), highest
-        weights = logits.sub_(highest.unsqueeze(-1)).exp_()
-        rescale = (previous - highest).exp()
-        total = total * rescale + weights.sum(-1)
-        read = torch.addmm(read * rescale.unsqueeze(-1), weights, rows)
-    return highest + total.log(), read / total.unsqueeze(-1)
-
-
-def _slices(bank: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    for start in range(0, len(bank), SLICE_ROWS):
-        yield bank[start : start + SLICE_ROWS].to(dtype)
+        (slope,) = ctx.saved_tensors
+        return grads[0].unsqueeze(-1) * slope, None, None
 
 
 def logit_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
@@ -325,10 +286,10 @@ def logit_terms(student_logits: Tensor, teacher_logits: Tensor, temperature: flo
         return divergence * temperature**2
 
 
-def _prepared(student: Tensor, teacher: Tensor, bank: Tensor) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
+def _prepared(student: Tensor, teacher: Tensor, bank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """In full precision, with a gradient for the student alone; the bank keeps its dtype until it is read."""
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    return student.to(dtype), teacher.detach().to(dtype), bank.detach(), dtype
+    return student.to(dtype), teacher.detach().to(dtype), bank.detach()
 
 
 def _check_rows(student: Tensor, teacher: Tensor, bank: Tensor, student_temperature: float) -> None:

@@ -1,4 +1,4 @@
-"""The losses against loops over their formulas, in both forms of the relational one."""
+"""The losses against loops over their formulas, whatever the slices in which the bank is read."""
 
 import math
 from collections.abc import Callable
@@ -8,25 +8,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_rrd import FeatureBank, logit_loss, losses, relational_loss
 from hf_rrd.losses import logit_terms, relational_terms
 
 DIM = 4
-DENSE = None
-FORMS = [DENSE, 1, 3, 7]
-"""The dense form, and rows per slice of the memory-free one."""
+WHOLE = 4096
+SLICES = [WHOLE, 1, 3, 7]
+"""Rows of the bank that are read at a time."""
 
 
 def unit_rows(count: int, dim: int = DIM, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return F.normalize(torch.randn(count, dim, generator=generator, dtype=dtype), dim=-1)
-
-
-def use_form(monkeypatch: pytest.MonkeyPatch, slice_rows: int | None) -> None:
-    monkeypatch.setattr(losses, "DENSE_LIMIT", 2**62 if slice_rows is DENSE else 0)
-    if slice_rows is not DENSE:
-        monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
 
 
 def naive_relational(
@@ -68,7 +63,7 @@ def gradient_of(function: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tenso
     return value.detach(), student.grad
 
 
-@pytest.mark.parametrize("slice_rows", FORMS)
+@pytest.mark.parametrize("slice_rows", SLICES)
 @pytest.mark.parametrize("include_own", [False, True])
 @pytest.mark.parametrize(
     ("batch", "bank_rows", "temperatures"),
@@ -87,9 +82,9 @@ def test_relational_loss_and_its_gradient_equal_a_triple_loop_over_the_formula(
     bank_rows: int,
     temperatures: tuple[float, float],
     include_own: bool,
-    slice_rows: int | None,
+    slice_rows: int,
 ) -> None:
-    use_form(monkeypatch, slice_rows)
+    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
     student, teacher, bank = unit_rows(batch, seed=1), unit_rows(batch, seed=2), unit_rows(bank_rows, seed=3)
     expected, expected_gradient = gradient_of(
         lambda rows: sum(naive_relational(rows, teacher, bank, *temperatures, include_own)[0]) / batch, student
@@ -101,12 +96,12 @@ def test_relational_loss_and_its_gradient_equal_a_triple_loop_over_the_formula(
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("slice_rows", FORMS)
+@pytest.mark.parametrize("slice_rows", SLICES)
 @pytest.mark.parametrize("include_own", [False, True])
 def test_each_examples_loss_and_divergence_and_a_mix_of_their_gradients_equal_the_loop(
-    monkeypatch: pytest.MonkeyPatch, include_own: bool, slice_rows: int | None
+    monkeypatch: pytest.MonkeyPatch, include_own: bool, slice_rows: int
 ) -> None:
-    use_form(monkeypatch, slice_rows)
+    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
     student, teacher, bank = unit_rows(4, seed=1), unit_rows(4, seed=2), unit_rows(10, seed=3)
     weights = torch.tensor([[0.5, -1.0, 2.0, 0.0], [3.0, 0.25, 0.0, -2.0]], dtype=torch.float64)
 
@@ -131,11 +126,9 @@ def test_each_examples_loss_and_divergence_and_a_mix_of_their_gradients_equal_th
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("slice_rows", FORMS)
-def test_the_gradient_equals_central_differences_of_the_loss(
-    monkeypatch: pytest.MonkeyPatch, slice_rows: int | None
-) -> None:
-    use_form(monkeypatch, slice_rows)
+@pytest.mark.parametrize("slice_rows", SLICES)
+def test_the_gradient_equals_central_differences_of_the_loss(monkeypatch: pytest.MonkeyPatch, slice_rows: int) -> None:
+    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
     student, teacher, bank = unit_rows(2, seed=1), unit_rows(2, seed=2), unit_rows(8, seed=3)
     gradient = gradient_of(lambda rows: relational_loss(rows, teacher, bank, include_own=True), student)[1]
     step = 1e-5
@@ -148,11 +141,11 @@ def test_the_gradient_equals_central_differences_of_the_loss(
             assert float(gradient[i, d]) == pytest.approx(float(above - below) / (2 * step), rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("slice_rows", FORMS)
+@pytest.mark.parametrize("slice_rows", SLICES)
 def test_with_the_own_key_and_a_teacher_temperature_near_0_the_loss_is_info_nce(
-    monkeypatch: pytest.MonkeyPatch, slice_rows: int | None
+    monkeypatch: pytest.MonkeyPatch, slice_rows: int
 ) -> None:
-    use_form(monkeypatch, slice_rows)
+    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
     student, teacher, bank = unit_rows(6, 16, seed=1), unit_rows(6, 16, seed=2), unit_rows(40, 16, seed=3)
 
     def info_nce(rows: Tensor) -> Tensor:
@@ -167,25 +160,25 @@ def test_with_the_own_key_and_a_teacher_temperature_near_0_the_loss_is_info_nce(
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("slice_rows", FORMS)
+@pytest.mark.parametrize("slice_rows", SLICES)
 @pytest.mark.parametrize("include_own", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_divergence_is_exactly_0_for_equal_embeddings_and_temperatures(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, include_own: bool, slice_rows: int | None
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, include_own: bool, slice_rows: int
 ) -> None:
-    use_form(monkeypatch, slice_rows)
+    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
     rows, bank = unit_rows(5, seed=1, dtype=dtype), unit_rows(11, seed=2, dtype=dtype)
     cross_entropy, divergence = relational_terms(rows, rows.clone(), bank, 0.07, 0.07, include_own)
     assert divergence.tolist() == [0.0] * 5
     assert cross_entropy.min() > 0  # what is left is the teacher's entropy
 
 
-@pytest.mark.parametrize("slice_rows", [DENSE, 7])
+@pytest.mark.parametrize("slice_rows", [WHOLE, 7])
 @pytest.mark.parametrize("include_own", [False, True])
 def test_temperatures_of_a_ten_thousandth_stay_finite_in_float32(
-    monkeypatch: pytest.MonkeyPatch, include_own: bool, slice_rows: int | None
+    monkeypatch: pytest.MonkeyPatch, include_own: bool, slice_rows: int
 ) -> None:
-    use_form(monkeypatch, slice_rows)
+    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
     student, teacher, bank = (unit_rows(n, seed=s, dtype=torch.float32) for n, s in ((6, 1), (6, 2), (20, 3)))
     bank = torch.cat([-student, bank, student])  # similarities of -10,000 in one slice and of 10,000 in a later one
     loss, gradient = gradient_of(lambda rows: relational_loss(rows, teacher, bank, 1e-4, 1e-4, include_own), student)
@@ -193,45 +186,59 @@ def test_temperatures_of_a_ten_thousandth_stay_finite_in_float32(
     assert gradient.isfinite().all()
 
 
+def softmax_terms(student: Tensor, teacher: Tensor, bank: Tensor, include_own: bool) -> Tensor:
+    """The loss from both (batch, candidates) matrices, at temperatures of 0.1 and 0.02."""
+    logits = []
+    for query in (student, teacher):
+        own = (query * teacher).sum(-1, keepdim=True)
+        logits.append(torch.cat([query @ bank.T, own], dim=1) if include_own else query @ bank.T)
+    return -((logits[1] / 0.02).softmax(-1) * (logits[0] / 0.1).log_softmax(-1)).sum(-1).mean()
+
+
 @pytest.mark.parametrize("include_own", [False, True])
-def test_both_forms_agree_to_5e_6_for_64_examples_and_a_bank_of_20_000(
-    monkeypatch: pytest.MonkeyPatch, include_own: bool
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_in_float32_the_loss_is_that_of_float64_to_5e_6_for_64_examples_and_a_bank_of_20_000(
+    include_own: bool, dtype: torch.dtype
 ) -> None:
     student, teacher, bank = (unit_rows(n, 32, seed=n, dtype=torch.float32) for n in (64, 63, 20_000))
-    teacher = F.normalize(torch.cat([teacher, student[:1]]) + student, dim=-1)
-
-    def run(rows: Tensor) -> Tensor:
-        return relational_loss(rows, teacher, bank, include_own=include_own)
-
-    sliced, sliced_gradient = gradient_of(run, student)  # above DENSE_LIMIT, in three slices
-    monkeypatch.setattr(losses, "DENSE_LIMIT", 2**62)
-    dense, dense_gradient = gradient_of(run, student)
-    assert float((sliced - dense).abs() / dense) <= 5e-6
-    assert float((sliced_gradient - dense_gradient).abs().max() / dense_gradient.abs().max()) <= 5e-6
+    teacher, bank = F.normalize(torch.cat([teacher, student[:1]]) + student, dim=-1), bank.to(dtype)
+    loss, gradient = gradient_of(lambda rows: relational_loss(rows, teacher, bank, include_own=include_own), student)
+    expected, expected_gradient = gradient_of(
+        lambda rows: softmax_terms(rows, teacher.double(), bank.double(), include_own), student.double()
+    )
+    assert float((loss - expected).abs() / expected) <= 5e-6
+    assert float((gradient - expected_gradient).abs().max() / expected_gradient.abs().max()) <= 5e-6
 
 
-@pytest.mark.parametrize(("bank_rows", "dense_calls"), [(3, 1), (4, 1), (5, 0)])
-def test_the_matrix_is_built_up_to_the_limit_and_not_above_it(
-    monkeypatch: pytest.MonkeyPatch, bank_rows: int, dense_calls: int
-) -> None:
-    monkeypatch.setattr(losses, "DENSE_LIMIT", 12)
-    calls, dense_terms = [], losses._dense_terms
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many elements the largest result of an operation has that is no view of an input."""
 
-    def recorded(*args: Any) -> Any:
-        calls.append(args)
-        return dense_terms(*args)
+    elements = 0
 
-    monkeypatch.setattr(losses, "_dense_terms", recorded)
-    relational_loss(unit_rows(3, seed=1), unit_rows(3, seed=2), unit_rows(bank_rows, seed=3))
-    assert len(calls) == dense_calls
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        inputs = {each.untyped_storage().data_ptr() for each in args if isinstance(each, Tensor)}
+        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in inputs:
+            self.elements = max(self.elements, result.numel())
+        return result
 
 
-@pytest.mark.parametrize("slice_rows", [DENSE, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tensor_grows_with_the_bank(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(losses, "SLICE_ROWS", 64)
+    student, teacher = (unit_rows(8, 16, seed=n, dtype=torch.float32).requires_grad_() for n in (1, 2))
+    for rows in (100, 10_000):
+        bank = unit_rows(rows, 16, seed=3).to(dtype)
+        with LargestTensor() as largest:
+            relational_loss(student, teacher, bank, include_own=True).backward()
+            losses.infonce_loss(student, teacher, bank).backward()
+        assert largest.elements == 64 * 16  # a slice: of its logits for 16 queries, or of its rows
+
+
+@pytest.mark.parametrize("slice_rows", [WHOLE, 3])
 @pytest.mark.parametrize("include_own", [False, True])
-def test_only_the_student_gets_a_gradient(
-    monkeypatch: pytest.MonkeyPatch, include_own: bool, slice_rows: int | None
-) -> None:
-    use_form(monkeypatch, slice_rows)
+def test_only_the_student_gets_a_gradient(monkeypatch: pytest.MonkeyPatch, include_own: bool, slice_rows: int) -> None:
+    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
     student, teacher, bank = (unit_rows(n, seed=n).requires_grad_() for n in (5, 5, 8))
     teacher = unit_rows(5, seed=99).requires_grad_()
     relational_loss(student, teacher, bank, include_own=include_own).backward()
@@ -240,12 +247,12 @@ def test_only_the_student_gets_a_gradient(
     assert bank.grad is None
 
 
-@pytest.mark.parametrize("slice_rows", [DENSE, 7])
+@pytest.mark.parametrize("slice_rows", [WHOLE, 7])
 @pytest.mark.parametrize("include_own", [False, True])
 def test_an_empty_bank_gives_a_loss_and_a_gradient_of_0(
-    monkeypatch: pytest.MonkeyPatch, include_own: bool, slice_rows: int | None
+    monkeypatch: pytest.MonkeyPatch, include_own: bool, slice_rows: int
 ) -> None:
-    use_form(monkeypatch, slice_rows)
+    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
     loss, gradient = gradient_of(
         lambda rows: relational_loss(rows, unit_rows(3, seed=2), torch.empty(0, DIM), include_own=include_own),
         unit_rows(3, seed=1, dtype=torch.float32),
@@ -254,12 +261,12 @@ def test_an_empty_bank_gives_a_loss_and_a_gradient_of_0(
     assert gradient.tolist() == [[0.0] * DIM] * 3
 
 
-@pytest.mark.parametrize("slice_rows", [DENSE, 7])
+@pytest.mark.parametrize("slice_rows", [WHOLE, 7])
 @pytest.mark.parametrize("include_own", [False, True])
 def test_bfloat16_autocast_changes_no_bit_of_the_loss_and_its_gradient(
-    monkeypatch: pytest.MonkeyPatch, include_own: bool, slice_rows: int | None
+    monkeypatch: pytest.MonkeyPatch, include_own: bool, slice_rows: int
 ) -> None:
-    use_form(monkeypatch, slice_rows)
+    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
     student, teacher, bank = (unit_rows(n, 16, seed=s, dtype=torch.float32) for n, s in ((6, 1), (6, 2), (20, 3)))
     loss, gradient = gradient_of(lambda rows: relational_loss(rows, teacher, bank, 0.1, 0.02, include_own), student)
 
@@ -274,12 +281,12 @@ def test_bfloat16_autocast_changes_no_bit_of_the_loss_and_its_gradient(
     assert torch.equal(cast_gradient, gradient)
 
 
-@pytest.mark.parametrize("slice_rows", [DENSE, 7])
+@pytest.mark.parametrize("slice_rows", [WHOLE, 7])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs_are_compared_in_float32(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, slice_rows: int | None
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, slice_rows: int
 ) -> None:
-    use_form(monkeypatch, slice_rows)
+    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
     student, teacher, bank = (unit_rows(n, 16, seed=s).to(dtype) for n, s in ((6, 1), (6, 2), (20, 3)))
     loss, gradient = gradient_of(lambda rows: relational_loss(rows, teacher, bank, include_own=True), student)
     expected, expected_gradient = gradient_of(
@@ -290,11 +297,11 @@ def test_half_precision_inputs_are_compared_in_float32(
     assert torch.equal(gradient, expected_gradient.to(dtype))
 
 
-@pytest.mark.parametrize("slice_rows", [DENSE, 3])
+@pytest.mark.parametrize("slice_rows", [WHOLE, 3])
 def test_a_bank_written_between_loss_and_backward_leaves_the_gradient_as_it_was(
-    monkeypatch: pytest.MonkeyPatch, slice_rows: int | None
+    monkeypatch: pytest.MonkeyPatch, slice_rows: int
 ) -> None:
-    use_form(monkeypatch, slice_rows)
+    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
     start, teacher = unit_rows(4, seed=1), unit_rows(4, seed=2)
     bank = FeatureBank(6, DIM, dtype=torch.float64)
     bank.enqueue(unit_rows(6, seed=3))
@@ -419,12 +426,12 @@ def test_logit_loss_says_what_is_wrong_with_its_arguments(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("include_own", [False, True])
-@pytest.mark.parametrize("slice_rows", [DENSE, 7])
+@pytest.mark.parametrize("slice_rows", [WHOLE, 7])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_both_forms_give_on_cuda_what_they_give_on_the_cpu(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float, slice_rows: int | None, include_own: bool
+def test_relational_loss_gives_on_cuda_what_they_give_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float, slice_rows: int, include_own: bool
 ) -> None:
-    use_form(monkeypatch, slice_rows)
+    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
     student, teacher, bank = (unit_rows(n, 16, seed=s, dtype=dtype) for n, s in ((9, 1), (9, 2), (50, 3)))
     loss, gradient = gradient_of(lambda rows: relational_loss(rows, teacher, bank, 0.1, 0.05, include_own), student)
 
@@ -469,12 +476,11 @@ def test_a_perplexity_above_the_banks_rows_means_all_of_them_alike() -> None:
 
 
 @pytest.mark.parametrize("include_own", [False, True])
-@pytest.mark.parametrize("limit", [0, 2**20])
-def test_with_a_perplexity_both_forms_are_half_own_key_and_half_neighbours(
-    include_own: bool, limit: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("slice_rows", [WHOLE, 6])
+def test_with_a_perplexity_the_target_is_half_own_key_and_half_neighbours(
+    include_own: bool, slice_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "DENSE_LIMIT", limit)
-    monkeypatch.setattr(losses, "SLICE_ROWS", 6)
+    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
     student, teacher, bank = unit_rows(5, 4, 0).requires_grad_(), unit_rows(5, 4, 1), unit_rows(17, 4, 2)
     cross_entropy, divergence = losses.relational_terms(
         student, teacher, bank, 0.1, include_own=include_own, teacher_perplexity=6.0
@@ -501,12 +507,9 @@ def test_a_perplexity_of_one_is_refused() -> None:
 
 
 @pytest.mark.parametrize("rows", [0, 1, 17])
-@pytest.mark.parametrize("limit", [0, 2**20])
-def test_infonce_is_the_loop_over_its_formula_in_both_forms(
-    rows: int, limit: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(losses, "DENSE_LIMIT", limit)
-    monkeypatch.setattr(losses, "SLICE_ROWS", 6)
+@pytest.mark.parametrize("slice_rows", [WHOLE, 6])
+def test_infonce_is_the_loop_over_its_formula(rows: int, slice_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
     student, teacher, bank = unit_rows(5, 4, 0).requires_grad_(), unit_rows(5, 4, 1), unit_rows(rows, 4, 2)
     expected = torch.stack(
         [
