@@ -39,7 +39,13 @@ from transformers import (
     set_seed,
 )
 
-from hf_rrd import RelationalDistillationConfig, RelationalDistillationTrainer, student_from_teacher
+from hf_rrd import (
+    RelationalDistillationConfig,
+    RelationalDistillationTrainer,
+    cache_teacher_outputs,
+    student_from_teacher,
+    with_views,
+)
 
 
 @dataclass
@@ -65,6 +71,10 @@ class DataArguments:
     image_column_name: str = field(default="image", metadata={"help": "The column with the images or their paths."})
     label_column_name: str = field(default="label", metadata={"help": "The column with the labels, of any kind."})
     smallest_crop: float = field(default=0.5, metadata={"help": "Share of an image's area that a crop keeps; 1: all."})
+    cached_views: int = field(
+        default=0,
+        metadata={"help": "Run the teacher once, on so many views of each image; 0: in every step, on new ones."},
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many only, drawn at random."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many only, drawn at random."})
 
@@ -99,9 +109,10 @@ def label_ids(data: DatasetDict, column: str, known: dict[str, int]) -> tuple[di
     return label2id, {value: label2id[name] for value, name in zip(values, names, strict=True)}
 
 
-def random_view(image: Any, smallest: float) -> Any:
+def random_view(image: Any, smallest: float, seed: int | None) -> Any:
     """A random part of a PIL image, of at least this share of its area, mirrored half of the time."""
-    share, shape, left, top, side = torch.rand(5).tolist()
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    share, shape, left, top, side = torch.rand(5, generator=generator).tolist()
     area = image.width * image.height * (smallest + share * (1 - smallest))
     ratio = (3 / 4) ** (1 - 2 * shape)  # of width to height, from 3/4 to 4/3
     width, height = min(image.width, round((area * ratio) ** 0.5)), min(image.height, round((area / ratio) ** 0.5))
@@ -116,7 +127,8 @@ def see(
     """What the models read of a batch; student and teacher see the same views, each in its own size and colours."""
     images = [image.convert("RGB") for image in batch[args.image_column_name]]
     if training and args.smallest_crop < 1:
-        images = [random_view(image, args.smallest_crop) for image in images]
+        seeds = batch.get("view_seed", [None] * len(images))
+        images = [random_view(image, args.smallest_crop, seed) for image, seed in zip(images, seeds, strict=True)]
     columns = {column: one(images, return_tensors="pt")["pixel_values"] for column, one in processors.items()}
     return columns | {"labels": [ids[value] for value in batch[args.label_column_name]]}
 
@@ -176,8 +188,18 @@ def main() -> None:
     if processor.to_dict() != teacher_processor.to_dict():
         processors["teacher_pixel_values"] = teacher_processor
     look = partial(see, args=data_args, ids=ids, processors=processors)
-    train = data["train"].with_transform(partial(look, training=True))
+    train, count = data["train"], data_args.cached_views
+    if count:
+        train = with_views(train, count)
+        args.num_train_epochs /= count  # an epoch is that many passes now
+    train = train.with_transform(partial(look, training=True))
     views = {split: data[split].with_transform(partial(look, training=False)) for split in evaluated}
+
+    # The teacher's outputs, if they are to be computed once.
+    if count:
+        how = {"pooling": args.teacher_pooling, "with_logits": args.kd_weight > 0, "teacher_dtype": args.teacher_dtype}
+        cache = partial(cache_teacher_outputs, teacher=teacher, batch_size=args.per_device_eval_batch_size, **how)
+        train, views = cache(train), {split: cache(views[split]) for split in evaluated}
 
     # Train.
     trainer = RelationalDistillationTrainer(
@@ -187,7 +209,7 @@ def main() -> None:
         eval_dataset=views[evaluated[0]] if evaluated else None,
         processing_class=processor,
         compute_metrics=accuracy,
-        teacher=teacher,
+        teacher=None if count else teacher,
         teacher_processing_class=teacher_processor,
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

@@ -40,7 +40,12 @@ from transformers import (
     set_seed,
 )
 
-from hf_rrd import RelationalDistillationConfig, RelationalDistillationTrainer, student_from_teacher
+from hf_rrd import (
+    RelationalDistillationConfig,
+    RelationalDistillationTrainer,
+    cache_teacher_outputs,
+    student_from_teacher,
+)
 
 
 @dataclass
@@ -67,6 +72,7 @@ class DataArguments:
     text_column_name: str = field(default="text", metadata={"help": "The column with the texts."})
     label_column_name: str = field(default="label", metadata={"help": "The column with the labels, of any kind."})
     max_length: int = field(default=128, metadata={"help": "Tokens of a text, at most."})
+    cache_teacher: bool = field(default=False, metadata={"help": "Run the teacher once, before the training."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many only, drawn at random."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many only, drawn at random."})
 
@@ -184,7 +190,17 @@ def main() -> None:
     else:
         student = student_from_teacher(teacher, num_hidden_layers=model_args.student_num_layers, **overrides)
 
-    # Train the student.
+    # Train the student, from the teacher's outputs if they are to be computed once.
+    if data_args.cache_teacher:
+        data = cache_teacher_outputs(
+            data,
+            teacher,
+            args.per_device_eval_batch_size,
+            processing_class=teacher_tokenizer,
+            pooling=args.teacher_pooling,
+            with_logits=args.kd_weight > 0,
+            teacher_dtype=args.teacher_dtype,
+        )
     trainer = RelationalDistillationTrainer(
         model=student,
         args=args,
@@ -192,7 +208,7 @@ def main() -> None:
         eval_dataset=data[evaluated[0]] if evaluated else None,
         processing_class=tokenizer,
         compute_metrics=accuracy,
-        teacher=teacher,
+        teacher=None if data_args.cache_teacher else teacher,
         teacher_processing_class=teacher_tokenizer,
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

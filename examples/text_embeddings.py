@@ -35,7 +35,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoTokenizer, HfArgumentParser, set_seed
 
-from hf_rrd import RelationalDistillationConfig, RelationalDistillationTrainer, student_from_teacher
+from hf_rrd import (
+    RelationalDistillationConfig,
+    RelationalDistillationTrainer,
+    cache_teacher_outputs,
+    student_from_teacher,
+)
 from hf_rrd.pooling import POOLERS
 
 
@@ -61,6 +66,7 @@ class DataArguments:
     text_column_name: str = field(default="text", metadata={"help": "The column with the sentences."})
     label_column_name: str | None = field(default=None, metadata={"help": "Labels, to evaluate with."})
     max_length: int = field(default=128, metadata={"help": "Tokens of a sentence, at most."})
+    cache_teacher: bool = field(default=False, metadata={"help": "Run the teacher once, before the training."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many only, drawn at random."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many only, drawn at random."})
 
@@ -169,13 +175,23 @@ def main() -> None:
         rows["teacher"] = embeddings(teacher.to(args.device), teacher_tokenizer, args.teacher_pooling)
         rows["student before"] = embeddings(student.to(args.device), tokenizer, args.student_pooling)
 
+    if data_args.cache_teacher:
+        data = cache_teacher_outputs(
+            data,
+            teacher,
+            args.per_device_eval_batch_size,
+            processing_class=teacher_tokenizer,
+            pooling=args.teacher_pooling,
+            with_logits=False,
+            teacher_dtype=args.teacher_dtype,
+        )
     trainer = RelationalDistillationTrainer(
         model=student,
         args=args,
         train_dataset=data["train"],
         eval_dataset=data["validation"],
         processing_class=tokenizer,
-        teacher=teacher,
+        teacher=None if data_args.cache_teacher else teacher,
         teacher_processing_class=teacher_tokenizer,
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

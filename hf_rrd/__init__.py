@@ -10,6 +10,7 @@ from hf_rrd.batch_losses import (
     rkd_distance_loss,
     similarity_preserving_loss,
 )
+from hf_rrd.caching import cache_teacher_outputs, with_views
 from hf_rrd.config import RelationalDistillationConfig
 from hf_rrd.data import DataCollatorForDistillation
 from hf_rrd.feature_bank import FeatureBank
@@ -25,6 +26,7 @@ __all__ = [
     "Initialization",
     "RelationalDistillationConfig",
     "RelationalDistillationTrainer",
+    "cache_teacher_outputs",
     "correlation_congruence_loss",
     "cosine_loss",
     "infonce_loss",
@@ -37,4 +39,5 @@ __all__ = [
     "rkd_distance_loss",
     "similarity_preserving_loss",
     "student_from_teacher",
+    "with_views",
 ]

@@ -13,7 +13,7 @@ from hf_rrd.batch_losses import BATCH_LOSSES
 from hf_rrd.objective import RELATIONAL_LOSSES
 from hf_rrd.pooling import POOLERS
 from hf_rrd.student import STUDENT_PROJECTIONS
-from hf_rrd.teacher import MEASURED_PROJECTIONS, TEACHER_PROJECTIONS
+from hf_rrd.teacher import MEASURED_PROJECTIONS, TEACHER_DTYPES, TEACHER_PROJECTIONS
 
 AUTO_BANK_SIZE = 4096
 """What `bank_size="auto"` comes to, or the size of the training set where that is smaller."""
@@ -141,7 +141,8 @@ class RelationalDistillationConfig(TrainingArguments):
         default=4096,
         metadata={
             "help": "Training examples whose teacher embeddings are computed before the first step, to measure the "
-            "teacher_projection and to fill the bank, 0 or more. 0 starts with an empty bank."
+            "teacher_projection and to fill the bank, 0 or more; cached embeddings fill all of it. 0 starts with an "
+            "empty bank."
         },
     )
     student_pooling: str = field(
@@ -157,6 +158,15 @@ class RelationalDistillationConfig(TrainingArguments):
         metadata={
             "help": "The same for the teacher. Set it to what the teacher was trained with, 'mean' or 'cls' for most "
             "embedding models."
+        },
+    )
+    teacher_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "The autocast dtype of the teacher's forward: 'bfloat16', 'float16' or 'float32'. Unset: that of "
+            "the training (bf16, fp16). Set 'bfloat16' to spare time in a float32 training. The weights keep "
+            "the dtype in which they were loaded.",
+            "choices": list(TEACHER_DTYPES),
         },
     )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
@@ -202,6 +212,8 @@ class RelationalDistillationConfig(TrainingArguments):
         _check_choice("relational_loss", self.relational_loss, list(RELATIONAL_LOSSES))
         _check_choice("student_projection", self.student_projection, list(STUDENT_PROJECTIONS))
         _check_choice("teacher_projection", self.teacher_projection, list(TEACHER_PROJECTIONS))
+        if self.teacher_dtype is not None:
+            _check_choice("teacher_dtype", self.teacher_dtype, list(TEACHER_DTYPES))
         for name in ("student_pooling", "teacher_pooling"):
             if not callable(getattr(self, name)):
                 _check_choice(name, getattr(self, name), ["auto", *POOLERS])

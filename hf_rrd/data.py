@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import (
     DataCollatorWithPadding,
@@ -39,8 +40,8 @@ class DataCollatorForDistillation:
 
     def __init__(self, student: Any = None, teacher: Any = None) -> None:
         self.tokenizer = student if isinstance(student, PreTrainedTokenizerBase) else None
-        self._collate_student = _collator(student)
-        self._collate_teacher = _collator(teacher)
+        self._collate_student = collator_of(student)
+        self._collate_teacher = collator_of(teacher)
 
     def __call__(self, features: list[Any]) -> dict[str, Tensor]:
         """Make one batch of examples given as dicts."""
@@ -64,7 +65,8 @@ class DataCollatorForDistillation:
         return batch
 
 
-def _collator(processor: Any) -> Any:
+def collator_of(processor: Any) -> Any:
+    """A collator for the examples of a tokenizer, a feature extractor or another processor, or of none."""
     if isinstance(processor, PreTrainedTokenizerBase | SequenceFeatureExtractor):
         return DataCollatorWithPadding(processor)
     # An image processor is callable too, but it makes features rather than batches of them.
@@ -121,12 +123,27 @@ def column_names(dataset: Any) -> set[str] | None:
     return set(example) if isinstance(example, Mapping) else None
 
 
-def cached_width(dataset: Any) -> int | None:
-    """The width of the `teacher_embedding` column, or None where a data set has no such column."""
+def has_cached_embeddings(dataset: Any) -> bool:
+    """Whether `teacher_embedding` is a column that can be read on its own, without making whole examples."""
+    return isinstance(dataset, Dataset | IterableDataset) and "teacher_embedding" in (dataset.column_names or [])
+
+
+def cached_embeddings(dataset: Dataset | IterableDataset) -> Tensor:
+    """All of the column `teacher_embedding`, (examples, width), whatever else the examples have."""
+    rows = dataset.select_columns("teacher_embedding").with_format("torch")
+    if isinstance(rows, Dataset):
+        return rows["teacher_embedding"][:]
+    return torch.stack([row["teacher_embedding"] for row in rows])
+
+
+def cached_shape(dataset: Any) -> tuple[int, torch.dtype] | None:
+    """Width and dtype of the `teacher_embedding` column, or None where a data set has no such column."""
     example = None if dataset is None else next(iter(dataset), None)
-    return (
-        len(example["teacher_embedding"]) if isinstance(example, Mapping) and "teacher_embedding" in example else None
-    )
+    if not isinstance(example, Mapping) or "teacher_embedding" not in example:
+        return None
+    feature = getattr((getattr(dataset, "features", None) or {}).get("teacher_embedding"), "feature", None)
+    half = getattr(feature, "dtype", None) == "float16"
+    return len(example["teacher_embedding"]), torch.float16 if half else torch.float32
 
 
 def check_dataset(name: str, dataset: Any) -> None:

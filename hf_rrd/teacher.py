@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,10 @@ MEASURED_PROJECTIONS = ("center", "pca", "centered_orthogonal")
 """Those that are measured on the teacher's embeddings before the first step."""
 
 
+TEACHER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""The values of `teacher_dtype=`."""
+
+
 class TeacherOutputs(NamedTuple):
     """What the losses need of the teacher: its pooled embedding, (batch, width), and its logits, or None."""
 
@@ -46,10 +51,21 @@ class Teacher:
             embedding is wanted. Its parameters are frozen.
         pooling: A key of `POOLERS`, "auto" or a callable.
         wants_embedding: Whether to pool the body's output at all.
+        dtype: A key of `TEACHER_DTYPES` for the forward's autocast; None leaves the autocast around it as it is.
+        compile_kwargs: Of `torch.compile` for the forward; None does not compile.
     """
 
-    def __init__(self, model: nn.Module, pooling: str | Callable[..., Any], wants_embedding: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        pooling: str | Callable[..., Any],
+        wants_embedding: bool,
+        dtype: str | None = None,
+        compile_kwargs: dict[str, Any] | None = None,
+    ) -> None:
         self.model = model.requires_grad_(False).eval()
+        self._forward = self.model if compile_kwargs is None else torch.compile(self.model, **compile_kwargs)
+        self._autocast_dtype = None if dtype is None else TEACHER_DTYPES[dtype]
         self.columns = forward_columns(model)
         self.body = body_of(model) if wants_embedding else unwrapped(model)
         self.width: int | None = None
@@ -65,6 +81,13 @@ class Teacher:
             and getattr(self.model, "quantization_method", None) is None
         ):
             self.model.to(device)
+
+    @property
+    def shape(self) -> tuple[int, torch.dtype] | None:
+        """Width and dtype of its embeddings: a half precision where the forward or the weights have one."""
+        dtype = self._autocast_dtype or place_of(self.body)[1]
+        is_half = dtype in (torch.float16, torch.bfloat16)
+        return None if self.width is None else (self.width, dtype if is_half else torch.float32)
 
     # `inference_mode` would be no faster here, and its tensors may not enter a graph: the bank's rows do.
     @torch.no_grad()
@@ -90,12 +113,19 @@ class Teacher:
             inputs = {**inputs, "use_cache": False}
         if self.width is not None:
             keep_next(self.body)
-        outputs = self.model(**{name: self._place_input(value) for name, value in inputs.items()})
+        with self._autocast():
+            outputs = self._forward(**{name: self._place_input(value) for name, value in inputs.items()})
         logits = outputs.get("logits") if isinstance(outputs, dict) else None
         embedding = None
         if self.width is not None:
             embedding = self._pool(take_kept(self.body), inputs.get("attention_mask")).to(device)
         return TeacherOutputs(embedding, None if logits is None else logits.to(device))
+
+    def _autocast(self) -> Any:
+        if self._autocast_dtype is None:
+            return nullcontext()
+        device = place_of(self.body)[0].type
+        return torch.autocast(device, dtype=self._autocast_dtype, enabled=self._autocast_dtype != torch.float32)
 
     def _place_input(self, value: Any) -> Any:
         if not isinstance(value, Tensor):

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast
-from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import find_batch_size, nested_detach
@@ -29,10 +28,12 @@ from hf_rrd.config import RelationalDistillationConfig, bank_rows
 from hf_rrd.data import (
     TEACHER_PREFIX,
     DataCollatorForDistillation,
-    cached_width,
+    cached_embeddings,
+    cached_shape,
     check_dataset,
     check_labels,
     forward_columns,
+    has_cached_embeddings,
     student_inputs,
     warn_of_shared_tokens,
 )
@@ -176,19 +177,27 @@ class RelationalDistillationTrainer(Trainer):
         if self.teacher is not None:
             if student is not None:
                 check_teacher(self.teacher, student, self._wants_logits)
-            self._teacher = Teacher(self.teacher, args.teacher_pooling, self._wants_embedding)
+            compiled = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+            self._teacher = Teacher(
+                self.teacher,
+                args.teacher_pooling,
+                self._wants_embedding,
+                args.teacher_dtype,
+                compiled if args.torch_compile else None,
+            )
         self._projection: TeacherProjection | None = None
         bank = None
         if self._wants_embedding:
-            width = self._teacher.width if self._teacher is not None else cached_width(train_dataset)
-            if width is None:
+            shape = self._teacher.shape if self._teacher is not None else cached_shape(train_dataset)
+            if shape is None:
                 raise ValueError(
                     "the relational loss needs a teacher: pass `teacher=` a model, a Hub name or a folder, or a "
                     "training set with a `teacher_embedding` column. Got neither. relational_weight=0 does without."
                 )
+            width, dtype = shape
             unit = args.relational_loss not in RAW_LOSSES
             self._projection = TeacherProjection(width, args.projection_dim, args.teacher_projection, args.seed, unit)
-            bank = FeatureBank(bank_rows(args, train_dataset), self._projection.dim)
+            bank = FeatureBank(bank_rows(args, train_dataset), self._projection.dim, dtype)
         elif needed and self._teacher is None and train_dataset is not None:
             if "teacher_logits" not in next(iter(train_dataset), {}):
                 raise ValueError(
@@ -359,10 +368,12 @@ class RelationalDistillationTrainer(Trainer):
     def _calibrate(self) -> None:
         """Measure the teacher on some training examples: fit its projection, unless it is, and fill the bank."""
         projection, bank = self._projection, self.objective.bank
-        if projection is None or bank is None or self.train_dataset is None:
+        measured = self.args.calibration_examples
+        if projection is None or bank is None or self.train_dataset is None or measured == 0:
             return
-        count = self.args.calibration_examples if not projection.is_ready else 0
-        count = max(count, min(self.args.calibration_examples, bank.size))
+        # Cached embeddings cost nothing: they fill all of the bank.
+        filled = bank.size if has_cached_embeddings(self.train_dataset) else min(measured, bank.size)
+        count = filled if projection.is_ready else max(measured, filled)
         if count == 0:
             return
         embeddings = self._embeddings_of(sample_of(self.train_dataset, count, self.args.seed))
@@ -371,7 +382,7 @@ class RelationalDistillationTrainer(Trainer):
         if not embeddings.isfinite().all():
             raise ValueError("the teacher's embedding is not finite (nan or inf) on training examples. Check them.")
         if not projection.is_ready:
-            projection.fit(embeddings)
+            projection.fit(embeddings[:measured])
             state = {name: tensor.to(self.args.device) for name, tensor in projection.state_dict().items()}
             projection.load_state_dict(broadcast(state))  # the same to the bit on all processes
         bank.enqueue(projection(embeddings[: bank.size]))
@@ -379,9 +390,8 @@ class RelationalDistillationTrainer(Trainer):
     @torch.no_grad()
     def _embeddings_of(self, sample: Any) -> Tensor:
         """The teacher's pooled embeddings of some examples, (examples, width), on all processes."""
-        if self._teacher is None and isinstance(sample, Dataset):
-            column = sample.select_columns("teacher_embedding").with_format("torch")["teacher_embedding"][:]
-            return column.to(self.args.device)
+        if has_cached_embeddings(sample):
+            return cached_embeddings(sample).to(self.args.device)
         parts = []
         with preserved_randomness():
             for batch in self.get_test_dataloader(sample):

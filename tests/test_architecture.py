@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"body"},
     "student": {"body"},
     "teacher": {"body", "data"},
+    "caching": {"body", "calibration", "data", "teacher"},
     "initialization": set(),
     "checkpoint": set(),
     "config": {"batch_losses", "objective", "pooling", "student", "teacher"},

@@ -19,7 +19,7 @@ from transformers import (
 
 from hf_rrd import DataCollatorForDistillation
 from hf_rrd.data import (
-    cached_width,
+    cached_shape,
     check_dataset,
     check_labels,
     column_names,
@@ -264,8 +264,8 @@ def test_columns_are_known_where_they_can_be_read_without_a_stream(dataset: Any,
         pytest.param(None, None, id="none"),
     ],
 )
-def test_the_cached_width_is_that_of_the_first_embedding(dataset: Any, expected: int | None) -> None:
-    assert cached_width(dataset) == expected
+def test_the_cached_shape_is_that_of_the_first_embedding(dataset: Any, expected: int | None) -> None:
+    assert cached_shape(dataset) == (None if expected is None else (expected, torch.float32))
 
 
 @pytest.mark.parametrize("label", ["label", "label_ids", "labels", "start_positions"])
