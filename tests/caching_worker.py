@@ -1,0 +1,51 @@
+"""One process that caches a teacher's outputs, to be killed or to share the work: the child of test_caching."""
+
+import os
+import time
+from multiprocessing.sharedctypes import Synchronized
+
+import datasets
+import torch
+import transformers
+
+from hf_rrd import caching
+from tests.builders import Images, tiny_vit
+
+EXAMPLES = 61
+BATCH = 3
+SHARD = 8
+
+
+def images() -> datasets.Dataset:
+    """The examples, the same in every process."""
+    data = Images(EXAMPLES)
+    assert data.labels is not None
+    return datasets.Dataset.from_dict({"pixel_values": data.pixels.tolist(), "labels": data.labels.tolist()})
+
+
+def run(rank: int, processes: int, port: int, folder: str, forwards: "Synchronized[int]") -> None:
+    """Cache into a folder, counting the teacher's forwards, and write the whole data set beside it."""
+    if processes > 1:
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+    torch.set_num_threads(1)
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    caching.SHARD_EXAMPLES = SHARD
+    teacher = tiny_vit(width=24, seed=1)
+
+    def count(*_: object) -> None:
+        with forwards.get_lock():
+            forwards.value += 1
+        time.sleep(0.002)  # so that there is time to be killed
+
+    data = images()
+    readied = teacher.register_forward_hook(count)
+    cached = caching.cache_teacher_outputs(data, teacher, BATCH, cache_dir=folder)
+    readied.remove()
+    cached.select_columns(["teacher_embedding", "teacher_logits", "labels"]).to_parquet(f"{folder}/{rank}.parquet")
