@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, send_to_device
+from accelerate.utils import broadcast_object_list, parse_flag_from_env, send_to_device
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Sequence, Value
 from datasets.arrow_writer import ArrowWriter
 from datasets.fingerprint import Hasher
@@ -87,9 +87,8 @@ def cache_teacher_outputs(
         teacher_model_init_kwargs: For `from_pretrained`, of a teacher given by name: `revision`, `dtype` and so on.
 
     Returns:
-        The data set, of the same kind, with the columns. `teacher_embedding` has the teacher's width or the
-        projection's. Where examples were plain Python objects, the new columns come as NumPy arrays in float32 and
-        the others as before.
+        The data set, of the same kind and format, with the columns. `teacher_embedding` has the teacher's width or
+        the projection's.
 
     Raises:
         ValueError: A setting is out of its range, there are such columns already, the teacher lacks an input, or an
@@ -210,7 +209,11 @@ class _Reader:
     dtype: str
     settings: dict[str, Any]
     projection: TeacherProjection | None = None
-    state: PartialState = field(default_factory=PartialState)
+    state: PartialState = field(
+        default_factory=lambda: PartialState(
+            cpu=parse_flag_from_env("ACCELERATE_USE_CPU")
+        )  # of `accelerate launch --cpu`
+    )
 
     def __post_init__(self) -> None:
         self.teacher.place(self.state.device)
@@ -348,7 +351,8 @@ def _progress(reader: _Reader, total: int, title: str) -> Any:
 def _outputs(dataset: Dataset, reader: _Reader, bar: Any) -> Columns:
     """All columns of a data set, in its order."""
     if dataset.format["type"] != "custom" and reader.collate is None:
-        dataset = dataset.select_columns(list(reader.columns(dataset.column_names)) or dataset.column_names)
+        columns = list(reader.columns(dataset.column_names)) or dataset.column_names
+        dataset = dataset.with_format(None).select_columns(columns).with_format("numpy")
     order = _longest_first(dataset, reader)
     loader = torch.utils.data.DataLoader(
         dataset,
@@ -391,9 +395,9 @@ def _write(columns: Columns, reader: _Reader, path: Path) -> None:
 def _formatted(result: Dataset, original: Dataset) -> Dataset:
     """With examples as the original gives them, and the new columns beside them."""
     style = original.format
-    new = [name for name in CACHED_COLUMNS if name in result.column_names]
     if style["type"] is None:
-        return result.with_format("numpy", columns=new, output_all_columns=True)
+        return result
+    new = [name for name in CACHED_COLUMNS if name in result.column_names]
     is_custom = style["type"] == "custom"  # a transform sees its own columns alone
     return result.with_format(
         style["type"],

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import find_batch_size, nested_detach
@@ -36,6 +37,7 @@ from hf_rrd.data import (
     has_cached_embeddings,
     student_inputs,
     warn_of_shared_tokens,
+    with_cached_arrays,
 )
 from hf_rrd.feature_bank import FeatureBank
 from hf_rrd.objective import RAW_LOSSES, DistillationObjective
@@ -261,6 +263,9 @@ class RelationalDistillationTrainer(Trainer):
             self._signature_columns += [TEACHER_PREFIX + name for name in accepted]
             self._signature_columns += ["teacher_embedding"] * self._wants_embedding
             self._signature_columns += ["teacher_logits"] * self._wants_logits
+
+    def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> Dataset:
+        return with_cached_arrays(super()._remove_unused_columns(dataset, description))
 
     # ---- The loss ----
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset, DatasetDict, IterableDatasetDict
 from torch import Tensor
-from transformers import AutoModel, BertModel, DataCollatorWithPadding
+from transformers import AutoModel, BertForMaskedLM, BertModel, DataCollatorWithPadding
 
 from hf_rrd import DataCollatorForDistillation, cache_teacher_outputs, caching, with_views
 from hf_rrd.caching import weights_hash
@@ -93,8 +93,9 @@ class Forwards:
 def test_the_columns_are_the_teachers_outputs_one_example_at_a_time(batch_size: int, count: int, dtype: str) -> None:
     tolerance = 2e-6 if dtype == "float32" else 2**-10
     pad = tokenizer("a", "b")
-    for dataset, teacher in ((images(count), teacher_vit()), (texts(count), tiny_bert(width=WIDTH, seed=1))):
-        cached = cache_teacher_outputs(dataset, teacher, batch_size, processing_class=pad, dtype=dtype)
+    cases = [(images(count), teacher_vit(), None), (texts(count), tiny_bert(width=WIDTH, seed=1), pad)]
+    for dataset, teacher, processor in cases:
+        cached = cache_teacher_outputs(dataset, teacher, batch_size, processing_class=processor, dtype=dtype)
         embedding, logits = one_by_one(teacher, dataset)
         assert cached.features["teacher_embedding"] == datasets.List(datasets.Value(dtype), length=WIDTH)
         assert cached.features["teacher_logits"] == datasets.List(datasets.Value(dtype), length=4)
@@ -108,7 +109,7 @@ def test_the_examples_stay_as_they_were_beside_the_new_columns() -> None:
     cached = cache_teacher_outputs(dataset, tiny_bert(), 4, processing_class=pad)
     for before, after in zip(dataset, cached, strict=True):
         assert {name: after[name] for name in before} == before
-        assert (after["teacher_embedding"].dtype, after["teacher_embedding"].shape) == (np.float32, (16,))
+        assert [len(after["teacher_embedding"]), len(after["teacher_logits"])] == [16, 4]
     for style in ("numpy", "torch"):
         formatted = dataset.with_format(style, columns=["labels"])
         example = cache_teacher_outputs(formatted, tiny_bert(), 4, processing_class=pad)[0]
@@ -410,7 +411,7 @@ def test_a_file_under_its_temporary_name_is_no_part_of_the_cache(tmp_path: Path)
 # ---- Training from the cache ----
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("float16", 2e-3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float16", 1e-3)])
 def test_training_from_the_cache_is_training_under_the_teacher(dtype: str, tolerance: float, tmp_path: Path) -> None:
     dataset, teacher = images(48), teacher_vit()
     settings: dict[str, Any] = {"kd_weight": 1.0, "calibration_examples": 20, "teacher_projection": "center"}
@@ -422,7 +423,7 @@ def test_training_from_the_cache_is_training_under_the_teacher(dtype: str, toler
     assert offline.teacher is None
     assert offline.objective.bank.filled.dtype == getattr(torch, dtype)
     for term in ("task_loss", "kd_loss", "relational_loss", "relational_kl"):
-        assert log_of(offline, term) == pytest.approx(log_of(online, term), abs=tolerance)
+        assert log_of(offline, term) == pytest.approx(log_of(online, term), rel=tolerance, abs=tolerance)
 
 
 def test_cached_embeddings_fill_all_of_the_bank_and_measure_as_many_examples_as_online(tmp_path: Path) -> None:
@@ -488,13 +489,10 @@ def test_an_output_beyond_float16_is_refused_and_fits_float32() -> None:
 
 
 def test_logits_per_token_are_refused() -> None:
-    torch.manual_seed(0)
-    teacher = AutoModel.from_config(tiny_bert().config)
-    from transformers import BertForMaskedLM
-
+    teacher = BertForMaskedLM(tiny_bert().config)
     pad = DataCollatorWithPadding(tokenizer("a", "b"))
     with pytest.raises(ValueError, match=r"logits of the shape \(batch, classes\), this teacher gives \(4, "):
-        cache_teacher_outputs(texts(4), BertForMaskedLM(teacher.config), 4, pad, with_logits=True)
+        cache_teacher_outputs(texts(4), teacher, 4, pad, with_logits=True)
 
 
 def test_views_below_one_are_refused() -> None:
@@ -531,10 +529,10 @@ def test_the_teacher_computes_in_its_dtype_whatever_that_of_the_training(
     settings: dict[str, Any], dtype: torch.dtype, tmp_path: Path
 ) -> None:
     teacher, seen = teacher_vit(), set()
-    teacher.vit.encoder.layer[0].register_forward_hook if False else None
+    run = trainer(tmp_path, teacher=teacher, max_steps=1, **settings)
     linear = next(module for module in teacher.modules() if isinstance(module, torch.nn.Linear))
     linear.register_forward_hook(lambda module, args, output: seen.add(output.dtype))
-    trainer(tmp_path, teacher=teacher, max_steps=1, **settings).train()
+    run.train()
     assert seen == {dtype}
 
 

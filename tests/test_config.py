@@ -32,6 +32,7 @@ DEFAULTS = {
     "calibration_examples": 4096,
     "student_pooling": "auto",
     "teacher_pooling": "auto",
+    "teacher_dtype": None,
     "teacher_model_init_kwargs": None,
 }
 FIELDS = {field.name: field for field in dataclasses.fields(RelationalDistillationConfig)}
@@ -86,6 +87,7 @@ def test_the_command_line_without_our_arguments_gives_the_defaults_too(tmp_path:
         (["--include_own", "False"], "include_own", False),
         (["--no_gather_bank"], "gather_bank", False),
         (["--teacher_pooling", "mean"], "teacher_pooling", "mean"),
+        (["--teacher_dtype", "bfloat16"], "teacher_dtype", "bfloat16"),
         (["--student_pooling", "cls"], "student_pooling", "cls"),
         (["--relational_weight", "0.5"], "relational_weight", 0.5),
         (["--teacher_temperature", "5e-2"], "teacher_temperature", 0.05),
@@ -108,7 +110,7 @@ def test_a_setting_comes_from_the_command_line(tmp_path: Path, arguments: list[s
     }
 
 
-@pytest.mark.parametrize("name", ["relational_loss", "student_projection", "teacher_projection"])
+@pytest.mark.parametrize("name", ["relational_loss", "student_projection", "teacher_dtype", "teacher_projection"])
 def test_the_command_line_offers_the_choices_and_refuses_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
