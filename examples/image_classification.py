@@ -109,7 +109,7 @@ def label_ids(data: DatasetDict, column: str, known: dict[str, int]) -> tuple[di
     return label2id, {value: label2id[name] for value, name in zip(values, names, strict=True)}
 
 
-def random_view(image: Any, smallest: float, seed: int | None) -> Any:
+def random_view(image: Any, smallest: float, seed: int | None = None) -> Any:
     """A random part of a PIL image, of at least this share of its area, mirrored half of the time."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     share, shape, left, top, side = torch.rand(5, generator=generator).tolist()

@@ -118,7 +118,7 @@ def test_the_command_line_offers_the_choices_and_refuses_others(
         parsed("--output_dir", str(tmp_path), f"--{name}", "nonsense")
     complaint = capsys.readouterr().err
     assert "invalid choice: 'nonsense'" in complaint
-    assert DEFAULTS[name] in complaint
+    assert FIELDS[name].metadata["choices"][0] in complaint
 
 
 def test_the_help_of_the_command_line_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -265,6 +265,45 @@ def test_two_image_processors_see_one_view(start: Any) -> None:
     assert (own * 0.5 + 0.25 - (given * 0.5 + 0.5)).abs().max() < 1e-5  # the deviation is 0.5, the means 0.25 and 0.5
 
 
+@pytest.mark.parametrize("student", ["--student_num_layers 1", "--student_model_name_or_path {}/other"])
+def test_texts_train_from_the_teachers_cached_outputs_as_under_the_teacher(start: Any, student: str) -> None:
+    line = "--train_file {}/train.csv --validation_file {}/validation.csv --text_column_name sentence "
+    line += f"{student} --num_train_epochs 1 --logging_steps 1 --optim sgd {QUIET} --output_dir OUT"
+    for script, given, terms in (
+        (
+            "text_classification",
+            "{}/classifier --label_column_name verdict --kd_weight 1",
+            ["relational_loss", "kd_loss"],
+        ),
+        ("text_embeddings", "{}/embedder", ["relational_loss"]),
+    ):
+        runs = [
+            start(script, f"{line} --teacher_model_name_or_path {given} {flag}") for flag in ("", "--cache_teacher")
+        ]
+        assert [run.teacher is None for run in runs] == [False, True]
+        for term in terms:
+            online, cached = ([entry[term] for entry in run.state.log_history if "loss" in entry] for run in runs)
+            assert len(online) >= 6
+            assert cached == pytest.approx(online, rel=2e-3, abs=2e-3)
+        assert runs[1].evaluate().keys() >= {f"eval_{term}" for term in terms}
+
+
+@pytest.mark.parametrize("student", ["--student_num_layers 1", "--student_model_name_or_path {}/other_vit"])
+def test_the_student_sees_the_views_whose_embeddings_are_cached(start: Any, folder: Path, student: str) -> None:
+    line = (
+        "--train_file {}/train.parquet --test_file {}/test.parquet --teacher_model_name_or_path {}/vit "
+        f"{student} --num_train_epochs 2 --cached_views 3 {QUIET} --output_dir OUT"
+    )
+    run = start("image_classification", line)
+    assert run.teacher is None
+    assert (len(run.train_dataset), run.state.global_step) == (3 * 48, 12)  # 2 epochs of 48 images, 8 a step
+    rows = [run.train_dataset[number] for number in (0, 50, 100, 143)]
+    pixels = torch.stack([row.get("teacher_pixel_values", row["pixel_values"]) for row in rows])
+    teacher = AutoModelForImageClassification.from_pretrained(folder / "vit").eval()
+    expected = teacher.vit(pixels).last_hidden_state[:, 0]
+    assert (torch.tensor([row["teacher_embedding"] for row in rows]) - expected).abs().max() < 2e-3
+
+
 @pytest.mark.parametrize("smallest", [0.1, 0.5, 0.99])
 def test_a_random_view_keeps_its_share_of_an_image(smallest: float) -> None:
     from PIL import Image

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from transformers import AutoModelForImageClassification
 
 ROOT = Path(__file__).parents[1]
@@ -26,4 +27,33 @@ def test_the_exactness_report_finds_no_error_above_its_bounds(tmp_path: Path) ->
     command = [sys.executable, str(ROOT / "examples" / "benchmarks" / "exactness.py"), "--output_dir", str(tmp_path)]
     printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
     assert "missed" not in printed
-    assert printed.count("held") == 8
+    assert printed.count("held") == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "printed"),
+    [
+        ("loss_cost", "--small --rounds 1 --plot picture.png", ["8 x 100 x 4", "memory of the call"]),
+        ("caching_cost", "--kind images --examples 65 --width 64", ["65 images", "ratio"]),
+        ("caching_cost", "--kind texts --examples 65 --width 64", ["65 texts", "ratio"]),
+        (
+            "step_time",
+            "--student vit --image_size 32 --batch_size 2 --bank_size 64 --steps 2 --rounds 1 --student_width 64 "
+            "--teacher_width 64 --cached_widths 32",
+            ["cached, 32 wide", "online, 64 wide", "plain + teacher"],
+        ),
+        (
+            "step_time",
+            "--student bert --length 4 --batch_size 2 --bank_size 64 --steps 2 --rounds 1 --student_width 64 "
+            "--cached_widths 32 --online False",
+            ["cached, 32 wide", "4 tokens"],
+        ),
+        ("import_time", "--rounds 1", ["import hf_rrd", "ratio of the medians of 1"]),
+    ],
+)
+def test_a_benchmark_runs_and_prints_its_ratios(name: str, arguments: str, printed: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "benchmarks" / f"{name}.py"), *arguments.split()]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+    assert [each for each in printed if each not in output] == []
+    if "--plot" in arguments:
+        assert (tmp_path / "picture.png").stat().st_size > 1000
