@@ -48,7 +48,7 @@ def test_the_exactness_report_finds_no_error_above_its_bounds(tmp_path: Path) ->
             "--cached_widths 32 --online False",
             ["cached, 32 wide", "4 tokens"],
         ),
-        ("import_time", "--rounds 1", ["import hf_rrd", "ratio of the medians of 1"]),
+        ("import_time", "--rounds 1", ["import hf_rrd after it", "median of 1"]),
     ],
 )
 def test_a_benchmark_runs_and_prints_its_ratios(name: str, arguments: str, printed: list[str], tmp_path: Path) -> None:
