@@ -7,11 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    MODEL_MAPPING_NAMES,
-)
+from transformers.models import auto  # whose `modeling_auto` is loaded when it is used
 
 from hf_rrd.pooling import POOLERS, Pooler, cls_pool, last_token_pool, mean_pool
 
@@ -70,7 +66,10 @@ def unwrapped(model: Any) -> Any:
 def is_headless(model: nn.Module) -> bool:
     """Whether the model only computes hidden states, as `AutoModel` gives it."""
     name = type(unwrapped(model)).__name__
-    return any(name in ((known,) if isinstance(known, str) else known) for known in MODEL_MAPPING_NAMES.values())
+    return any(
+        name in ((known,) if isinstance(known, str) else known)
+        for known in auto.modeling_auto.MODEL_MAPPING_NAMES.values()
+    )
 
 
 def pooler_for(pooling: str | Callable[..., Any], body: Any) -> Pooler:
@@ -86,7 +85,10 @@ def pooler_for(pooling: str | Callable[..., Any], body: Any) -> Pooler:
 def _auto_pooler(body: Any) -> Pooler:
     family = body.config.model_type
     reads_text = main_input_of(body) == "input_ids"
-    generates = family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and family not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    generates = (
+        family in auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and family not in auto.modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    )
     if reads_text and (generates or (body.config.is_encoder_decoder and hasattr(body, "decoder"))):
         return last_token_pool
     has_cls = any(name.endswith(("cls_token", "class_embedding")) for name, _ in body.named_parameters())

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
 
 from hf_rrd.body import (
     body_of,
@@ -347,8 +346,10 @@ def load_teacher(teacher: Any, **kwargs: Any) -> Any:
     if not isinstance(teacher, str | os.PathLike):
         return teacher
     names = ("revision", "token", "cache_dir", "trust_remote_code", "subfolder", "local_files_only", "code_revision")
-    config = AutoConfig.from_pretrained(teacher, **{name: kwargs[name] for name in names if name in kwargs})
+    config = transformers.AutoConfig.from_pretrained(
+        teacher, **{name: kwargs[name] for name in names if name in kwargs}
+    )
     architecture = (getattr(config, "architectures", None) or [""])[0]
     remote_classes = [name for name in getattr(config, "auto_map", None) or {} if name.startswith("AutoModel")]
     name = architecture if hasattr(transformers, architecture or "-") else next(iter(remote_classes), "AutoModel")
-    return getattr(transformers, name, AutoModel).from_pretrained(teacher, **kwargs)
+    return getattr(transformers, name, transformers.AutoModel).from_pretrained(teacher, **kwargs)

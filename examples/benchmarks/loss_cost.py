@@ -3,8 +3,8 @@
     python examples/benchmarks/loss_cost.py --plot out/loss_cost.png
 
 The rival is the formula in four lines of torch. Times are medians, the two in turn in one process; memory is by how
-much a call raises the peak of a fresh process (of the allocator on a GPU; of a CPU process only on Linux). Ours includes the own key and the
-divergence for the log, the rival neither. `--plot` needs `pip install 'hf_rrd[plots]'`.
+much a call raises the peak of a fresh process (on a GPU, of its allocator; on a CPU, only under Linux). Ours includes
+the own key and the divergence for the log, the rival neither. `--plot` needs `pip install 'hf_rrd[plots]'`.
 """
 
 import multiprocessing
