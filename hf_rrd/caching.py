@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -14,7 +14,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env, send_to_device
-from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Sequence, Value
+from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
 from datasets.arrow_writer import ArrowWriter
 from datasets.fingerprint import Hasher
 from safetensors.torch import load_file, save_file
@@ -276,7 +276,7 @@ class _Reader:
 
     def features(self, widths: dict[str, int]) -> Features:
         """Of the columns, by their widths."""
-        return Features({name: Sequence(Value(self.dtype), length=width) for name, width in widths.items()})
+        return Features({name: datasets.Sequence(Value(self.dtype), length=width) for name, width in widths.items()})
 
 
 def _check_part(name: str, part: Any) -> None:
@@ -368,14 +368,17 @@ def _outputs(dataset: Dataset, reader: _Reader, bar: Any) -> Columns:
     return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
 
 
-def _longest_first(dataset: Dataset, reader: _Reader) -> list[int]:
-    """The order of reading: texts of one length together, so that little is padded, the longest first."""
+def _longest_first(dataset: Dataset, reader: _Reader) -> Sequence[int]:
+    """The order of reading: texts of one length together, so that little is padded, the longest first.
+
+    Of images a range: Arrow reads its parts as slices, without gathering rows.
+    """
     main_input = main_input_of(reader.teacher.body)
     column = next((name for name in (TEACHER_PREFIX + main_input, main_input) if name in dataset.column_names), None)
     if column is None or main_input == "pixel_values" or dataset.format["type"] == "custom":
-        return list(range(len(dataset)))
+        return range(len(dataset))
     lengths = np.array([len(value) for value in dataset.with_format("numpy")[column][:]])
-    return np.argsort(-lengths, kind="stable").tolist()
+    return list(np.argsort(-lengths, kind="stable").tolist())
 
 
 def _write(columns: Columns, reader: _Reader, path: Path) -> None:
