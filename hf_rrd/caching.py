@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -14,7 +14,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env, send_to_device
-from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
+from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Sequence, Value
 from datasets.arrow_writer import ArrowWriter
 from datasets.fingerprint import Hasher
 from safetensors.torch import load_file, save_file
@@ -276,7 +276,7 @@ class _Reader:
 
     def features(self, widths: dict[str, int]) -> Features:
         """Of the columns, by their widths."""
-        return Features({name: datasets.Sequence(Value(self.dtype), length=width) for name, width in widths.items()})
+        return Features({name: Sequence(Value(self.dtype), length=width) for name, width in widths.items()})
 
 
 def _check_part(name: str, part: Any) -> None:
@@ -368,7 +368,7 @@ def _outputs(dataset: Dataset, reader: _Reader, bar: Any) -> Columns:
     return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
 
 
-def _longest_first(dataset: Dataset, reader: _Reader) -> Sequence[int]:
+def _longest_first(dataset: Dataset, reader: _Reader) -> Any:
     """The order of reading: texts of one length together, so that little is padded, the longest first.
 
     Of images a range: Arrow reads its parts as slices, without gathering rows.
@@ -378,7 +378,7 @@ def _longest_first(dataset: Dataset, reader: _Reader) -> Sequence[int]:
     if column is None or main_input == "pixel_values" or dataset.format["type"] == "custom":
         return range(len(dataset))
     lengths = np.array([len(value) for value in dataset.with_format("numpy")[column][:]])
-    return list(np.argsort(-lengths, kind="stable").tolist())
+    return np.argsort(-lengths, kind="stable").tolist()
 
 
 def _write(columns: Columns, reader: _Reader, path: Path) -> None:
