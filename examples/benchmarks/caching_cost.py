@@ -126,7 +126,7 @@ def main() -> None:
     )
     if DEVICE == "cpu":
         line += f"; forwards within the caching {within:.1f} s, ratio {total / within:.3f}"
-    Console(width=110).print(line, highlight=False)
+    Console(width=110).print(line, highlight=False, soft_wrap=True)
     assert len(cached) == args.examples
 
 

@@ -43,7 +43,7 @@ def main() -> None:
     ratios = [(first + second) / first for first, second in times[1:]]
     line = f"import Trainer: {trainer:.2f} s, import hf_rrd after it: {ours:.3f} s; together to the first: "
     line += f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}), median of {args.rounds}"
-    Console(width=110).print(line, highlight=False)
+    Console(width=110).print(line, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -133,7 +133,9 @@ def main() -> None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     console = Console(width=120)
     where = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
-    console.print(f"{where}, float32, torch {torch.__version__}, median of {args.rounds}", highlight=False)
+    console.print(
+        f"{where}, float32, torch {torch.__version__}, median of {args.rounds}", highlight=False, soft_wrap=True
+    )
 
     table = Table("batch x bank x dim", "both matrices", "ours", "time", "both matrices", "ours", "memory")
     for shape in ((8, 100, 4),) if args.small else SHAPES:

@@ -212,7 +212,7 @@ def main() -> None:
     line = f"{where}, {'bf16' if args.bf16 else 'float32'}, {args.student} student of 6 layers, {args.student_width} "
     line += f"wide, {reads}, batch {args.batch_size}, bank {args.bank_size:,}; "
     line += f"medians of {args.rounds * (args.steps - 1)} steps. The teacher has 12 layers."
-    console.print(line, highlight=False)
+    console.print(line, highlight=False, soft_wrap=True)
     table = Table("step", "seconds", "against", "seconds", "ratio", "least to most", "the loss alone")
     plain_step = median(sum(times["plain"], []))
     for name in list(runs)[1:]:
