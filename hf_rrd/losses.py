@@ -216,9 +216,13 @@ def _read(queries: Tensor, bank: Tensor, own: Tensor, own_logits: Tensor) -> tup
     slice_rows = max(1, min(SLICE_ROWS, SLICE_ELEMENTS // max(1, len(own_logits))))
     if bank.device.type != "cpu":
         slice_rows *= ACCELERATOR_FACTOR
-    room = queries.new_empty(min(slice_rows, len(bank)), len(own_logits))  # one for all slices, so that memory is flat
+    count = min(slice_rows, len(bank))
+    # One piece of memory for all slices: so it is flat, and no time goes into asking for it.
+    room = queries.new_empty(count, len(own_logits))
+    converted = None if bank.dtype == queries.dtype else queries.new_empty(count, bank.shape[1])
     for start in range(0, len(bank), slice_rows):
-        rows = bank[start : start + slice_rows].to(queries.dtype)
+        rows = bank[start : start + slice_rows]
+        rows = rows if converted is None else converted[: len(rows)].copy_(rows)
         logits = torch.mm(rows, queries, out=room[: len(rows)])  # (slice, queries)
         highest, previous = torch.maximum(highest, logits.amax(0)), highest
         weights = logits.sub_(highest).exp_()
