@@ -121,7 +121,7 @@ def cache_teacher_outputs(
         num_workers=num_workers,
         with_logits=with_logits,
         dtype=dtype,
-        settings={"pooling": pooling, "teacher_dtype": teacher_dtype},
+        settings={"weights": weights_hash(model), "pooling": pooling, "teacher_dtype": teacher_dtype},
     )
     root = Path(cache_dir) if cache_dir is not None else Path(datasets.config.HF_DATASETS_CACHE) / "teacher_outputs"
     parts: dict[str, Any] = dict(dataset) if isinstance(dataset, dict) else {"": dataset}
@@ -142,7 +142,8 @@ def with_views(dataset: Dataset, views: int) -> Dataset:
     """Each example several times, with a column `view_seed`, so that an augmentation can be cached.
 
     A transform that draws its random numbers from `view_seed` alone gives the same view each time it is asked: teacher
-    and student see one and the same. One epoch is then `views` passes over the examples. No example is copied.
+    and student see one and the same. One epoch is then `views` passes over the examples. Each example is stored once;
+    a shuffled or selected set is first written out in its order.
 
     Args:
         dataset: Map-style.
@@ -198,7 +199,7 @@ _ELSEWHERE = ("_name_or_path", "transformers_version", "architectures", "torch_d
 
 @dataclass
 class _Reader:
-    """A teacher, and how it reads examples. `settings` are those of the teacher that its weights do not say."""
+    """A teacher, and how it reads examples. `settings` say which teacher it is, and how it is asked."""
 
     teacher: Teacher
     collate: Callable[[list[Any]], Mapping[str, Any]] | None
@@ -209,11 +210,8 @@ class _Reader:
     dtype: str
     settings: dict[str, Any]
     projection: TeacherProjection | None = None
-    state: PartialState = field(
-        default_factory=lambda: PartialState(
-            cpu=parse_flag_from_env("ACCELERATE_USE_CPU")
-        )  # of `accelerate launch --cpu`
-    )
+    # `accelerate launch --cpu` says it in the environment, which PartialState alone does not read.
+    state: PartialState = field(default_factory=lambda: PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")))
 
     def __post_init__(self) -> None:
         self.teacher.place(self.state.device)
@@ -226,7 +224,7 @@ class _Reader:
         projection = None if self.projection is None else (self.projection.kind, self.projection.state_dict())
         reading = self.collate if self.collate is not None else padding
         about = [self.settings, self.with_logits, self.dtype, reading, projection]
-        return str(Hasher.hash([weights_hash(self.teacher.model), about]))
+        return str(Hasher.hash(about))
 
     def columns(self, names: list[str]) -> dict[str, str]:
         """Of an example's columns those that the teacher reads, with their names in its forward."""

@@ -30,7 +30,6 @@ TEACHER_PROJECTIONS = ("none", "center", "pca", "orthogonal", "centered_orthogon
 MEASURED_PROJECTIONS = ("center", "pca", "centered_orthogonal")
 """Those that are measured on the teacher's embeddings before the first step."""
 
-
 TEACHER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """The values of `teacher_dtype=`."""
 

@@ -1,5 +1,7 @@
 """Small models from configs, small data sets, and a trainer with quiet settings."""
 
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,20 @@ def tiny_bert(width: int = 16, layers: int = 2, seed: int = 0, classes: int = CL
             attention_probs_dropout_prob=dropout,
         )
     )
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def be_process(rank: int, processes: int, port: int) -> None:
+    """Make this process one of several, as a launcher would."""
+    if processes > 1:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+        os.environ |= {name: str(number) for name, number in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
 
 
 class Images(torch.utils.data.Dataset[dict[str, Tensor]]):

@@ -1,6 +1,5 @@
 """One process that caches a teacher's outputs, to be killed or to share the work: the child of test_caching."""
 
-import os
 import time
 from multiprocessing.sharedctypes import Synchronized
 
@@ -9,7 +8,7 @@ import torch
 import transformers
 
 from hf_rrd import caching
-from tests.builders import Images, tiny_vit
+from tests.builders import Images, be_process, tiny_vit
 
 EXAMPLES = 61
 BATCH = 3
@@ -25,14 +24,7 @@ def images() -> datasets.Dataset:
 
 def run(rank: int, processes: int, port: int, folder: str, forwards: "Synchronized[int]") -> None:
     """Cache into a folder, counting the teacher's forwards, and write the whole data set beside it."""
-    if processes > 1:
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
+    be_process(rank, processes, port)
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -45,7 +37,7 @@ def run(rank: int, processes: int, port: int, folder: str, forwards: "Synchroniz
         time.sleep(0.002)  # so that there is time to be killed
 
     data = images()
-    readied = teacher.register_forward_hook(count)
+    handle = teacher.register_forward_hook(count)
     cached = caching.cache_teacher_outputs(data, teacher, BATCH, cache_dir=folder)
-    readied.remove()
+    handle.remove()
     cached.select_columns(["teacher_embedding", "teacher_logits", "labels"]).to_parquet(f"{folder}/{rank}.parquet")

@@ -1,25 +1,17 @@
 """One process of a data-parallel run: the child process of test_distributed."""
 
-import os
 from pathlib import Path
 
 import torch
 import transformers
 from safetensors.torch import save_file
 
-from tests.builders import Images, trainer
+from tests.builders import Images, be_process, trainer
 
 
 def run(rank: int, processes: int, port: int, folder: str) -> None:
     """Train 5 steps of 16 examples over the processes, and write down what this process ends with."""
-    if processes > 1:
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
+    be_process(rank, processes, port)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     distillation = trainer(

@@ -3,9 +3,8 @@
 import copy
 import multiprocessing
 import random
-import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from hf_rrd import DataCollatorForDistillation, cache_teacher_outputs, caching, 
 from hf_rrd.caching import weights_hash
 from hf_rrd.teacher import Teacher
 from tests import caching_worker
-from tests.builders import Images, log_of, tiny_bert, tiny_vit, trainer
+from tests.builders import Images, free_port, log_of, tiny_bert, tiny_vit, trainer
 from tests.caching_worker import BATCH, EXAMPLES, SHARD
 from tests.test_data import tokenizer
 
@@ -330,14 +329,6 @@ def processes() -> Any:
     return context
 
 
-@pytest.fixture
-def port() -> Iterator[int]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        number = free.getsockname()[1]
-    yield number
-
-
 def expected_columns() -> tuple[Tensor, Tensor]:
     return one_by_one(teacher_vit(), caching_worker.images())
 
@@ -376,7 +367,8 @@ def test_after_a_kill_a_second_call_finishes_the_work(processes: Any, tmp_path: 
     check_parquet(tmp_path / "0.parquet")
 
 
-def test_two_processes_share_the_work_and_both_have_all_of_it(processes: Any, port: int, tmp_path: Path) -> None:
+def test_two_processes_share_the_work_and_both_have_all_of_it(processes: Any, tmp_path: Path) -> None:
+    port = free_port()
     counts = [processes.Value("i", 0) for _ in range(2)]
     children = [
         processes.Process(target=caching_worker.run, args=(rank, 2, port, str(tmp_path), counts[rank]))

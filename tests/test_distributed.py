@@ -1,7 +1,6 @@
 """Two real processes do what one does."""
 
 import multiprocessing
-import socket
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.builders import free_port
 from tests.distributed_worker import run
 
 
@@ -18,9 +18,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Ten
     folder = tmp_path_factory.mktemp("distributed")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.resume_worker", "tests.distributed_worker"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     for processes in (1, 2):
         children = [
             context.Process(target=run, args=(rank, processes, port, str(folder))) for rank in range(processes)

@@ -81,6 +81,18 @@ def test_neither_a_write_nor_a_clear_changes_rows_or_a_state_obtained_earlier() 
     assert later[:, 0].tolist() == [2.0, 3.0, 4.0, 5.0]
 
 
+@pytest.mark.parametrize("size", [4, 40])
+def test_a_loss_that_keeps_the_rows_for_its_backward_survives_later_writes(size: int) -> None:
+    bank = FeatureBank(size, DIM)
+    bank.enqueue(torch.randn(size, DIM))
+    query = torch.randn(2, DIM, requires_grad=True)
+    (expected,) = torch.autograd.grad((query @ bank.filled.T).exp().sum(), query)
+    loss = (query @ bank.filled.T).exp().sum()  # autograd keeps the rows, and would refuse ones that were written to
+    bank.enqueue(torch.randn(3, DIM))
+    (found,) = torch.autograd.grad(loss, query)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("count", [2, 4, 6])
 def test_a_change_to_rows_after_they_were_put_in_does_not_reach_the_bank(count: int) -> None:
     bank, loaded = FeatureBank(4, DIM), FeatureBank(4, DIM)
