@@ -53,9 +53,22 @@ def main_input_of(body: Any) -> str:
 
 
 def place_of(body: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where a body's inputs belong: the device and the dtype of its first weight in floating point."""
+    """Where a body's inputs belong: the device and the dtype of its first weight in floating point.
+
+    Of offloaded weights, which are on no device between two forwards, the device that they are brought to.
+    """
     weight = next(weight for weight in body.parameters() if weight.is_floating_point())
-    return weight.device, weight.dtype
+    device = weight.device
+    if weight.is_meta:
+        hooks = [module._hf_hook for module in body.modules() if hasattr(module, "_hf_hook")]
+        places = [getattr(hook, "execution_device", None) for hook in hooks]
+        device = next((torch.device(place) for place in places if place is not None), device)
+    return device, weight.dtype
+
+
+def is_hooked(model: nn.Module) -> bool:
+    """Whether hooks of accelerate bring the weights or the inputs to where they are needed."""
+    return any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
 def unwrapped(model: Any) -> Any:

@@ -1,6 +1,5 @@
 """The teacher's outputs computed once, as columns of the data set that stand in for the teacher."""
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from transformers.utils import logging
 from hf_rrd.body import is_headless, main_input_of, unwrapped
 from hf_rrd.calibration import sample_of
 from hf_rrd.data import CACHED_COLUMNS, TEACHER_PREFIX, collator_of, teacher_inputs
+from hf_rrd.identity import weights_hash
 from hf_rrd.teacher import TEACHER_DTYPES, Teacher, TeacherProjection, load_teacher
 
 SHARD_EXAMPLES = 8192
@@ -172,29 +172,6 @@ def with_views(dataset: Dataset, views: int) -> Dataset:
     count = len(dataset)
     seeds = np.arange(views * count).reshape(views, count)
     return datasets.concatenate_datasets([dataset.add_column("view_seed", row) for row in seeds])
-
-
-def weights_hash(model: nn.Module) -> str:
-    """Of a model's class, config and weights: equal where two models give equal outputs.
-
-    Where the weights lie does not matter, so a moved branch on the Hub is noticed, and a new revision with the same
-    weights is not computed again. The class of remote code has its revision in its name.
-    """
-    model = unwrapped(model)
-    digest = hashlib.sha256(f"{type(model).__module__}.{type(model).__qualname__}".encode())
-    config = getattr(model, "config", None)
-    if config is not None:
-        about = {name: value for name, value in config.to_dict().items() if name not in _ELSEWHERE}
-        digest.update(repr(sorted(about.items())).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, Tensor):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-_ELSEWHERE = ("_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype")
-"""Fields of a config that say nothing about a model's outputs beside its weights."""
 
 
 @dataclass

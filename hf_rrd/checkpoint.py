@@ -1,12 +1,19 @@
-"""The sidecar of a checkpoint: head, teacher projection, bank and unfinished log window, in one safetensors file."""
+"""What of a checkpoint is ours: the sidecar, written last but one, and whether all files are there.
+
+The sidecar holds head, teacher projection, bank and unfinished log window, in one safetensors file. Its metadata say
+which teacher the bank is of, how many processes wrote it, and how large every file of the checkpoint has to be.
+"""
 
 import json
 import os
-from pathlib import Path
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
@@ -18,13 +25,25 @@ logger = logging.get_logger(__name__)
 SIDECAR = "_relational_distillation.safetensors"
 """The file's name. The underscore keeps it out of what the Trainer pushes to the Hub."""
 
+GROUPS = ("head", "teacher_projection", "bank", "log")
+"""The groups of tensors that a sidecar may have."""
 
-def save_sidecar(folder: str, state: dict[str, dict[str, Tensor]]) -> None:
+State = dict[str, dict[str, Tensor]]
+
+
+def sidecar_of(process: int = 0) -> str:
+    """The name of a process's file: those beside the first hold a bank alone, where each process has its own."""
+    return SIDECAR if process == 0 else SIDECAR.replace(".", f"_{process}.", 1)
+
+
+def save_sidecar(folder: str, state: State, about: dict[str, str] | None = None, process: int = 0) -> None:
     """Write groups of tensors to a checkpoint; a failed write leaves the old file.
 
     Args:
         folder: The checkpoint.
         state: Tensors by group and name.
+        about: What is said of them, into the file's metadata.
+        process: Whose file.
     """
     tensors = {
         f"{group}.{name}": tensor.detach().cpu().contiguous()
@@ -32,32 +51,73 @@ def save_sidecar(folder: str, state: dict[str, dict[str, Tensor]]) -> None:
         for name, tensor in content.items()
     }
     os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, SIDECAR)
-    save_file(tensors, path + ".tmp", metadata={"format": "pt"})
-    os.replace(path + ".tmp", path)
+    # Made anew under a name that is free, so that nothing is written through a link that somebody left there.
+    handle, temporary = tempfile.mkstemp(prefix=SIDECAR, suffix=".tmp", dir=folder)
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt", **(about or {})})
+        os.replace(temporary, os.path.join(folder, sidecar_of(process)))
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
-def load_sidecar(folder: str) -> dict[str, dict[str, Tensor]]:
-    """Read what `save_sidecar` wrote.
+def load_sidecar(folder: str, process: int = 0) -> tuple[State, dict[str, str]]:
+    """Read what `save_sidecar` wrote: the tensors by group and name, and what is said of them.
 
     Raises:
-        ValueError: There is no such file, or it is not a whole one.
+        ValueError: There is no such file, it is not a whole one, or it has what no sidecar has.
     """
-    path = os.path.join(folder, SIDECAR)
+    path = os.path.join(folder, sidecar_of(process))
     if not os.path.isfile(path):
         raise ValueError(
-            f"{folder} has no {SIDECAR}: it was written with save_only_model=True or by another trainer, so the run "
-            "cannot be resumed. Load its weights with from_pretrained and start a new run."
+            f"{folder} has no {sidecar_of(process)}: it was written with save_only_model=True, by another trainer or "
+            "by fewer processes, so the run cannot be resumed. Load its weights with from_pretrained and start a new "
+            "run."
         )
+    state: State = {}
     try:
-        tensors = load_file(path)
-    except SafetensorError as error:
+        about = _about(path)
+        for key, tensor in load_file(path).items():
+            group, _, name = key.partition(".")
+            _check_tensor(group, key, tensor)
+            state.setdefault(group, {})[name] = tensor
+    except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}). Resume from an earlier checkpoint.") from error
-    state: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        group, _, name = key.partition(".")
-        state.setdefault(group, {})[name] = tensor
-    return state
+    return state, about
+
+
+def _about(path: str) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})
+
+
+def _check_tensor(group: str, key: str, tensor: Tensor) -> None:
+    if group not in GROUPS:
+        raise ValueError(f"{key!r} is of none of the groups {list(GROUPS)}")
+    if key == "log.last_logged_step":
+        if tensor.shape != () or tensor.is_floating_point():
+            raise ValueError(f"{key} must be one whole number, got {tuple(tensor.shape)} {tensor.dtype}")
+    elif not tensor.is_floating_point():
+        raise ValueError(f"{key} must be in floating point, got {tensor.dtype}")
+    elif not tensor.isfinite().all():
+        raise ValueError(f"{key} has values that are not finite")
+    elif group == "log" and tensor.shape != ():
+        raise ValueError(f"{key} must be a scalar, got the shape {tuple(tensor.shape)}")
+
+
+@contextmanager
+def explained_write_errors(checkpoint: str) -> Iterator[None]:
+    """Turn what a full disk makes of the writers into one OSError that says what is lost: this checkpoint alone."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise OSError(
+            f"{checkpoint} could not be written: {error}. Earlier checkpoints are as they were: make room, and go on "
+            "with train(resume_from_checkpoint=True)."
+        ) from error
 
 
 def has_sidecar(folder: str) -> bool:
@@ -65,13 +125,44 @@ def has_sidecar(folder: str) -> bool:
     return os.path.isfile(os.path.join(folder, SIDECAR))
 
 
-def is_complete(checkpoint: str | os.PathLike[str]) -> bool:
-    """Whether a checkpoint was written to its end: the Trainer writes its state last."""
+def sizes_of(checkpoint: str) -> str:
+    """The size of every file that a checkpoint has by now, as JSON, but for the two that are written last."""
+    last = (SIDECAR, TRAINER_STATE_NAME)
+    files = sorted(path for path in Path(checkpoint).rglob("*") if path.is_file() and path.suffix != ".tmp")
+    names = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
+    return json.dumps({name: size for name, size in names.items() if name not in last})
+
+
+def flaw_in(checkpoint: str | os.PathLike[str]) -> str | None:
+    """What keeps a checkpoint from being whole, in words; None where it was written to its end and is all there.
+
+    The Trainer writes its state last; the sizes of the other files are in the sidecar. A checkpoint without a sidecar
+    (`save_only_model`) is taken at the Trainer's word.
+    """
+    folder = Path(checkpoint)
     try:
-        json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return True
+        return f"it has no readable {TRAINER_STATE_NAME}"
+    if not has_sidecar(str(checkpoint)):
+        return None
+    try:
+        sizes = json.loads(_about(str(folder / SIDECAR)).get("files", "{}"))
+        for name, size in sizes.items():
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts:
+                return f"its {SIDECAR} is damaged (it names the file {name!r})"
+            found = (folder / path).stat().st_size if (folder / path).is_file() else None
+            if found != size:
+                return f"its file {name} has {'gone' if found is None else f'{found} bytes'}, it was {size} bytes long"
+    except (SafetensorError, ValueError, AttributeError) as error:
+        return f"its {SIDECAR} is damaged ({error})"
+    return None
+
+
+def is_complete(checkpoint: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint was written to its end and is all there."""
+    return flaw_in(checkpoint) is None
 
 
 def invalidate(checkpoint: str) -> None:
@@ -80,17 +171,40 @@ def invalidate(checkpoint: str) -> None:
 
 
 def last_complete_checkpoint(folder: str) -> str | None:
-    """The newest checkpoint in a folder that was written to its end, or None."""
+    """The newest checkpoint in a folder that is whole, or None."""
     steps = {
         int(path.name.removeprefix(PREFIX_CHECKPOINT_DIR + "-")): path
         for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if path.name.removeprefix(PREFIX_CHECKPOINT_DIR + "-").isdigit()
     }
     for _, path in sorted(steps.items(), reverse=True):
-        if is_complete(path):
+        flaw = flaw_in(path)
+        if flaw is None:
             return str(path)
-        logger.warning(f"{path} is incomplete, it was interrupted while being written: going on to the one before.")
+        logger.warning(f"{path} is incomplete, {flaw}: going on to the one before.")
     return None
+
+
+def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:
+    """The checkpoint that `train(resume_from_checkpoint=...)` means; None starts anew.
+
+    Raises:
+        ValueError: There is none, or it is not whole.
+    """
+    if resume_from_checkpoint is True:
+        last = last_complete_checkpoint(output_dir)
+        if last is None:
+            raise ValueError(f"no complete checkpoint found in {output_dir}. Start with train().")
+        return last
+    if not resume_from_checkpoint:
+        return None
+    flaw = flaw_in(resume_from_checkpoint)
+    if flaw is not None:
+        raise ValueError(
+            f"{resume_from_checkpoint} is not a complete checkpoint: {flaw}. Pass resume_from_checkpoint=True for the "
+            "newest complete one."
+        )
+    return resume_from_checkpoint
 
 
 def load_student(model: Any, folder: str, head: str) -> None:

@@ -177,6 +177,15 @@ class RelationalDistillationConfig(TrainingArguments):
         },
     )
 
+    ignore_teacher_change: bool = field(
+        default=False,
+        metadata={
+            "help": "When resuming training, whether or not to go on with another teacher than the checkpoint's: the "
+            "student and its head are kept, the teacher's projection and the bank are measured anew. Off, another "
+            "teacher is an error."
+        },
+    )
+
     def __post_init__(self) -> None:
         for name in (*WEIGHTS, *TEMPERATURES):
             setattr(self, name, _number(name, getattr(self, name)))

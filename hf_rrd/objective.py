@@ -1,7 +1,8 @@
 """The objective: three terms, their weights, and the order in which an example meets the bank. No parameters."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,3 +111,8 @@ class DistillationObjective:
         self.pending.clear()
         if self.bank is not None:
             self.bank.clear()
+
+
+def settings_of(args: Any) -> dict[str, Any]:
+    """Those of a `RelationalDistillationConfig` that the objective reads, by their common names."""
+    return {each.name: getattr(args, each.name) for each in fields(DistillationObjective) if each.name != "bank"}

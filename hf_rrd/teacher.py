@@ -14,6 +14,7 @@ from hf_rrd.body import (
     body_of,
     embedding_width,
     is_headless,
+    is_hooked,
     keep_next,
     main_input_of,
     place_of,
@@ -72,13 +73,35 @@ class Teacher:
             self._pool = pooler_for(pooling, self.body)
             watch(self.body)
 
+    @property
+    def is_placed(self) -> bool:
+        """Whether something else keeps the weights where they are: a device map, offloading or quantisation."""
+        return (
+            getattr(self.model, "hf_device_map", None) is not None
+            or getattr(self.model, "quantization_method", None) is not None
+            or is_hooked(self.model)
+        )
+
     def place(self, device: torch.device) -> None:
-        """Move the teacher to a device, unless something else has placed it already."""
-        if (
-            getattr(self.model, "hf_device_map", None) is None
-            and getattr(self.model, "quantization_method", None) is None
-        ):
-            self.model.to(device)
+        """Move the teacher to a device, unless something else has placed it already.
+
+        A teacher that its user has put on another accelerator than the student's stays there.
+
+        Raises:
+            ValueError: It has no weights: it is on the meta device.
+        """
+        if self.is_placed:
+            return
+        if any(weight.is_meta for weight in self.model.parameters()):
+            raise ValueError(
+                "the teacher's weights are on the meta device, so it has none. Load it with from_pretrained, with a "
+                "`device_map` if it is to be offloaded."
+            )
+        self.model.to(device)
+
+    def run_through(self, engine: nn.Module) -> None:
+        """Let the forward go through a wrapper of the model."""
+        self._forward = engine
 
     @property
     def shape(self) -> tuple[int, torch.dtype] | None:
@@ -260,38 +283,6 @@ class TeacherProjection:
                 self.matrix = self.matrix.to(embedding.device)
                 embedding = embedding @ self.matrix
         return F.normalize(embedding, dim=-1) if self.unit else embedding
-
-
-class FiniteCheck:
-    """Finds the first step at which a teacher's output was not finite, without waiting for the device.
-
-    `note` only queues work on the device; `raise_if_found` reads the result, so it belongs where the host waits
-    anyway.
-    """
-
-    def __init__(self) -> None:
-        self._first_step: dict[str, Tensor] = {}
-
-    def note(self, step: int, outputs: TeacherOutputs) -> None:
-        """Look at the outputs of a step, numbered as in the log."""
-        for name, value in outputs._asdict().items():
-            if value is not None:
-                found = torch.where(value.isfinite().all(), -1, step)  # scalar
-                first = self._first_step.get(name, found)
-                self._first_step[name] = torch.where(first >= 0, first, found)
-
-    def raise_if_found(self) -> None:
-        """Raises:
-        ValueError: An output was not finite; it says which, and at which step.
-        """
-        found, self._first_step = self._first_step, {}  # read once: what comes later may be in order again
-        for name, first in found.items():
-            step = int(first)
-            if step >= 0:
-                raise ValueError(
-                    f"the teacher's {name} is not finite (nan or inf) at step {step}. Check the inputs of that "
-                    "batch; a float16 teacher may overflow: load it in bfloat16 or float32."
-                )
 
 
 def check_teacher(teacher: nn.Module, student: nn.Module, kd: bool) -> None:

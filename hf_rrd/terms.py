@@ -21,16 +21,17 @@ class TermLog:
         self._evaluated: list[Tensor] = []
         self._evaluated_names: list[str] = []
 
-    def add(self, terms: dict[str, Tensor], share: float) -> None:
+    def add(self, terms: dict[str, Tensor], share: float | Tensor) -> None:
         """Add a micro-batch.
 
         Args:
             terms: Each example's terms, or their mean.
-            share: The micro-batch's part of its optimizer step; the parts of a step add up to 1.
+            share: The micro-batch's part of its optimizer step; the parts of a step add up to 1, in the mean over the
+                processes.
         """
         for name, term in terms.items():
             self._sum(name, term.detach().float().mean() * share)
-        self._sum("steps", torch.tensor(share))
+        self._sum("steps", torch.as_tensor(share, dtype=torch.float32))
 
     def add_loss(self, loss: Tensor) -> None:
         """Add what a micro-batch gave to the Trainer's own sum of losses."""
@@ -38,6 +39,10 @@ class TermLog:
 
     def _sum(self, name: str, value: Tensor) -> None:
         self.window[name] = self.window[name] + value if name in self.window else value
+
+    def not_finite(self) -> list[str]:
+        """The terms that were nan or inf since the last line."""
+        return [name for name in TERMS if name in self.window and not self.window[name].isfinite()]
 
     def state(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """The sums as means over the processes, in one collective: `reduce` maps a vector to its mean over them."""

@@ -2,11 +2,10 @@
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, broadcast_object_list
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
@@ -17,14 +16,16 @@ from transformers.utils import find_labels, logging
 from hf_rrd.body import unwrapped
 from hf_rrd.calibration import preserved_randomness, sample_of
 from hf_rrd.checkpoint import (
+    checkpoint_to_resume,
+    explained_write_errors,
     has_sidecar,
     invalidate,
-    is_complete,
-    last_complete_checkpoint,
     load_sidecar,
     load_student,
     save_sidecar,
+    sizes_of,
 )
+from hf_rrd.comparison import comparison_state, own_bank, restore_comparison
 from hf_rrd.config import RelationalDistillationConfig, bank_rows
 from hf_rrd.data import (
     TEACHER_PREFIX,
@@ -39,11 +40,13 @@ from hf_rrd.data import (
     warn_of_shared_tokens,
     with_cached_arrays,
 )
+from hf_rrd.distributed import StepExamples, evenly, gather_rows, mend_wrap_policy, place_teacher
 from hf_rrd.feature_bank import FeatureBank
-from hf_rrd.objective import RAW_LOSSES, DistillationObjective
+from hf_rrd.finite import FiniteCheck, check_weights
+from hf_rrd.identity import is_of_teacher, teacher_identity
+from hf_rrd.objective import RAW_LOSSES, DistillationObjective, settings_of
 from hf_rrd.student import HEAD, WITH_EMBEDDING, attach_head, check_student, detach_head, head_of, split_embedding
 from hf_rrd.teacher import (
-    FiniteCheck,
     Teacher,
     TeacherOutputs,
     TeacherProjection,
@@ -135,9 +138,10 @@ class RelationalDistillationTrainer(Trainer):
         if self.teacher is not None and model is not None and data_collator is None and train_dataset is not None:
             warn_of_shared_tokens(model, self.teacher, train_dataset)
         self._terms = TermLog()
+        self._finite = FiniteCheck(self._terms.not_finite)
         self._resumed: tuple[Tensor, int] | None = None
         self._resuming, self._near_one = False, 0
-        self._examples_in_step, self._micro_batches = 0, 1
+        self._step: StepExamples | None = None
         if model is not None:
             check_student(model, task=args.task_weight > 0 and not self._has_loss_func)
             self._attach_head(model, args)
@@ -163,8 +167,12 @@ class RelationalDistillationTrainer(Trainer):
         self._trainer_divides = compute_loss_func is None or hasattr(Trainer, "loss_is_scaled_for_ga")
         self.loss_is_scaled_for_ga = False
         self._student_columns = forward_columns(self.model)
+        if self.accelerator.is_fsdp2:
+            mend_wrap_policy(self.model, self.accelerator)
+        identity = teacher_identity(self.teacher, args.teacher_pooling, train_dataset)
+        self._identity = broadcast_object_list([identity])[0]  # the others may have no weights yet (FSDP)
         if self._teacher is not None:
-            self._teacher.place(self.args.device)
+            place_teacher(self._teacher, self.accelerator)
         if self.objective.bank is not None:
             self.objective.bank.to(self.args.device)
 
@@ -175,7 +183,6 @@ class RelationalDistillationTrainer(Trainer):
         needed = self._wants_embedding or self._wants_logits
         self.teacher = load_teacher(teacher, **(args.teacher_model_init_kwargs or {})) if needed else None
         self._teacher: Teacher | None = None
-        self._finite = FiniteCheck()
         if self.teacher is not None:
             if student is not None:
                 check_teacher(self.teacher, student, self._wants_logits)
@@ -206,7 +213,7 @@ class RelationalDistillationTrainer(Trainer):
                     "`kd_weight` is above 0, so a teacher is needed: pass `teacher=` a model, a Hub name or a "
                     "folder, or a training set with a `teacher_logits` column. Got neither."
                 )
-        self.objective = DistillationObjective(**_objective_settings(args), bank=bank)
+        self.objective = DistillationObjective(**settings_of(args), bank=bank)
 
     def _attach_head(self, student: nn.Module, args: RelationalDistillationConfig) -> None:
         self._head = None
@@ -239,7 +246,7 @@ class RelationalDistillationTrainer(Trainer):
                 "`relational_weight` and `kd_weight` cannot go from 0 to above 0 or back after construction, got "
                 f"{self.args.relational_weight} and {self.args.kd_weight}. Make a new trainer."
             )
-        for name, value in _objective_settings(self.args).items():
+        for name, value in settings_of(self.args).items():
             setattr(self.objective, name, value)
         if self.objective.bank is not None:
             self.objective.bank.size = bank_rows(self.args, self.train_dataset)
@@ -297,10 +304,13 @@ class RelationalDistillationTrainer(Trainer):
         loss = self.objective.total(terms)
         examples = find_batch_size(inputs) or 1
         if model.training:
-            total = self._examples_in_step or examples
-            self._terms.add(terms, examples / total)
+            step = self._step or StepExamples(self.accelerator, [examples])
+            share = step.share(examples)
+            self._terms.add(terms, share)
+            if self.accelerator.scaler is None:  # which skips the steps of a float16 training that overflow
+                self._finite.note(self.state.global_step + 1, "the loss", loss)
             # The Trainer divides by the number of micro-batches; together that is the micro-batch's share of examples.
-            loss = loss * (examples * (self._micro_batches if self._trainer_divides else 1) / total)
+            loss = loss * (share * (step.micro_batches if self._trainer_divides else 1))
         else:
             self._terms.add_evaluated(terms, examples, self.accelerator.gather_for_metrics)
         return (loss, outputs) if return_outputs else loss
@@ -310,9 +320,9 @@ class RelationalDistillationTrainer(Trainer):
         outputs = self._read_teacher(inputs, self._wants_logits)
         if training and (self._wants_embedding, self._wants_logits) != tuple(each is not None for each in outputs):
             raise ValueError(f"no teacher, and the batch lacks some of its outputs: its columns are {sorted(inputs)}.")
-        self._finite.note(self.state.global_step + training, outputs)
-        if self.args.device.type == "cpu":  # nothing to wait for there
-            self._finite.raise_if_found()
+        for name, value in outputs._asdict().items():
+            if value is not None:
+                self._finite.note(self.state.global_step + training, f"the teacher's {name}", value)
         return outputs
 
     def _read_teacher(self, inputs: dict[str, Any], wants_logits: bool) -> TeacherOutputs:
@@ -348,24 +358,16 @@ class RelationalDistillationTrainer(Trainer):
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
         """As in `Trainer`. `resume_from_checkpoint=True` takes the newest checkpoint that was written to its end."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(f"no complete checkpoint found in {self.args.output_dir}. Start with train().")
-        elif resume_from_checkpoint and not is_complete(resume_from_checkpoint):
-            raise ValueError(
-                f"{resume_from_checkpoint} is not a complete checkpoint: it has no readable trainer_state.json. Pass "
-                "resume_from_checkpoint=True for the newest complete one."
-            )
-        self._resuming = bool(resume_from_checkpoint)
+        resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        self._resuming = resume_from_checkpoint is not None
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
         # Also after `auto_find_batch_size` ran out of memory in the middle of a step.
         self.objective.reset()
         self._apply_settings()
-        self._finite = FiniteCheck()
         self._terms, self._resumed = TermLog(), None
+        self._finite = FiniteCheck(self._terms.not_finite)
         if not self._resuming:  # else both come from the checkpoint
             self._calibrate()
         return super()._inner_training_loop(batch_size, *args, **kwargs)
@@ -399,7 +401,7 @@ class RelationalDistillationTrainer(Trainer):
             return cached_embeddings(sample).to(self.args.device)
         parts = []
         with preserved_randomness():
-            for batch in self.get_test_dataloader(sample):
+            for batch in evenly(self.accelerator, lambda: self.get_test_dataloader(sample)):
                 outputs = self._read_teacher(self._prepare_inputs(batch), wants_logits=False)
                 if outputs.embedding is None:
                     raise ValueError(f"no teacher, and the batch has no `teacher_embedding`: it has {sorted(batch)}.")
@@ -409,10 +411,7 @@ class RelationalDistillationTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The micro-batches of one optimizer step; counts their examples."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._examples_in_step, self._micro_batches = (
-            sum(find_batch_size(batch) or 1 for batch in batches),
-            len(batches),
-        )
+        self._step = StepExamples(self.accelerator, [find_batch_size(batch) or 1 for batch in batches])
         return batches, num_items
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -430,12 +429,16 @@ class RelationalDistillationTrainer(Trainer):
         return loss + carried
 
     def _gather_rows(self, rows: Tensor) -> Tensor:
-        """The rows of all processes, (total, dim), in the order of the processes; any number from each."""
-        if not self.args.gather_bank or self.accelerator.num_processes == 1:
+        """The rows of all processes, (total, dim), in the order of the processes, in the bank's dtype."""
+        if self._has_own_bank or self.accelerator.num_processes == 1 or self._step is None:
             return rows
-        counts = self.accelerator.gather(torch.tensor([len(rows)], device=rows.device)).tolist()
-        padded = self.accelerator.gather(self.accelerator.pad_across_processes(rows, dim=0))
-        return torch.cat([part[:count] for part, count in zip(padded.chunk(len(counts)), counts, strict=True)])
+        assert self.objective.bank is not None
+        return gather_rows(self.accelerator, rows.to(self.objective.bank.filled.dtype), self._step.counts())
+
+    @property
+    def _has_own_bank(self) -> bool:
+        """Whether this process's bank is another than that of the next."""
+        return self.objective.bank is not None and not self.args.gather_bank and self.accelerator.num_processes > 1
 
     # ---- Evaluation ----
 
@@ -486,29 +489,24 @@ class RelationalDistillationTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._finite.raise_if_found()
-        if self.args.should_save:
-            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            invalidate(os.path.join(self._get_output_dir(trial=trial), name))
-        super()._save_checkpoint(model, trial)
+        folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        check_weights(self.model, folder)
+        with explained_write_errors(folder):
+            if self.args.should_save:
+                invalidate(folder)
+            super()._save_checkpoint(model, trial)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        window = self._terms.state(self._mean_over_processes)
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Our part too: here, where only the Trainer's own state is still to come, and that is the mark of the end."""
+        super()._save_rng_state(output_dir)
+        state = {"log": self._terms.state(self._mean_over_processes), **comparison_state(*self._comparison)}
+        if self._has_own_bank and self.args.process_index > 0:
+            save_sidecar(output_dir, {"bank": state["bank"]}, process=self.args.process_index)
+        self.accelerator.wait_for_everyone()  # or the end could be marked before another process has written its part
         if self.args.should_save:
-            window["last_logged_step"] = torch.tensor(self._globalstep_last_logged)
-            save_sidecar(output_dir, {**self._comparison_state(), "log": window})
-
-    def _comparison_state(self) -> dict[str, dict[str, Tensor]]:
-        """All that a comparison depends on beside the student itself."""
-        state: dict[str, dict[str, Tensor]] = {}
-        head = head_of(self._unwrapped_student())
-        if head is not None and not self._is_sharded():  # a sharded checkpoint holds the head with the student
-            state["head"] = head.state_dict()
-        if self._projection is not None:
-            state["teacher_projection"] = self._projection.state_dict()
-        if self.objective.bank is not None:
-            state["bank"] = self.objective.bank.state_dict()
-        return state
+            state["log"]["last_logged_step"] = torch.tensor(self._globalstep_last_logged)
+            about = {"processes": str(self.accelerator.num_processes), "files": sizes_of(output_dir)}
+            save_sidecar(output_dir, state, self._identity | about)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         args = self.args
@@ -533,30 +531,38 @@ class RelationalDistillationTrainer(Trainer):
         else:
             load_student(self.model, best, HEAD)
         if has_sidecar(best):
-            self._restore_comparison(load_sidecar(best))
+            self._restore_comparison(best)
         elif self._projection is not None:
             logger.warning(f"{best} has no head and bank (save_only_model): those of the last step go on.")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        state = load_sidecar(checkpoint)
-        self._restore_comparison(state)
-        window = {name: value.to(self.args.device) for name, value in state["log"].items()}
-        last_logged = int(window.pop("last_logged_step"))
-        if "loss" in window:
-            self._resumed = (window["loss"], last_logged)
-        self._terms.window = window
+        if checkpoint is not None:
+            window = {name: value.to(self.args.device) for name, value in self._restore_comparison(checkpoint).items()}
+            last_logged = int(window.pop("last_logged_step", 0))
+            if "loss" in window:
+                self._resumed = (window["loss"], last_logged)
+            self._terms.window = window
 
-    def _restore_comparison(self, state: dict[str, dict[str, Tensor]]) -> None:
-        if self.objective.bank is not None:
-            self.objective.bank.load_state_dict(state.get("bank", {}))
-        if self._projection is not None:
-            self._projection.load_state_dict(state.get("teacher_projection", {}))
-        head = head_of(self._unwrapped_student())
-        if head is not None and "head" in state:
-            head.load_state_dict(state["head"])
+    def _restore_comparison(self, checkpoint: str) -> dict[str, Tensor]:
+        """Take over head, projection and bank of a checkpoint; returns its unfinished log window."""
+        state, about = load_sidecar(checkpoint)
+        head, projection, bank = self._comparison
+        if is_of_teacher(about, self._identity, checkpoint, self.args.ignore_teacher_change):
+            if self._has_own_bank:
+                processes = self.accelerator.num_processes
+                state["bank"] = own_bank(checkpoint, about, self.args.process_index, processes)
+            restore_comparison(state, head, projection, bank)
+        else:
+            restore_comparison(state, head, None, None)
+            self._calibrate()
+        return state.get("log", {})
+
+    @property
+    def _comparison(self) -> tuple[Any, TeacherProjection | None, FeatureBank | None]:
+        """Head, projection and bank; a sharded checkpoint holds the head with the student."""
+        head = None if self._is_sharded() else head_of(self._unwrapped_student())
+        return head, self._projection, self.objective.bank
 
     def _unwrapped_student(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -589,9 +595,3 @@ class RelationalDistillationTrainer(Trainer):
         if self.accelerator.num_processes == 1:
             return values
         return self.accelerator.reduce(values.to(self.args.device), "mean")
-
-
-def _objective_settings(args: RelationalDistillationConfig) -> dict[str, Any]:
-    """The settings that the objective reads, by their common names."""
-    names = [each.name for each in fields(DistillationObjective) if each.name != "bank"]
-    return {name: getattr(args, name) for name in names}

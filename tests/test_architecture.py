@@ -21,30 +21,38 @@ ALLOWED: dict[str, set[str]] = {
     "pooling": set(),
     "alignment": set(),
     "calibration": set(),
+    "finite": set(),
     "objective": {"batch_losses", "losses", "feature_bank"},
     "terms": {"objective"},
     "body": {"pooling"},
     "data": {"body"},
     "student": {"body"},
     "teacher": {"body", "data"},
-    "caching": {"body", "calibration", "data", "teacher"},
+    "identity": {"body", "data"},
+    "caching": {"body", "calibration", "data", "identity", "teacher"},
     "initialization": set(),
     "checkpoint": set(),
+    "comparison": {"checkpoint", "feature_bank", "student", "teacher"},
+    "distributed": {"teacher"},
     "config": {"batch_losses", "objective", "pooling", "student", "teacher"},
     "trainer": {
         "body",
         "calibration",
         "checkpoint",
+        "comparison",
         "config",
         "data",
+        "distributed",
         "feature_bank",
+        "finite",
+        "identity",
         "objective",
         "student",
         "teacher",
         "terms",
     },
 }
-PURE_TORCH = ["losses", "batch_losses", "feature_bank", "pooling", "alignment", "objective", "terms"]
+PURE_TORCH = ["losses", "batch_losses", "feature_bank", "pooling", "alignment", "finite", "objective", "terms"]
 
 
 def source_of(module: str) -> str:

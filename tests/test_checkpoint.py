@@ -36,7 +36,8 @@ def state_of(seed: int = 0) -> dict[str, dict[str, Tensor]]:
             "projection.bias": torch.randn(4, generator=generator).bfloat16(),
         },
         "bank": {"rows": torch.randn(7, 3, generator=generator, dtype=torch.float64)},
-        "window": {"examples": torch.tensor(12), "nothing": torch.empty(0, 3), "nothing_either": torch.empty(0, 3)},
+        "teacher_projection": {"mean": torch.empty(0, 3), "matrix": torch.empty(0, 3)},
+        "log": {"steps": torch.tensor(1.5), "last_logged_step": torch.tensor(12)},
     }
 
 
@@ -54,7 +55,7 @@ def test_what_a_sidecar_holds_comes_back_to_the_bit(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-1"  # made by the write
     save_sidecar(str(folder), state_of())
     assert has_sidecar(str(folder))
-    assert_same_state(load_sidecar(str(folder)), state_of())
+    assert_same_state(load_sidecar(str(folder))[0], state_of())
     assert [file.name for file in folder.iterdir()] == [SIDECAR]
 
 
@@ -62,7 +63,7 @@ def test_a_bank_goes_through_a_sidecar_and_on_as_before(tmp_path: Path) -> None:
     bank, restored = FeatureBank(5, 3), FeatureBank(5, 3)
     bank.enqueue(torch.randn(4, 3))
     save_sidecar(str(tmp_path), {"bank": bank.state_dict()})
-    restored.load_state_dict(load_sidecar(str(tmp_path))["bank"])
+    restored.load_state_dict(load_sidecar(str(tmp_path))[0]["bank"])
     rows = torch.randn(2, 3)
     bank.enqueue(rows)
     restored.enqueue(rows)
@@ -80,10 +81,10 @@ def test_a_write_that_fails_half_way_leaves_the_old_file(tmp_path: Path, monkeyp
     monkeypatch.setattr(checkpoint, "save_file", half)
     with pytest.raises(OSError, match="No space left"):
         save_sidecar(str(tmp_path), state_of(seed=2))
-    assert_same_state(load_sidecar(str(tmp_path)), state_of(seed=1))
+    assert_same_state(load_sidecar(str(tmp_path))[0], state_of(seed=1))
     monkeypatch.undo()
     save_sidecar(str(tmp_path), state_of(seed=3))  # the half file is not in the way
-    assert_same_state(load_sidecar(str(tmp_path)), state_of(seed=3))
+    assert_same_state(load_sidecar(str(tmp_path))[0], state_of(seed=3))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])

@@ -1,0 +1,59 @@
+"""What student and teacher are compared by, as a checkpoint holds it: head, teacher projection and bank."""
+
+from torch import Tensor
+from transformers.utils import logging
+
+from hf_rrd.checkpoint import State, load_sidecar
+from hf_rrd.feature_bank import FeatureBank
+from hf_rrd.student import RelationalHead
+from hf_rrd.teacher import TeacherProjection
+
+logger = logging.get_logger(__name__)
+
+
+def comparison_state(
+    head: RelationalHead | None, projection: TeacherProjection | None, bank: FeatureBank | None
+) -> State:
+    """Tensors by group and name; a part that is None is left out."""
+    parts = {"head": head, "teacher_projection": projection, "bank": bank}
+    return {name: dict(part.state_dict()) for name, part in parts.items() if part is not None}
+
+
+def restore_comparison(
+    state: State, head: RelationalHead | None, projection: TeacherProjection | None, bank: FeatureBank | None
+) -> None:
+    """Take over what was saved; a part that is None stays as it is.
+
+    Raises:
+        ValueError: A part is of another shape than the one saved.
+    """
+    if bank is not None:
+        bank.load_state_dict(state.get("bank", {}))
+    if projection is not None:
+        projection.load_state_dict(state.get("teacher_projection", {}))
+    if head is not None:
+        saved, own = (_shapes(tensors) for tensors in (state.get("head", {}), head.state_dict()))
+        if saved != own:
+            raise ValueError(
+                f"the saved head has {saved}, this student's has {own}. It was saved with another "
+                "student_projection, student or teacher."
+            )
+        head.load_state_dict(state["head"])
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in sorted(tensors.items())}
+
+
+def own_bank(checkpoint: str, about: dict[str, str], process: int, processes: int) -> dict[str, Tensor]:
+    """The bank of one of several processes that each had their own (`gather_bank=False`).
+
+    Raises:
+        ValueError: The checkpoint is of another number of processes.
+    """
+    if about.get("processes") != str(processes):
+        raise ValueError(
+            f"{checkpoint} holds the banks of {about.get('processes')} processes, and this run has {processes}. "
+            "Resume with as many, or train with gather_bank=True, whose bank any number can take over."
+        )
+    return load_sidecar(checkpoint, process)[0]["bank"]

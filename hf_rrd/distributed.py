@@ -1,0 +1,163 @@
+"""Several processes: who has how many examples, everybody's rows, and a teacher that is shared out among them."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from hf_rrd.teacher import Teacher
+
+logger = logging.get_logger(__name__)
+
+
+class StepExamples:
+    """How many examples an optimizer step has, on this process and on all of them.
+
+    The processes tell each other when the step begins, and the numbers are on the host by the time it ends: nobody
+    waits for the device.
+
+    Args:
+        accelerator: Of the trainer.
+        micro_batches: The number of examples in each micro-batch of this process.
+    """
+
+    def __init__(self, accelerator: Accelerator, micro_batches: list[int]) -> None:
+        self.micro_batches = len(micro_batches)
+        self.own = sum(micro_batches)
+        self.processes = accelerator.num_processes
+        self.total: int | Tensor = self.own  # over all processes; a scalar on the device where there are several
+        self._host: Tensor | None = None  # (processes,)
+        self._copied: torch.cuda.Event | None = None
+        if self.processes > 1:
+            counts = accelerator.gather(torch.full((1,), self.own, device=accelerator.device))
+            self.total = counts.sum()
+            self._host = counts
+            if counts.is_cuda:
+                self._host = torch.empty_like(counts, device="cpu", pin_memory=True)
+                self._host.copy_(counts, non_blocking=True)
+                self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                self._copied.record()
+
+    def share(self, examples: int) -> float | Tensor:
+        """A micro-batch's part of the step, times the processes, because gradients are averaged over them."""
+        return examples * self.processes / self.total
+
+    def counts(self) -> list[int]:
+        """The examples of each process."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return [self.own] if self._host is None else self._host.tolist()
+
+
+def gather_rows(accelerator: Accelerator, rows: Tensor, counts: list[int]) -> Tensor:
+    """The rows of all processes in the order of the processes, by one all-gather.
+
+    Args:
+        accelerator: Of the trainer.
+        rows: Of this process, (own, dim).
+        counts: How many each process has.
+
+    Returns:
+        (sum of counts, dim). `max(counts) * dim` values go from each process to each other.
+
+    Raises:
+        ValueError: There are not as many rows as this process said it has.
+    """
+    if len(rows) != counts[accelerator.process_index]:
+        raise ValueError(
+            f"the teacher gave {len(rows)} embeddings for {counts[accelerator.process_index]} examples: a pooling or "
+            "a collator changes their number. It has to be one for each row of the batch's first tensor."
+        )
+    longest = max(counts)
+    if len(rows) < longest:
+        rows = torch.cat([rows, rows.new_zeros(longest - len(rows), rows.shape[1])])
+    gathered = accelerator.gather(rows.contiguous())  # (processes * longest, dim)
+    if min(counts) == longest:
+        return gathered
+    return torch.cat([part[:count] for part, count in zip(gathered.split(longest), counts, strict=True)])
+
+
+def evenly(accelerator: Accelerator, make_loader: Callable[[], Any]) -> Iterator[Any]:
+    """The batches of a loader that gives each process as many, of one size, whatever the training's loaders do."""
+    settings = accelerator.dataloader_config
+    even_batches, settings.even_batches = settings.even_batches, True
+    try:
+        loader = make_loader()
+    finally:
+        settings.even_batches = even_batches
+    yield from loader
+
+
+def place_teacher(teacher: Teacher, accelerator: Accelerator) -> None:
+    """Move the teacher to the process's device, or share it out as the student is.
+
+    A teacher that `device_map`, offloading or quantisation has placed stays where it is, whole on each process.
+    """
+    if teacher.is_placed:
+        return
+    state = accelerator.state
+    if accelerator.is_fsdp2:
+        _shard(teacher.model, accelerator)
+    elif getattr(state, "deepspeed_plugin", None) is not None and state.deepspeed_plugin.zero_stage == 3:
+        teacher.run_through(_partitioned(teacher.model, state.deepspeed_plugin, state.mixed_precision))
+    else:
+        teacher.place(accelerator.device)
+
+
+def mend_wrap_policy(model: nn.Module, accelerator: Accelerator) -> None:
+    """Leave a model's input embedding out of what FSDP2 wraps.
+
+    accelerate shards it on its own, and then fails on one that is in a wrapped module already, as with ViT's and
+    BERT's `_no_split_modules`, which are its default: `TypeError: Invariant encountered` (accelerate 1.15).
+    """
+    plugin = accelerator.state.fsdp_plugin
+    names = plugin.transformer_cls_names_to_wrap
+    if names is None:
+        names = list(getattr(model, "_no_split_modules", None) or [])
+    plugin.transformer_cls_names_to_wrap = _without_embedding(model, names)
+
+
+def _without_embedding(model: nn.Module, names: list[str]) -> list[str]:
+    """The class names whose modules do not hold the input embedding."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    holders = {type(module).__name__ for module in model.modules() if embedding in list(module.modules())}
+    return [name for name in names if name not in holders]
+
+
+def _shard(model: nn.Module, accelerator: Accelerator) -> None:
+    """Shard a model in place by the student's FSDP2 settings, but by its own layers."""
+    from accelerate.utils import fsdp2_prepare_model
+
+    student_plugin = accelerator.state.fsdp_plugin
+    plugin = copy.copy(student_plugin)
+    present = {type(module).__name__ for module in model.modules()}
+    layers = [name for name in getattr(model, "_no_split_modules", None) or [] if name in present]
+    plugin.transformer_cls_names_to_wrap = _without_embedding(model, layers)
+    accelerator.state.fsdp_plugin = plugin
+    try:
+        fsdp2_prepare_model(accelerator, model)
+    finally:
+        accelerator.state.fsdp_plugin = student_plugin
+
+
+def _partitioned(model: nn.Module, plugin: Any, mixed_precision: str) -> nn.Module:
+    """A ZeRO-3 engine around a model that is not trained: its weights are fetched layer by layer."""
+    import deepspeed
+
+    zero = {
+        name: value
+        for name, value in plugin.deepspeed_config["zero_optimization"].items()
+        if name != "offload_optimizer" and value != "auto"
+    }
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants one; nothing depends on it
+        "zero_optimization": zero,
+        "bf16": {"enabled": mixed_precision == "bf16"},
+        "fp16": {"enabled": mixed_precision == "fp16"},
+    }
+    engine: nn.Module = deepspeed.initialize(model=model, config=settings)[0]
+    return engine.eval()

@@ -1,0 +1,65 @@
+"""What must be finite: the teacher's outputs, the loss, and the weights that go into a checkpoint."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+ADVICE = {
+    "the teacher's embedding": "Check the inputs of that batch; a float16 teacher may overflow: load it in bfloat16 "
+    "or float32.",
+    "the loss": "The weights of the step before are in order: go on from the last checkpoint with a lower "
+    "learning_rate, with max_grad_norm, or in bf16 instead of fp16. A task_loss of nan may be a micro-batch without a "
+    "single label: README has the way round.",
+}
+ADVICE["the teacher's logits"] = ADVICE["the teacher's embedding"]
+
+
+class FiniteCheck:
+    """Finds the first step at which something was not finite, without waiting for the device.
+
+    On a GPU `note` only queues work, and `raise_if_found` reads the result: it belongs where the host waits anyway. On
+    a CPU there is nothing to wait for, and `note` raises at once.
+
+    Args:
+        broken_terms: Gives the names of the loss's terms that are not finite, for the message.
+    """
+
+    def __init__(self, broken_terms: Callable[[], list[str]]) -> None:
+        self._broken_terms = broken_terms
+        self._first_step: dict[str, Tensor] = {}
+
+    def note(self, step: int, name: str, value: Tensor) -> None:
+        """Look at a value of a step, numbered as in the log; its name is one of `ADVICE`."""
+        found = torch.where(value.detach().isfinite().all(), -1, step)  # scalar
+        first = self._first_step.get(name, found)
+        self._first_step[name] = torch.where(first >= 0, first, found)
+        if value.device.type == "cpu":
+            self.raise_if_found()
+
+    def raise_if_found(self) -> None:
+        """Raise for what was noted since the last call.
+
+        Raises:
+            ValueError: A value was not finite; it says which, and at which step.
+        """
+        found, self._first_step = self._first_step, {}  # read once: what comes later may be in order again
+        for name, first in found.items():
+            step = int(first)
+            if step >= 0:
+                terms = ", ".join(self._broken_terms()) if name == "the loss" else ""
+                which = f"{name} ({terms})" if terms else name
+                raise ValueError(f"{which} is not finite (nan or inf) at step {step}. {ADVICE[name]}")
+
+
+@torch.no_grad()
+def check_weights(model: nn.Module, checkpoint: str) -> None:
+    """Raise a ValueError for a model that no run could go on from, before it is written to a checkpoint."""
+    weights = [(name, getattr(weight, "_local_tensor", weight)) for name, weight in model.named_parameters()]
+    finite = torch.stack([weight.isfinite().all() for _, weight in weights])
+    if not finite.all():
+        broken = [name for (name, _), whole in zip(weights, finite.tolist(), strict=True) if not whole]
+        raise ValueError(
+            f"{len(broken)} of the student's weights are not finite (nan or inf), {broken[0]} first: {checkpoint} is "
+            "not written. Go on from the checkpoint before with a lower learning_rate or with max_grad_norm."
+        )
