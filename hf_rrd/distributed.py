@@ -1,12 +1,14 @@
 """Several processes: who has how many examples, everybody's rows, and a teacher that is shared out among them."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import TrainingArguments
 from transformers.utils import logging
 
 from hf_rrd.teacher import Teacher
@@ -27,18 +29,19 @@ class StepExamples:
 
     def __init__(self, accelerator: Accelerator, micro_batches: list[int]) -> None:
         self.micro_batches = len(micro_batches)
-        self.own = sum(micro_batches)
         self.processes = accelerator.num_processes
-        self.total: int | Tensor = self.own  # over all processes; a scalar on the device where there are several
-        self._host: Tensor | None = None  # (processes,)
+        self.total: int | Tensor = sum(micro_batches)  # of all processes; on the device where there are several
+        self._counts = torch.tensor(micro_batches).unsqueeze(0)  # (processes, micro-batches), on the host
         self._copied: torch.cuda.Event | None = None
         if self.processes > 1:
-            counts = accelerator.gather(torch.full((1,), self.own, device=accelerator.device))
+            # Filled one by one: a copy to the device would wait for it.
+            own = [torch.full((1,), count, device=accelerator.device) for count in micro_batches]
+            counts = accelerator.gather(torch.cat(own)).view(self.processes, -1)
             self.total = counts.sum()
-            self._host = counts
+            self._counts = counts
             if counts.is_cuda:
-                self._host = torch.empty_like(counts, device="cpu", pin_memory=True)
-                self._host.copy_(counts, non_blocking=True)
+                self._counts = torch.empty_like(counts, device="cpu", pin_memory=True)
+                self._counts.copy_(counts, non_blocking=True)
                 self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 self._copied.record()
 
@@ -46,50 +49,54 @@ class StepExamples:
         """A micro-batch's part of the step, times the processes, because gradients are averaged over them."""
         return examples * self.processes / self.total
 
-    def counts(self) -> list[int]:
-        """The examples of each process."""
+    def counts(self) -> list[list[int]]:
+        """The examples in each micro-batch of each process."""
         if self._copied is not None:
             self._copied.synchronize()
-        return [self.own] if self._host is None else self._host.tolist()
+        return self._counts.tolist()
 
 
-def gather_rows(accelerator: Accelerator, rows: Tensor, counts: list[int]) -> Tensor:
-    """The rows of all processes in the order of the processes, by one all-gather.
+def gather_rows(accelerator: Accelerator, rows: Tensor, counts: list[list[int]]) -> Tensor:
+    """The rows of all processes, by one all-gather, in the order in which one process would have had them.
+
+    That is the first micro-batch of each process, then the second of each, and so on.
 
     Args:
         accelerator: Of the trainer.
         rows: Of this process, (own, dim).
-        counts: How many each process has.
+        counts: How many each process has in each of its micro-batches.
 
     Returns:
-        (sum of counts, dim). `max(counts) * dim` values go from each process to each other.
+        (sum of counts, dim). Each process sends as many rows as the one that has the most.
 
     Raises:
         ValueError: There are not as many rows as this process said it has.
     """
-    if len(rows) != counts[accelerator.process_index]:
+    totals = [sum(micro_batches) for micro_batches in counts]
+    if len(rows) != totals[accelerator.process_index]:
         raise ValueError(
-            f"the teacher gave {len(rows)} embeddings for {counts[accelerator.process_index]} examples: a pooling or "
+            f"the teacher gave {len(rows)} embeddings for {totals[accelerator.process_index]} examples: a pooling or "
             "a collator changes their number. It has to be one for each row of the batch's first tensor."
         )
-    longest = max(counts)
+    longest = max(totals)
     if len(rows) < longest:
         rows = torch.cat([rows, rows.new_zeros(longest - len(rows), rows.shape[1])])
-    gathered = accelerator.gather(rows.contiguous())  # (processes * longest, dim)
-    if min(counts) == longest:
-        return gathered
-    return torch.cat([part[:count] for part, count in zip(gathered.split(longest), counts, strict=True)])
+    gathered = accelerator.gather(rows.contiguous()).split(longest)
+    # By micro-batch: [process][micro-batch], of unequal lengths, turned round.
+    parts = [part[:total].split(own) for part, total, own in zip(gathered, totals, counts, strict=True)]
+    return torch.cat([part for micro_batch in zip(*parts, strict=True) for part in micro_batch])
 
 
-def evenly(accelerator: Accelerator, make_loader: Callable[[], Any]) -> Iterator[Any]:
-    """The batches of a loader that gives each process as many, of one size, whatever the training's loaders do."""
+@contextmanager
+def every_example(accelerator: Accelerator, args: TrainingArguments) -> Iterator[None]:
+    """Loaders made meanwhile give each process as many batches and leave no example out, unlike a training's may."""
     settings = accelerator.dataloader_config
-    even_batches, settings.even_batches = settings.even_batches, True
+    even_batches, drop_last = settings.even_batches, args.dataloader_drop_last
+    settings.even_batches, args.dataloader_drop_last = True, False
     try:
-        loader = make_loader()
+        yield
     finally:
-        settings.even_batches = even_batches
-    yield from loader
+        settings.even_batches, args.dataloader_drop_last = even_batches, drop_last
 
 
 def place_teacher(teacher: Teacher, accelerator: Accelerator) -> None:

@@ -40,7 +40,7 @@ from hf_rrd.data import (
     warn_of_shared_tokens,
     with_cached_arrays,
 )
-from hf_rrd.distributed import StepExamples, evenly, gather_rows, mend_wrap_policy, place_teacher
+from hf_rrd.distributed import StepExamples, every_example, gather_rows, mend_wrap_policy, place_teacher
 from hf_rrd.feature_bank import FeatureBank
 from hf_rrd.finite import FiniteCheck, check_weights
 from hf_rrd.identity import is_of_teacher, teacher_identity
@@ -399,19 +399,22 @@ class RelationalDistillationTrainer(Trainer):
         """The teacher's pooled embeddings of some examples, (examples, width), on all processes."""
         if has_cached_embeddings(sample):
             return cached_embeddings(sample).to(self.args.device)
+        with every_example(self.accelerator, self.args):
+            loader = self.get_test_dataloader(sample)
         parts = []
         with preserved_randomness():
-            for batch in evenly(self.accelerator, lambda: self.get_test_dataloader(sample)):
+            for batch in loader:
                 outputs = self._read_teacher(self._prepare_inputs(batch), wants_logits=False)
                 if outputs.embedding is None:
                     raise ValueError(f"no teacher, and the batch has no `teacher_embedding`: it has {sorted(batch)}.")
                 parts.append(self.accelerator.gather_for_metrics(outputs.embedding.float()))
-        return torch.cat(parts) if parts else torch.empty(0, 0)  # `dataloader_drop_last` may leave nothing
+        return torch.cat(parts) if parts else torch.empty(0, 0)  # of an empty stream
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The micro-batches of one optimizer step; counts their examples."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._step = StepExamples(self.accelerator, [find_batch_size(batch) or 1 for batch in batches])
+        if batches:  # a stream is asked on at its end
+            self._step = StepExamples(self.accelerator, [find_batch_size(batch) or 1 for batch in batches])
         return batches, num_items
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -429,7 +432,7 @@ class RelationalDistillationTrainer(Trainer):
         return loss + carried
 
     def _gather_rows(self, rows: Tensor) -> Tensor:
-        """The rows of all processes, (total, dim), in the order of the processes, in the bank's dtype."""
+        """The rows of all processes, (total, dim), in the bank's dtype."""
         if self._has_own_bank or self.accelerator.num_processes == 1 or self._step is None:
             return rows
         assert self.objective.bank is not None

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +142,24 @@ def trainer(output_dir: str | Path, **given: Any) -> RelationalDistillationTrain
 def log_of(run: RelationalDistillationTrainer, key: str = "loss") -> list[float]:
     """The values of a key in the training log, in order."""
     return [entry[key] for entry in run.state.log_history if key in entry and "loss" in entry]
+
+
+def run_together(
+    context: Any, target: Any, processes: int, *args: Any, seconds: float = 120, codes: tuple[int, ...] = (0,)
+) -> None:
+    """Run `target(rank, processes, port, *args)` as so many processes, and see that each ends as it should.
+
+    None of them outlives this call: one that waits for another for ever is killed after some time, and that is a
+    failure.
+    """
+    port = free_port()
+    children = [context.Process(target=target, args=(rank, processes, port, *args)) for rank in range(processes)]
+    for child in children:
+        child.start()
+    end = time.monotonic() + seconds
+    for child in children:
+        child.join(timeout=max(0, end - time.monotonic()))
+    for child in children:
+        child.kill()
+        child.join()
+    assert {child.exitcode for child in children} <= set(codes), [child.exitcode for child in children]

@@ -1,43 +1,148 @@
-"""One process of a data-parallel run: the child process of test_distributed."""
+"""One process of several data-parallel runs: the child process of test_distributed."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import datasets
 import torch
 import transformers
 from safetensors.torch import save_file
+from torch import Tensor
+from transformers import TrainerCallback
 
-from tests.builders import Images, be_process, trainer
+from tests.builders import Images, be_process, tiny_vit, trainer
+
+GLOBAL_BATCH = 16
+STEPS = 20
+
+
+class Stream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
+    """Images in their order, without a length."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        images = Images(48)
+        return (images[index] for index in range(len(images)))
+
+
+def streamed_images() -> Any:
+    """The same from the library datasets."""
+    images = Images(48)
+    assert images.labels is not None
+    columns = {"pixel_values": images.pixels.tolist(), "labels": images.labels.tolist()}
+    return datasets.Dataset.from_dict(columns).to_iterable_dataset().with_format("torch")
+
+
+def _batches(**settings: bool) -> dict[str, Any]:
+    return {"accelerator_config": settings}
+
+
+# Of each: changes to what `settings_of` gives, and the greatest number of processes that can run it.
+SCENARIOS: dict[str, tuple[dict[str, Any], int]] = {
+    "plain": ({}, 4),
+    "the last batch is short on one process": (
+        {
+            "train_dataset": Images(44),
+            "eval_dataset": Images(32, seed=5),  # the Trainer's own evaluation needs as many batches on each
+            "gradient_accumulation_steps": 1,
+            **_batches(even_batches=False),
+        },
+        2,
+    ),
+    "the last batch is dropped": (
+        {"train_dataset": Images(44), "eval_dataset": Images(64, seed=5), "dataloader_drop_last": True},
+        4,
+    ),
+    "batches are dispatched": (_batches(dispatch_batches=True), 4),
+    "a stream is dispatched": ({"train_dataset": Stream()}, 2),
+    "a stream is read by each": ({"train_dataset": Stream(), **_batches(dispatch_batches=False)}, 2),
+    "a stream of the library datasets": ({"train_dataset": streamed_images()}, 2),
+    "a bank in half precision": ({"teacher_dtype": "bfloat16"}, 2),
+    "each has a bank of its own": ({"gather_bank": False}, 2),
+    "no bank": ({"bank_size": 0, "gradient_accumulation_steps": 1}, 2),
+}
+
+
+def settings_of(scenario: str, processes: int) -> dict[str, Any]:
+    """What a trainer is made of in a scenario."""
+    settings: dict[str, Any] = {
+        "model": tiny_vit(dropout=0.0),
+        "train_dataset": Images(64),
+        "gradient_accumulation_steps": 2,
+        "max_steps": STEPS,
+        "bank_size": 48,
+        "kd_weight": 0.5,
+        "teacher_projection": "pca",
+        "projection_dim": 20,
+        "calibration_examples": 40,
+        "optim": "sgd",
+        "eval_dataset": Images(19, seed=5),
+    }
+    settings |= SCENARIOS[scenario][0]
+    settings["per_device_train_batch_size"] = GLOBAL_BATCH // processes // settings["gradient_accumulation_steps"]
+    return settings
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of each step, the head's too."""
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+        self.steps.append(torch.cat([gradient.flatten().clone() for gradient in gradients]))
 
 
 def run(rank: int, processes: int, port: int, folder: str) -> None:
-    """Train 5 steps of 16 examples over the processes, and write down what this process ends with."""
+    """Run all scenarios that so many processes can, and write down what this process ends with."""
     be_process(rank, processes, port)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    distillation = trainer(
-        folder,
-        per_device_train_batch_size=16 // processes // 2,
-        gradient_accumulation_steps=2,
-        max_steps=5,
-        bank_size=48,
-        kd_weight=0.5,
-        teacher_projection="pca",
-        projection_dim=20,
-        calibration_examples=40,
-        optim="sgd",
-        train_dataset=Images(64),
-        eval_dataset=Images(19, seed=5),
-    )
+    for scenario, (_, most) in SCENARIOS.items():
+        if processes <= most:
+            results = results_of(scenario, processes, folder)
+            save_file(results, Path(folder, f"{scenario}-{rank}-of-{processes}.safetensors"))
+
+
+def results_of(scenario: str, processes: int, folder: str) -> dict[str, Tensor]:
+    """Train and evaluate; also which tensors were gathered in the training's steps."""
+    gradients = Gradients()
+    distillation = trainer(folder, callbacks=[gradients], **settings_of(scenario, processes))
+    gathered: list[tuple[int, ...]] = []
+    gather, calibrate = distillation.accelerator.gather, distillation._calibrate
+
+    def noted_gather(tensor: Tensor) -> Tensor:
+        gathered.append(tuple(tensor.shape))
+        return gather(tensor)
+
+    def calibrate_unnoted() -> None:
+        calibrate()
+        distillation.accelerator.gather = noted_gather
+
+    distillation._calibrate = calibrate_unnoted  # type: ignore[method-assign]
+    examples: list[int] = []
+    batches_of_step = distillation.get_batch_samples
+
+    def noted_batches(*args: Any) -> Any:
+        batches, items = batches_of_step(*args)
+        if batches and distillation._step is not None:
+            examples.append(int(distillation._step.total))
+        return batches, items
+
+    distillation.get_batch_samples = noted_batches  # type: ignore[method-assign]
     distillation.train()
+    distillation.accelerator.gather, distillation._calibrate = gather, calibrate  # type: ignore[method-assign]
     metrics = distillation.evaluate()
     assert distillation.objective.bank is not None
-    logged = [line[name] for line in distillation.state.log_history if "loss" in line for name in sorted(line)]
-    save_file(
-        {
-            "student": torch.cat([weight.detach().flatten() for weight in distillation.model.parameters()]),
-            "bank": distillation.objective.bank.filled,
-            "log": torch.tensor(logged),
-            "eval": torch.tensor([metrics[f"eval_{name}_loss"] for name in ("kd", "relational")]),
-        },
-        Path(folder, f"rank-{rank}-of-{processes}.safetensors"),
-    )
+    lines = [line for line in distillation.state.log_history if "loss" in line]
+    return {
+        "student": torch.cat([weight.detach().flatten() for weight in distillation.model.parameters()]),
+        "gradients": torch.stack(gradients.steps),
+        "bank": distillation.objective.bank.filled,
+        "log": torch.tensor([[line[name] for name in sorted(line) if "loss" in name] for line in lines]),
+        "eval": torch.tensor([metrics[f"eval_{name}_loss"] for name in ("kd", "relational")]),
+        "examples": torch.tensor(sum(examples)),
+        "gathered_rows": torch.tensor([shape[0] for shape in gathered if len(shape) == 2]),
+        "gathered_numbers": torch.tensor([shape[0] for shape in gathered if len(shape) == 1]),
+    }

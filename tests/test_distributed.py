@@ -1,4 +1,4 @@
-"""Two real processes do what one does."""
+"""Several real processes do what one does."""
 
 import multiprocessing
 from pathlib import Path
@@ -8,43 +8,68 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.builders import free_port
-from tests.distributed_worker import run
+from tests.builders import run_together
+from tests.distributed_worker import SCENARIOS, STEPS, run
+
+Results = dict[str, dict[str, Tensor]]
+
+SHARED_BANK = [name for name in SCENARIOS if name not in ("each has a bank of its own", "no bank")]
+SEVERAL = [(name, processes) for name, (_, most) in SCENARIOS.items() for processes in (2, 4) if processes <= most]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
-    """What one process ends with, and each of two."""
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What one process ends with, and each of two and of four."""
     folder = tmp_path_factory.mktemp("distributed")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.resume_worker", "tests.distributed_worker"])
-    port = free_port()
-    for processes in (1, 2):
-        children = [
-            context.Process(target=run, args=(rank, processes, port, str(folder))) for rank in range(processes)
-        ]
-        for child in children:
-            child.start()
-        for child in children:
-            child.join(timeout=120)
-        assert [child.exitcode for child in children] == [0] * processes
-    return {path.stem: load_file(path) for path in Path(folder).glob("rank-*")}
+    for processes in (1, 2, 4):
+        run_together(context, run, processes, str(folder))
+    return {path.stem: load_file(path) for path in Path(folder).glob("*-of-*")}
 
 
-def test_two_processes_end_bitwise_equal_to_each_other(results: dict[str, dict[str, Tensor]]) -> None:
-    first, second = results["rank-0-of-2"], results["rank-1-of-2"]
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+@pytest.mark.parametrize(("scenario", "processes"), SEVERAL)
+def test_processes_end_bitwise_equal_to_each_other(results: Results, scenario: str, processes: int) -> None:
+    first, *others = [results[f"{scenario}-{rank}-of-{processes}"] for rank in range(processes)]
+    own = {"bank"} if scenario == "each has a bank of its own" else set()
+    for other in others:
+        assert {name for name in first if not torch.equal(first[name], other[name])} == own
 
 
-def test_two_processes_train_the_student_that_one_trains(results: dict[str, dict[str, Tensor]]) -> None:
-    one, two = results["rank-0-of-1"], results["rank-0-of-2"]
-    assert (one["student"] - two["student"]).abs().max() < 1e-5
-    assert (one["log"] - two["log"]).abs().max() < 1e-4
-    assert (one["eval"] - two["eval"]).abs().max() < 1e-4
+@pytest.mark.parametrize(("scenario", "processes"), [each for each in SEVERAL if each[0] in SHARED_BANK])
+def test_processes_train_the_student_that_one_trains(results: Results, scenario: str, processes: int) -> None:
+    one, several = results[f"{scenario}-0-of-1"], results[f"{scenario}-0-of-{processes}"]
+    assert len(one["gradients"]) == len(several["gradients"]) == STEPS
+    for name in ("student", "gradients", "log", "eval"):
+        assert (one[name] - several[name]).abs().max() < 1e-5, name
 
 
-def test_the_bank_holds_the_rows_of_all_processes(results: dict[str, dict[str, Tensor]]) -> None:
-    one, two = results["rank-0-of-1"]["bank"], results["rank-0-of-2"]["bank"]
-    assert one.shape == two.shape == (48, 20)  # 3 steps of 16, each in another order
-    in_order = [rows[rows[:, 0].argsort()] for rows in (one, two)]
-    assert (in_order[0] - in_order[1]).abs().max() < 1e-6
+@pytest.mark.parametrize(("scenario", "processes"), [each for each in SEVERAL if each[0] in SHARED_BANK])
+def test_the_bank_holds_the_rows_of_all_processes_in_the_order_of_one(
+    results: Results, scenario: str, processes: int
+) -> None:
+    one, several = results[f"{scenario}-0-of-1"]["bank"], results[f"{scenario}-0-of-{processes}"]["bank"]
+    assert one.shape == several.shape == (48, 20)
+    assert (one.float() - several.float()).abs().max() < 1e-6
+
+
+def test_banks_of_their_own_hold_each_process_s_examples_alone(results: Results) -> None:
+    banks = [results[f"each has a bank of its own-{rank}-of-2"]["bank"] for rank in range(2)]
+    assert [len(bank) for bank in banks] == [48, 48]
+    # 20 steps of 8 examples have replaced what the calibration had put in, which was the same on both. Of 64 examples
+    # in 4 steps an epoch, no process has those that the other has had since.
+    newest = [{tuple(row) for row in bank[-32:].tolist()} for bank in banks]
+    assert [len(rows) for rows in newest] == [32, 32]
+    assert newest[0] & newest[1] == set()
+
+
+@pytest.mark.parametrize(("scenario", "processes"), SEVERAL)
+def test_a_step_gathers_its_rows_once_and_the_sizes_of_its_micro_batches(
+    results: Results, scenario: str, processes: int
+) -> None:
+    found = results[f"{scenario}-0-of-{processes}"]
+    assert len(found["gathered_numbers"]) == STEPS
+    assert len(found["gathered_rows"]) == (STEPS if scenario in SHARED_BANK else 0)
+    examples, rows = (found[name].sum().item() for name in ("examples", "gathered_rows"))
+    padded = 4 * 6 if scenario == "the last batch is short on one process" else 0  # 4 of 8, in each of 6 epochs
+    assert rows * processes == (examples + padded if scenario in SHARED_BANK else 0)
