@@ -102,8 +102,8 @@ def _check_tensor(group: str, key: str, tensor: Tensor) -> None:
         raise ValueError(f"{key} must be in floating point, got {tensor.dtype}")
     elif not tensor.isfinite().all():
         raise ValueError(f"{key} has values that are not finite")
-    elif group == "log" and tensor.shape != ():
-        raise ValueError(f"{key} must be a scalar, got the shape {tuple(tensor.shape)}")
+    elif group == "log" and (tensor.dim() != 1 or len(tensor) == 0):
+        raise ValueError(f"{key} must be a number for each process, got the shape {tuple(tensor.shape)}")
 
 
 @contextmanager

@@ -45,15 +45,25 @@ def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in sorted(tensors.items())}
 
 
-def own_bank(checkpoint: str, about: dict[str, str], process: int, processes: int) -> dict[str, Tensor]:
-    """The bank of one of several processes that each had their own (`gather_bank=False`).
+def bank_of(state: State, about: dict[str, str], checkpoint: str, process: int, banks: int) -> dict[str, Tensor]:
+    """The bank of a checkpoint that a process goes on with: the one of all processes, or its own.
+
+    Args:
+        state: Of the first process's sidecar.
+        about: What that says of it.
+        checkpoint: The folder.
+        process: Which process asks.
+        banks: How many this run has: 1, or with `gather_bank=False` one for each process.
 
     Raises:
-        ValueError: The checkpoint is of another number of processes.
+        ValueError: The checkpoint has another number of banks, and more than one.
     """
-    if about.get("processes") != str(processes):
+    saved = about.get("banks", "1")
+    if saved == "1":
+        return state.get("bank", {})
+    if saved != str(banks):
         raise ValueError(
-            f"{checkpoint} holds the banks of {about.get('processes')} processes, and this run has {processes}. "
-            "Resume with as many, or train with gather_bank=True, whose bank any number can take over."
+            f"{checkpoint} holds a bank for each of {saved} processes (gather_bank=False), and this run has {banks}. "
+            "Resume with as many processes and the same `gather_bank`."
         )
-    return load_sidecar(checkpoint, process)[0]["bank"]
+    return load_sidecar(checkpoint, process)[0].get("bank", {})

@@ -72,6 +72,8 @@ def gather_rows(accelerator: Accelerator, rows: Tensor, counts: list[list[int]])
     Raises:
         ValueError: There are not as many rows as this process said it has.
     """
+    if len(counts) == 1:
+        return rows
     totals = [sum(micro_batches) for micro_batches in counts]
     if len(rows) != totals[accelerator.process_index]:
         raise ValueError(

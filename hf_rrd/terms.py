@@ -44,13 +44,27 @@ class TermLog:
         """The terms that were nan or inf since the last line."""
         return [name for name in TERMS if name in self.window and not self.window[name].isfinite()]
 
-    def state(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """The sums as means over the processes, in one collective: `reduce` maps a vector to its mean over them."""
+    def state(self, across: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """The sums over the processes, in one collective.
+
+        Args:
+            across: From this process's sums, (names,), to what is wanted of all: their mean, (names,), or all of them,
+                (processes, names).
+
+        Returns:
+            By name, a scalar or (processes,).
+        """
         if not self.window:
             return {}
         device = next(iter(self.window.values())).device
-        sums = reduce(torch.stack([value.to(device) for value in self.window.values()]))
-        return dict(zip(self.window, sums.unbind(), strict=True))
+        sums = across(torch.stack([value.to(device) for value in self.window.values()]))
+        return dict(zip(self.window, sums.unbind(-1), strict=True))
+
+    def load_state(self, state: dict[str, Tensor], process: int, processes: int, device: torch.device) -> None:
+        """Take over the sums of all processes, (processes,) by name: each its own; of another number their mean."""
+        self.window = {
+            name: (sums[process] if len(sums) == processes else sums.mean()).to(device) for name, sums in state.items()
+        }
 
     def line(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The mean of each term per optimizer step since the last line, which ends the window.

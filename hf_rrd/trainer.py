@@ -25,7 +25,7 @@ from hf_rrd.checkpoint import (
     save_sidecar,
     sizes_of,
 )
-from hf_rrd.comparison import comparison_state, own_bank, restore_comparison
+from hf_rrd.comparison import bank_of, comparison_state, restore_comparison
 from hf_rrd.config import RelationalDistillationConfig, bank_rows
 from hf_rrd.data import (
     TEACHER_PREFIX,
@@ -433,15 +433,14 @@ class RelationalDistillationTrainer(Trainer):
 
     def _gather_rows(self, rows: Tensor) -> Tensor:
         """The rows of all processes, (total, dim), in the bank's dtype."""
-        if self._has_own_bank or self.accelerator.num_processes == 1 or self._step is None:
+        if self._banks > 1 or self._step is None or self.objective.bank is None:
             return rows
-        assert self.objective.bank is not None
         return gather_rows(self.accelerator, rows.to(self.objective.bank.filled.dtype), self._step.counts())
 
     @property
-    def _has_own_bank(self) -> bool:
-        """Whether this process's bank is another than that of the next."""
-        return self.objective.bank is not None and not self.args.gather_bank and self.accelerator.num_processes > 1
+    def _banks(self) -> int:
+        """How many banks there are: one that all processes share, or one of each."""
+        return 1 if self.args.gather_bank else self.accelerator.num_processes
 
     # ---- Evaluation ----
 
@@ -502,13 +501,13 @@ class RelationalDistillationTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         """Our part too: here, where only the Trainer's own state is still to come, and that is the mark of the end."""
         super()._save_rng_state(output_dir)
-        state = {"log": self._terms.state(self._mean_over_processes), **comparison_state(*self._comparison)}
-        if self._has_own_bank and self.args.process_index > 0:
-            save_sidecar(output_dir, {"bank": state["bank"]}, process=self.args.process_index)
+        state = {"log": self._terms.state(self._of_processes), **comparison_state(*self._comparison)}
+        if self._banks > 1 and self.args.process_index > 0:
+            save_sidecar(output_dir, {"bank": state.get("bank", {})}, process=self.args.process_index)
         self.accelerator.wait_for_everyone()  # or the end could be marked before another process has written its part
         if self.args.should_save:
             state["log"]["last_logged_step"] = torch.tensor(self._globalstep_last_logged)
-            about = {"processes": str(self.accelerator.num_processes), "files": sizes_of(output_dir)}
+            about = {"banks": str(self._banks), "files": sizes_of(output_dir)}
             save_sidecar(output_dir, state, self._identity | about)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -541,20 +540,19 @@ class RelationalDistillationTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            window = {name: value.to(self.args.device) for name, value in self._restore_comparison(checkpoint).items()}
+            window = self._restore_comparison(checkpoint)
             last_logged = int(window.pop("last_logged_step", 0))
-            if "loss" in window:
-                self._resumed = (window["loss"], last_logged)
-            self._terms.window = window
+            processes = self.accelerator.num_processes
+            self._terms.load_state(window, self.accelerator.process_index, processes, self.args.device)
+            if "loss" in self._terms.window:
+                self._resumed = (self._terms.window["loss"], last_logged)
 
     def _restore_comparison(self, checkpoint: str) -> dict[str, Tensor]:
         """Take over head, projection and bank of a checkpoint; returns its unfinished log window."""
         state, about = load_sidecar(checkpoint)
         head, projection, bank = self._comparison
         if is_of_teacher(about, self._identity, checkpoint, self.args.ignore_teacher_change):
-            if self._has_own_bank:
-                processes = self.accelerator.num_processes
-                state["bank"] = own_bank(checkpoint, about, self.args.process_index, processes)
+            state["bank"] = bank_of(state, about, checkpoint, self.accelerator.process_index, self._banks)
             restore_comparison(state, head, projection, bank)
         else:
             restore_comparison(state, head, None, None)
@@ -594,7 +592,8 @@ class RelationalDistillationTrainer(Trainer):
                 f"(now {self.args.teacher_temperature}), or set teacher_perplexity=20."
             )
 
+    def _of_processes(self, values: Tensor) -> Tensor:
+        return self.accelerator.gather(values.to(self.args.device).unsqueeze(0))
+
     def _mean_over_processes(self, values: Tensor) -> Tensor:
-        if self.accelerator.num_processes == 1:
-            return values
         return self.accelerator.reduce(values.to(self.args.device), "mean")

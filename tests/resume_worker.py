@@ -1,4 +1,4 @@
-"""One run of a trainer, to be killed and resumed: the child process of test_resume."""
+"""One process of a run of a trainer, to be killed and resumed: the child process of test_resume."""
 
 import json
 from multiprocessing.sharedctypes import Synchronized
@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from hf_rrd.checkpoint import last_complete_checkpoint
-from tests.builders import Images, Texts, tiny_bert, tiny_vit, trainer
+from tests.builders import Images, Texts, be_process, tiny_bert, tiny_vit, trainer
 
 STEPS = 14
 
@@ -26,11 +26,15 @@ class Steps(TrainerCallback):
         self.step.value = state.global_step
 
 
-def run(family: str, folder: str, step: "Synchronized[int]") -> None:
+def run(
+    rank: int, processes: int, port: int, family: str, folder: str, step: "Synchronized[int]", **settings: Any
+) -> None:
     """Train to the end, from the newest checkpoint if there is one, and write down all that the run left.
 
-    Dropout is on, two micro-batches make a step, an epoch has 6 steps, a checkpoint comes every 2, a log line every 3.
+    Dropout is on, two micro-batches make a step of 8, an epoch has 6 steps, a checkpoint comes every 2, a log line
+    every 3.
     """
+    be_process(rank, processes, port)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -41,7 +45,7 @@ def run(family: str, folder: str, step: "Synchronized[int]") -> None:
         model=build(dropout=0.1),
         teacher=build(width=24, seed=1),
         train_dataset=data(),
-        per_device_train_batch_size=4,
+        per_device_train_batch_size=4 // processes,
         gradient_accumulation_steps=2,
         max_steps=STEPS,
         logging_steps=3,
@@ -49,10 +53,11 @@ def run(family: str, folder: str, step: "Synchronized[int]") -> None:
         save_steps=2,
         kd_weight=0.5,
         callbacks=[Steps(step)],
+        **settings,
     )
     distillation.train(resume_from_checkpoint=last_complete_checkpoint(folder) is not None)
     assert distillation.objective.bank is not None
     left = {f"student.{name}": value for name, value in distillation.model.state_dict().items()}
-    save_file({**left, "bank": distillation.objective.bank.filled}, Path(folder, "left.safetensors"))
+    save_file({**left, "bank": distillation.objective.bank.filled}, Path(folder, f"left-{rank}.safetensors"))
     lines = [line for line in distillation.state.log_history if "loss" in line]
-    Path(folder, "log.json").write_text(json.dumps(lines))
+    Path(folder, f"log-{rank}.json").write_text(json.dumps(lines))

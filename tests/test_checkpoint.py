@@ -37,7 +37,7 @@ def state_of(seed: int = 0) -> dict[str, dict[str, Tensor]]:
         },
         "bank": {"rows": torch.randn(7, 3, generator=generator, dtype=torch.float64)},
         "teacher_projection": {"mean": torch.empty(0, 3), "matrix": torch.empty(0, 3)},
-        "log": {"steps": torch.tensor(1.5), "last_logged_step": torch.tensor(12)},
+        "log": {"steps": torch.tensor([1.5, 1.0]), "last_logged_step": torch.tensor(12)},
     }
 
 
