@@ -112,7 +112,8 @@ def explained_write_errors(checkpoint: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+        of_torch_save = any(part in str(error) for part in ("inline_container", "PytorchStreamWriter", "iostream"))
+        if isinstance(error, RuntimeError) and not of_torch_save:
             raise
         raise OSError(
             f"{checkpoint} could not be written: {error}. Earlier checkpoints are as they were: make room, and go on "

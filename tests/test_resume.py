@@ -148,7 +148,7 @@ def test_banks_of_their_own_are_not_resumed_by_another_number_of_processes(
 
 
 def test_the_undisturbed_run_logs_across_checkpoints(undisturbed: dict[str, Path]) -> None:
-    lines = json.loads((undisturbed["vit"] / "log.json").read_text())
+    lines = json.loads((undisturbed["vit"] / "log-0.json").read_text())
     assert [line["step"] for line in lines] == [3, 6, 9, 12]
     checkpoint = last_complete_checkpoint(str(undisturbed["vit"]))
     assert checkpoint is not None
