@@ -1,5 +1,6 @@
 """Small models from configs, small data sets, and a trainer with quiet settings."""
 
+import inspect
 import os
 import socket
 import time
@@ -127,7 +128,8 @@ def config(output_dir: str | Path, **changes: Any) -> RelationalDistillationConf
 def trainer(output_dir: str | Path, **given: Any) -> RelationalDistillationTrainer:
     """A trainer of a tiny ViT under a wider one on random images, or of what is given.
 
-    Names of config fields change the settings; the others are arguments of the trainer.
+    Names of config fields change the settings; the others are arguments of the trainer. A function as the model is
+    called once the settings are made.
     """
     fields = RelationalDistillationConfig.__dataclass_fields__
     settings = {name: given.pop(name) for name in list(given) if name in fields}
@@ -136,7 +138,11 @@ def trainer(output_dir: str | Path, **given: Any) -> RelationalDistillationTrain
         arguments["model"] = tiny_vit()
     if "teacher" not in given:
         arguments["teacher"] = tiny_vit(width=24, seed=1)
-    return RelationalDistillationTrainer(args=config(output_dir, **settings), **(arguments | given))
+    args = config(output_dir, **settings)
+    arguments |= given
+    if inspect.isfunction(arguments.get("model")):  # to be made after the settings
+        arguments["model"] = arguments["model"]()
+    return RelationalDistillationTrainer(args=args, **arguments)
 
 
 def log_of(run: RelationalDistillationTrainer, key: str = "loss") -> list[float]:

@@ -40,8 +40,6 @@ def distillation_of(family: str, folder: str, processes: int, **settings: Any) -
     build, data = {"vit": (tiny_vit, Images), "bert": (tiny_bert, Texts)}[family]
     return trainer(
         folder,
-        model=build(),
-        teacher=build(width=24, seed=1),
         train_dataset=data(),
         per_device_train_batch_size=8 // processes // 2,
         gradient_accumulation_steps=2,
@@ -51,20 +49,25 @@ def distillation_of(family: str, folder: str, processes: int, **settings: Any) -
         calibration_examples=16,
         save_strategy="steps",
         save_steps=SAVED_AT,
-        **settings,
+        **{"model": build, "teacher": build(width=24, seed=1)} | settings,
     )
+
+
+def lines_of(distillation: Any) -> Tensor:
+    """The log, (lines, terms)."""
+    names = ("loss", "task_loss", "kd_loss", "relational_loss", "grad_norm")
+    lines = [line for line in distillation.state.log_history if "loss" in line]
+    return torch.tensor([[line[name] for name in names] for line in lines])
 
 
 def what_is_left(distillation: Any, gradients: HeadGradients) -> dict[str, Tensor]:
     """All that a run ends with, whole."""
-    lines = [line for line in distillation.state.log_history if "loss" in line]
-    names = ("loss", "task_loss", "kd_loss", "relational_loss", "grad_norm")
     weights = {name: whole(weight.detach()) for name, weight in distillation.model.named_parameters()}
     return {
         **{f"student.{name}": weight.contiguous() for name, weight in weights.items()},
         "head_gradients": torch.stack(gradients.steps),
         "bank": distillation.objective.bank.filled,
-        "log": torch.tensor([[line[name] for name in names] for line in lines]),
+        "log": lines_of(distillation),
     }
 
 

@@ -47,6 +47,8 @@ def test_all_processes_have_the_same_head_gradients_bank_and_log(folder: Path) -
 def test_the_run_is_that_of_one_process(folder: Path) -> None:
     sharded, alone = left(folder, "whole-0"), left(folder / "alone", "alone")
     for name, expected in alone.items():
+        if name.endswith(("k_proj.bias", "key.bias")):
+            continue  # without a gradient but for rounding, which AdamW takes for one
         assert (sharded[name] - expected).abs().max() < 2e-5, name
 
 
