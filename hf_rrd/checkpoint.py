@@ -129,7 +129,7 @@ def has_sidecar(folder: str) -> bool:
 def sizes_of(checkpoint: str) -> str:
     """The size of every file that a checkpoint has by now, as JSON, but for the two that are written last."""
     last = (SIDECAR, TRAINER_STATE_NAME)
-    files = sorted(path for path in Path(checkpoint).rglob("*") if path.is_file() and path.suffix != ".tmp")
+    files = sorted(path for path in Path(checkpoint).rglob("*") if path.is_file() and ".tmp" not in path.name)
     names = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
     return json.dumps({name: size for name, size in names.items() if name not in last})
 
@@ -167,8 +167,10 @@ def is_complete(checkpoint: str | os.PathLike[str]) -> bool:
 
 
 def invalidate(checkpoint: str) -> None:
-    """Mark a checkpoint as incomplete before it is written over."""
+    """Mark a checkpoint as incomplete before it is written over, and clear away what a killed write left half done."""
     Path(checkpoint, TRAINER_STATE_NAME).unlink(missing_ok=True)
+    for path in [*Path(checkpoint).glob(f"{SIDECAR}*.tmp"), *Path(checkpoint).glob(".tmp*")]:  # ours, safetensors'
+        path.unlink()
 
 
 def last_complete_checkpoint(folder: str) -> str | None:

@@ -21,6 +21,7 @@ from hf_rrd.checkpoint import (
     load_sidecar,
     load_student,
     save_sidecar,
+    sizes_of,
 )
 from hf_rrd.student import HEAD, attach_head
 from tests.builders import tiny_vit
@@ -155,6 +156,15 @@ def test_an_invalidated_checkpoint_is_incomplete_until_its_state_is_written_agai
     assert not is_complete(path)
     (path / "trainer_state.json").write_text(json.dumps({"global_step": 4}), encoding="utf-8")
     assert is_complete(path)
+
+
+def test_what_killed_writes_left_half_done_is_cleared_away_and_never_asked_for(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "checkpoint-4")
+    for name in (".tmpA1b2C3", f"{SIDECAR}x1y2.tmp", "kept.bin"):
+        (path / name).write_bytes(b"half")
+    assert json.loads(sizes_of(str(path))) == {"kept.bin": 4}
+    invalidate(str(path))
+    assert [file.name for file in path.iterdir()] == ["kept.bin"]
 
 
 def assert_same_weights(left: Any, right: dict[str, Tensor]) -> None:
