@@ -216,12 +216,14 @@ def main() -> None:
     trainer.save_model()
     trainer.save_state()
 
-    # Evaluate, print.
-    teacher_trainer = Trainer(teacher, replace(args, report_to="none", push_to_hub=False), compute_metrics=accuracy)
-    look = partial(look, processors={"pixel_values": teacher_processor}, training=False)
-    teacher_views = {split: data[split].with_transform(look) for split in evaluated}
+    # Evaluate, print; without the teacher where it is sharded.
     table = Table("", "parameters", *evaluated, title="Accuracy")
-    rows = {"student": (trainer, views)} | ({"teacher": (teacher_trainer, teacher_views)} if has_head else {})
+    rows = {"student": (trainer, views)}
+    if has_head and not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+        look = partial(look, processors={"pixel_values": teacher_processor}, training=False)
+        teacher_args = replace(args, report_to="none", push_to_hub=False)
+        teacher_views = {split: data[split].with_transform(look) for split in evaluated}
+        rows["teacher"] = (Trainer(teacher, teacher_args, compute_metrics=accuracy), teacher_views)
     for name, (run, splits) in rows.items():
         metrics = {split: run.evaluate(splits[split], metric_key_prefix=split) for split in evaluated}
         for split in evaluated if run is trainer else ():

@@ -164,14 +164,20 @@ def main() -> None:
     # Train the teacher, if it is to be.
     teacher_args = {"num_train_epochs": model_args.teacher_epochs, "max_steps": -1, "learning_rate": 5e-5}
     without = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "push_to_hub": False}
-    teacher_trainer = Trainer(
-        teacher,
-        replace(args, output_dir=str(teacher_folder), report_to="none", **teacher_args, **without),
-        train_dataset=teacher_data["train"],
-        processing_class=teacher_tokenizer,
-        compute_metrics=accuracy,
-    )
+
+    def trainer_of_teacher() -> Trainer:
+        return Trainer(
+            teacher,
+            replace(args, output_dir=str(teacher_folder), report_to="none", **teacher_args, **without),
+            train_dataset=teacher_data["train"],
+            processing_class=teacher_tokenizer,
+            compute_metrics=accuracy,
+        )
+
     if fine_tune:
+        if args.deepspeed_plugin is not None or args.fsdp:
+            raise SystemExit("--teacher_epochs: a process has one sharded training. Fine-tune the teacher on its own.")
+        teacher_trainer = trainer_of_teacher()
         teacher_trainer.train()
         teacher_trainer.save_model()
 
@@ -215,9 +221,11 @@ def main() -> None:
     trainer.save_model()
     trainer.save_state()
 
-    # Evaluate, print.
+    # Evaluate, print; without the teacher where it is sharded.
     table = Table("", "parameters", *evaluated, title="Accuracy")
-    rows = {"student": (trainer, data)} | ({"teacher": (teacher_trainer, teacher_data)} if has_head else {})
+    rows = {"student": (trainer, data)}
+    if has_head and not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+        rows["teacher"] = (trainer_of_teacher(), teacher_data)
     for name, (run, splits) in rows.items():
         metrics = {split: run.evaluate(splits[split], metric_key_prefix=split) for split in evaluated}
         for split in evaluated:

@@ -121,6 +121,7 @@ def _weights_of(teacher: Any) -> dict[str, Tensor]:
         "adapters inside": any(".base_layer." in weight for weight in weights),
         "quantized weights": getattr(teacher.config, "quantization_config", None) is not None,
         "offloaded weights": any(weight.is_meta for weight in weights.values()),
+        "weights that ZeRO-3 has partitioned": any(hasattr(weight, "ds_id") for weight in teacher.parameters()),
     }
     for problem in (problem for problem, found in problems.items() if found):
         raise ValueError(f"`teacher` has {problem}, got {name}. Load it plain, whole and in full precision.")

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoModelForImageClassification
 
 ROOT = Path(__file__).parents[1]
@@ -49,11 +51,26 @@ def test_the_exactness_report_finds_no_error_above_its_bounds(tmp_path: Path) ->
             ["cached, 32 wide", "4 tokens"],
         ),
         ("import_time", "--rounds 1", ["import hf_rrd after it", "median of 1"]),
+        ("kill_test", "--kills 4", ["4 kills over", "bitwise equal", "checkpoint write"]),
+        (
+            "communication",
+            "--batch_size 3 --student_width 32 --widths 8 --steps 2",
+            ["2 processes, 2 x 3 examples each", "1 a step", "192"],
+        ),
     ],
 )
-def test_a_benchmark_runs_and_prints_its_ratios(name: str, arguments: str, printed: list[str], tmp_path: Path) -> None:
+def test_a_benchmark_prints_its_figures(
+    name: str, arguments: str, printed: list[str], tmp_path: Path
+) -> None:
     command = [sys.executable, str(ROOT / "examples" / "benchmarks" / f"{name}.py"), *arguments.split()]
     output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
     assert [each for each in printed if each not in output] == []
     if "--plot" in arguments:
         assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_its_settings_whole(path: Path) -> None:
+    read = load_config_from_file(str(path)).to_dict()
+    written = yaml.safe_load(path.read_text())
+    assert {name: read[name] for name in written} == written
