@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
+DEEPSPEED := .venv-deepspeed
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-oldest check clean
+.PHONY: help demo test test-oldest test-deepspeed check clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,13 +19,16 @@ test: $(VENV)/ready ## Run the tests
 test-oldest: $(OLDEST)/ready ## Run the tests with transformers 5.0, in an environment of its own
 	$(OLDEST)/bin/python -m pytest
 
+test-deepspeed: $(DEEPSPEED)/ready ## Run the tests of DeepSpeed and of quantised teachers, in an environment of its own
+	$(DEEPSPEED)/bin/python -m pytest tests/test_deepspeed.py tests/test_placement.py
+
 check: $(VENV)/ready ## Lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean: ## Remove environments, caches and outputs
-	rm -rf $(VENV) $(OLDEST) out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(DEEPSPEED) out .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and alone: its pinned build satisfies all that the others ask of it.
@@ -38,4 +42,12 @@ $(OLDEST)/ready: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install -q -c constraints-oldest.txt torch
 	$(OLDEST)/bin/pip install -q -c constraints-oldest.txt -e '.[dev]'
+	@touch $@
+
+# Without its compiled parts, which need a GPU.
+$(DEEPSPEED)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DEEPSPEED)
+	$(DEEPSPEED)/bin/pip install -q -c constraints.txt torch
+	$(DEEPSPEED)/bin/pip install -q -c constraints.txt -e '.[dev]' setuptools wheel ninja
+	DS_BUILD_OPS=0 $(DEEPSPEED)/bin/pip install -q -c constraints.txt --no-build-isolation deepspeed bitsandbytes
 	@touch $@

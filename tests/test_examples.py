@@ -29,7 +29,7 @@ def test_the_exactness_report_finds_no_error_above_its_bounds(tmp_path: Path) ->
     command = [sys.executable, str(ROOT / "examples" / "benchmarks" / "exactness.py"), "--output_dir", str(tmp_path)]
     printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
     assert "missed" not in printed
-    assert printed.count("held") == 10
+    assert printed.count("held") == 16
 
 
 @pytest.mark.parametrize(

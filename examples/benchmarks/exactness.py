@@ -2,12 +2,17 @@
 
     python examples/benchmarks/exactness.py
 
-The references are double-precision loops over the formula, InfoNCE from torch, and the same step cut another way.
+The references are double-precision loops over the formula, InfoNCE from torch, the same step cut another way, and the
+same training on one process instead of two or four (gloo, on this machine).
 """
 
 import math
+import multiprocessing
+import os
+import socket
 import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -15,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import HfArgumentParser, ViTConfig, ViTForImageClassification
 
@@ -94,24 +100,59 @@ def vit(width: int) -> ViTForImageClassification:
     return ViTForImageClassification(ViTConfig(**size, **shape, hidden_dropout_prob=0.0))
 
 
-def settings_of(folder: str) -> dict[str, Any]:
+def settings_of(folder: str, steps: int = 5) -> dict[str, Any]:
     """What all runs share."""
     quiet = {"report_to": "none", "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
-    return {"output_dir": folder, "max_steps": 5, "learning_rate": 1e-3, **quiet}
+    return {"output_dir": folder, "max_steps": steps, "learning_rate": 1e-3, **quiet}
 
 
-def parameters_after(batch: int, accumulation: int, folder: str) -> Tensor:
-    """All parameters, head included, after 5 steps of AdamW with all three terms."""
+def train(batch: int, accumulation: int, folder: str, steps: int = 5) -> dict[str, Tensor]:
+    """All parameters, head included, and the bank, after some steps of AdamW with all three terms."""
     settings = RelationalDistillationConfig(
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
         kd_weight=0.5,
         bank_size=40,
-        **settings_of(folder),
+        **settings_of(folder, steps),
     )
     run = RelationalDistillationTrainer(vit(16), settings, train_dataset=Images(), teacher=vit(24))
     run.train()
-    return torch.cat([weight.detach().flatten() for weight in run.model.parameters()])
+    parameters = torch.cat([weight.detach().flatten() for weight in run.model.parameters()])
+    return {"parameters": parameters, "bank": run.objective.bank.filled}
+
+
+def train_as(rank: int, processes: int, port: int, folder: str) -> None:
+    """20 steps of 16 examples as one of several processes, whose end is written to a file."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+    os.environ |= {name: str(number) for name, number in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    torch.set_num_threads(1)
+    save_file(train(16 // processes // 2, 2, folder, steps=20), Path(folder, f"{rank}-of-{processes}.safetensors"))
+
+
+def process_errors(folder: str) -> list[tuple[str, float, float]]:
+    """The rows on several processes: against one process, and against each other."""
+    context = multiprocessing.get_context("spawn")
+    for processes in (1, 2, 4):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        children = [
+            context.Process(target=train_as, args=(rank, processes, port, folder)) for rank in range(processes)
+        ]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join()
+    rows = []
+    one = load_file(Path(folder, "0-of-1.safetensors"))
+    for processes in (2, 4):
+        ends = [load_file(Path(folder, f"{rank}-of-{processes}.safetensors")) for rank in range(processes)]
+        for name, bound in (("parameters", 1e-5), ("bank", 1e-6)):
+            error = (ends[0][name] - one[name]).abs().max().item()
+            rows += [(f"20 steps on {processes} processes: {name} against one process", error, bound)]
+        apart = max((end[name] - ends[0][name]).abs().max().item() for end in ends for name in one)
+        rows += [(f"20 steps on {processes} processes: the processes against each other", apart, 0.0)]
+    return rows
 
 
 def cached_errors(dtype: str, folder: str) -> float:
@@ -148,10 +189,11 @@ def main() -> None:
     rows += [("KL of identical inputs", divergence, 0.0)]
     with tempfile.TemporaryDirectory() as folder:
         folder = args.output_dir or folder
-        whole = parameters_after(16, 1, folder)
+        whole = train(16, 1, folder)["parameters"]
         for batch, accumulation in ((8, 2), (4, 4)):
-            error = (whole - parameters_after(batch, accumulation, folder)).abs().max().item()
+            error = (whole - train(batch, accumulation, folder)["parameters"]).abs().max().item()
             rows += [(f"5 steps of {batch} x {accumulation}: parameters against 16 x 1", error, 1e-5)]
+        rows += process_errors(folder)
         for dtype, bound in (("float32", 1e-5), ("float16", 5e-3)):
             rows += [
                 (
