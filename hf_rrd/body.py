@@ -118,11 +118,12 @@ def _pool(pooler: Pooler, body: Any, outputs: Any, attention_mask: Tensor | None
     return pooler(outputs, attention_mask)
 
 
-def embedding_width(pooling: str | Callable[..., Any], body: Any) -> int:
+def embedding_width(pooling: str | Callable[..., Any], body: Any, argument: str = "pooling") -> int:
     """The width of a pooled embedding, measured on one blank input.
 
     A config does not say it for all: an OPT may project its output, a Wav2Vec2 may end with an adapter. Where the body
-    does not take a blank input, `hidden_size` of its config has to do.
+    does not take a blank input, `hidden_size` of its config has to do. `argument` is the name under which the
+    user gave the pooling.
 
     Raises:
         ValueError: The body gives no hidden states, or its width is neither in the config nor to be measured.
@@ -138,14 +139,16 @@ def embedding_width(pooling: str | Callable[..., Any], body: Any) -> int:
         return width
     try:
         pooled = pooler_for(pooling, body)(outputs, None)
-    except ValueError as error:
+    except Exception as error:
         raise ValueError(
-            f"the model needs a body that returns hidden states, {type(body).__name__} gave "
-            f"{type(outputs).__name__}: {error}"
+            f"`{argument}` does not fit: the model needs a body that returns hidden states, {type(body).__name__} "
+            f"gave {type(outputs).__name__}: {error}"
         ) from error
     if not isinstance(pooled, Tensor) or pooled.dim() != 2:
         shape = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
-        raise ValueError(f"pooling must return a tensor of shape (batch, dim), {pooling!r} returned {shape}.")
+        raise ValueError(
+            f"`{argument}`: a pooling must return a tensor of shape (batch, dim), {pooling!r} returned {shape}."
+        )
     return pooled.shape[1]
 
 

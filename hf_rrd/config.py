@@ -19,6 +19,7 @@ AUTO_BANK_SIZE = 4096
 """What `bank_size="auto"` comes to, or the size of the training set where that is smaller."""
 
 WEIGHTS = ("task_weight", "kd_weight", "relational_weight")
+SWITCHES = ("include_own", "gather_bank", "ignore_teacher_change")
 TEMPERATURES = {"kd_temperature": 4, "student_temperature": 0.1, "teacher_temperature": 0.02}
 
 
@@ -200,8 +201,8 @@ class RelationalDistillationConfig(TrainingArguments):
         """Raise a ValueError for a setting out of its range; the trainer asks again when a training starts."""
         for name, advice in TEMPERATURES.items():
             value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"`{name}` must be positive and finite, got {value}. Try {advice}.")
+            if not 1e-6 <= value <= 1e6:  # beyond these float32 gives out
+                raise ValueError(f"`{name}` must be positive, from 1e-6 to 1e6, got {value}. Try {advice}.")
         for name in WEIGHTS:
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
@@ -213,10 +214,12 @@ class RelationalDistillationConfig(TrainingArguments):
                 "`task_weight`, `kd_weight` and `relational_weight` are all 0, so there is nothing to train. Set at "
                 "least one above 0."
             )
-        self._validate_bank()
-        if self.projection_dim is not None and self.projection_dim < 1:
+        for name in SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+        if self.projection_dim is not None and not (_is_whole(self.projection_dim) and self.projection_dim >= 1):
             raise ValueError(
-                f"`projection_dim` must be 1 or more, got {self.projection_dim}. Try 128, or leave it out."
+                f"`projection_dim` must be 1 or more, got {self.projection_dim!r}. Try 128, or leave it out."
             )
         _check_choice("relational_loss", self.relational_loss, list(RELATIONAL_LOSSES))
         _check_choice("student_projection", self.student_projection, list(STUDENT_PROJECTIONS))
@@ -226,7 +229,7 @@ class RelationalDistillationConfig(TrainingArguments):
         for name in ("student_pooling", "teacher_pooling"):
             if not callable(getattr(self, name)):
                 _check_choice(name, getattr(self, name), ["auto", *POOLERS])
-        if isinstance(self.calibration_examples, bool) or not isinstance(self.calibration_examples, int):
+        if not _is_whole(self.calibration_examples):
             raise ValueError(f"`calibration_examples` must be a whole number, got {self.calibration_examples!r}.")
         if self.calibration_examples < 0:
             raise ValueError(f"`calibration_examples` must be 0 or more, got {self.calibration_examples}. Try 4096.")
@@ -237,6 +240,7 @@ class RelationalDistillationConfig(TrainingArguments):
             )
         if self.teacher_projection == "pca" and self.projection_dim is None:
             raise ValueError("teacher_projection='pca' needs a `projection_dim`, got None. Try 128.")
+        self._validate_bank()
 
     def _validate_bank(self) -> None:
         perplexity = self.teacher_perplexity
@@ -304,17 +308,21 @@ def bank_rows(args: RelationalDistillationConfig, train_dataset: Any) -> int:
 def _number(name: str, value: Any) -> float:
     try:
         return float(value)  # YAML reads 1e-2, without a point, as a string
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of a tensor
         raise ValueError(f"`{name}` must be a number, got {value!r}.") from None
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _bank_size(value: int | str | None) -> int | str:
-    if value is None or value == "auto":
+    if value is None or (isinstance(value, str) and value == "auto"):
         return "auto"
     try:
         size = int(value)
         whole = not isinstance(value, bool) and (isinstance(value, str) or size == value)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         whole = False
     if not whole:
         raise ValueError(f"`bank_size` must be a number of rows or 'auto', got {value!r}. Try 4096.")
@@ -326,7 +334,7 @@ def _init_kwargs(value: dict[str, Any] | str | None) -> dict[str, Any] | None:
         kwargs = json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError:
         kwargs = value
-    if kwargs is not None and not isinstance(kwargs, dict):
+    if kwargs is not None and not (isinstance(kwargs, dict) and all(isinstance(name, str) for name in kwargs)):
         raise ValueError(
             f"`teacher_model_init_kwargs` must be a dict or a JSON object, got {value!r}. "
             'Try \'{"revision": "main"}\'.'
@@ -335,7 +343,7 @@ def _init_kwargs(value: dict[str, Any] | str | None) -> dict[str, Any] | None:
 
 
 def _check_choice(name: str, value: Any, known: list[str]) -> None:
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ValueError(f"`{name}` must be one of {known}, got {value!r}.")
 
 

@@ -14,9 +14,11 @@ from transformers import (
     SequenceFeatureExtractor,
     default_data_collator,
 )
+from transformers.trainer_pt_utils import find_batch_size
 from transformers.utils import logging
 
 from hf_rrd.body import unwrapped
+from hf_rrd.errors import described, named_errors
 
 logger = logging.get_logger(__name__)
 
@@ -45,7 +47,15 @@ class DataCollatorForDistillation:
         self._collate_teacher = collator_of(teacher)
 
     def __call__(self, features: list[Any]) -> dict[str, Tensor]:
-        """Make one batch of examples given as dicts."""
+        """Make one batch of examples given as dicts.
+
+        Raises:
+            ValueError: They do not make one; it names the columns.
+        """
+        with named_errors("putting examples into one batch", features[0] if features else {}):
+            return self._collated(features)
+
+    def _collated(self, features: list[Any]) -> dict[str, Tensor]:
         features = [dict(feature) if isinstance(feature, Mapping) else dict(vars(feature)) for feature in features]
         prefixed = [name for name in features[0] if is_teacher_input(name)]
         cached = [name for name in CACHED_COLUMNS if name in features[0]]
@@ -101,12 +111,13 @@ def teacher_inputs(inputs: Mapping[str, Any], accepted: list[str]) -> dict[str, 
         accepted: `forward_columns` of the teacher.
     """
     prefixed = {name.removeprefix(TEACHER_PREFIX): value for name, value in inputs.items() if is_teacher_input(name)}
-    own = {name: value for name, value in prefixed.items() if name in accepted or not accepted}
-    # Labels stay away: the teacher's loss is nobody's, and its classes may differ.
-    return own or {
-        name: value
-        for name, value in inputs.items()
-        if (name in accepted or not accepted) and "label" not in name and not name.startswith(TEACHER_PREFIX)
+
+    def is_read(name: str) -> bool:
+        # Labels stay away: the teacher's loss is nobody's, and its classes may differ.
+        return (name in accepted or not accepted) and "label" not in name
+
+    return {name: value for name, value in prefixed.items() if is_read(name)} or {
+        name: value for name, value in inputs.items() if is_read(name) and not name.startswith(TEACHER_PREFIX)
     }
 
 
@@ -139,9 +150,11 @@ def has_cached_embeddings(dataset: Any) -> bool:
 def cached_embeddings(dataset: Dataset | IterableDataset) -> Tensor:
     """All of the column `teacher_embedding`, (examples, width), whatever else the examples have."""
     rows = dataset.select_columns("teacher_embedding").with_format("torch")
-    if isinstance(rows, Dataset):
-        return rows["teacher_embedding"][:]
-    return torch.stack([row["teacher_embedding"] for row in rows])
+    with named_errors("reading the column `teacher_embedding`", {}):
+        column = (
+            rows["teacher_embedding"][:] if isinstance(rows, Dataset) else [row["teacher_embedding"] for row in rows]
+        )
+        return column.float() if isinstance(column, Tensor) else torch.stack(column).float()
 
 
 def with_cached_arrays(dataset: Dataset) -> Dataset:
@@ -153,13 +166,48 @@ def with_cached_arrays(dataset: Dataset) -> Dataset:
 
 
 def cached_shape(dataset: Any) -> tuple[int, torch.dtype] | None:
-    """Width and dtype of the `teacher_embedding` column, or None where a data set has no such column."""
+    """Width and dtype of the `teacher_embedding` column, or None where a data set has no such column.
+
+    Raises:
+        ValueError: There is one, of something else than rows of numbers.
+    """
     example = None if dataset is None else next(iter(dataset), None)
     if not isinstance(example, Mapping) or "teacher_embedding" not in example:
         return None
     feature = getattr((getattr(dataset, "features", None) or {}).get("teacher_embedding"), "feature", None)
     half = getattr(feature, "dtype", None) == "float16"
-    return len(example["teacher_embedding"]), torch.float16 if half else torch.float32
+    with named_errors("reading an example", example):
+        width = _stacked([example["teacher_embedding"]]).shape[1:]
+    if len(width) != 1 or width[0] == 0:
+        raise ValueError(
+            f"`teacher_embedding` must be a row of numbers in each example, got the shape {tuple(width)}. "
+            "cache_teacher_outputs makes such a column."
+        )
+    return width[0], torch.float16 if half else torch.float32
+
+
+def check_cached_logits(dataset: Any) -> None:
+    """Raise a ValueError for a training set that is to stand in for a teacher of logits, and has none."""
+    example = next(iter(dataset), None)
+    if not isinstance(example, Mapping) or "teacher_logits" not in example:
+        raise ValueError(
+            "`kd_weight` is above 0, so a teacher is needed: pass `teacher=` a model, a Hub name or a folder, or a "
+            "training set with a `teacher_logits` column. Got neither."
+        )
+
+
+def examples_in(batch: Any) -> int:
+    """The number of examples in a batch.
+
+    Raises:
+        ValueError: It has none, or is no dict of tensors.
+    """
+    count = find_batch_size(batch) if isinstance(batch, Mapping) else None
+    if not count:
+        raise ValueError(
+            f"a batch must be a dict of tensors with 1 row or more; `data_collator` gave {described(batch)}."
+        )
+    return count
 
 
 def check_dataset(name: str, dataset: Any) -> None:

@@ -64,7 +64,10 @@ class FeatureBank:
         rows = rows.detach()[max(len(rows) - self.size, 0) :]
         kept = self._rows[max(len(self._rows) + len(rows) - self.size, 0) :]
         if self._end + len(rows) > len(self._storage):
-            self._storage = kept.new_empty(self.size + -(-self.size // SLACK), self.dim)
+            room = min(
+                self.size + -(-self.size // SLACK), 2 * (len(kept) + len(rows))
+            )  # that of a large one as needed
+            self._storage = kept.new_empty(room, self.dim)
             self._storage[: len(kept)] = kept
             self._end = len(kept)
         # Through `data`, because autograd counts writes to all of a storage: these are to rows that nobody has seen.

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 ADVICE = {
-    "the teacher's embedding": "Check the inputs of that batch; a float16 teacher may overflow: load it in bfloat16 "
-    "or float32.",
+    "the teacher's embedding": "Check that batch: its columns `teacher_embedding` and `teacher_logits`, or what the "
+    "teacher reads. A float16 teacher may overflow: load it in bfloat16 or float32.",
     "the loss": "The weights of the step before are in order: go on from the last checkpoint with a lower "
-    "learning_rate, with max_grad_norm, or in bf16 instead of fp16. A task_loss of nan may be a micro-batch without a "
-    "single label: README has the way round.",
+    "learning_rate, with max_grad_norm, or in bf16 instead of fp16, with weights (task_weight, kd_weight, "
+    "relational_weight) and temperatures within reason. A task_loss of nan may be a micro-batch without a single "
+    "label: README has the way round.",
 }
 ADVICE["the teacher's logits"] = ADVICE["the teacher's embedding"]
 
@@ -53,13 +54,13 @@ class FiniteCheck:
 
 
 @torch.no_grad()
-def check_weights(model: nn.Module, checkpoint: str) -> None:
-    """Raise a ValueError for a model that no run could go on from, before it is written to a checkpoint."""
+def check_weights(model: nn.Module, consequence: str) -> None:
+    """Raise a ValueError for a model that no run could go on from; `consequence` becomes a part of the message."""
     weights = [(name, getattr(weight, "_local_tensor", weight)) for name, weight in model.named_parameters()]
     finite = torch.stack([weight.isfinite().all() for _, weight in weights])
     if not finite.all():
         broken = [name for (name, _), whole in zip(weights, finite.tolist(), strict=True) if not whole]
         raise ValueError(
-            f"{len(broken)} of the student's weights are not finite (nan or inf), {broken[0]} first: {checkpoint} is "
-            "not written. Go on from the checkpoint before with a lower learning_rate or with max_grad_norm."
+            f"{len(broken)} of the student's weights are not finite (nan or inf), {broken[0]} first: {consequence}. "
+            "Go on from the checkpoint before with a lower learning_rate or with max_grad_norm."
         )

@@ -103,7 +103,7 @@ def _tokens(outputs: Any, pooling: str) -> Tensor:
 def _checked_mask(attention_mask: Tensor, hidden: Tensor) -> Tensor:
     if attention_mask.shape != hidden.shape[:2]:
         raise ValueError(
-            f"the attention mask, {tuple(attention_mask.shape)}, does not fit hidden states of shape "
+            f"the `attention_mask`, {tuple(attention_mask.shape)}, does not fit hidden states of shape "
             f"{tuple(hidden.shape)}. Pass a callable as the pooling."
         )
     return attention_mask

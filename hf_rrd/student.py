@@ -60,7 +60,7 @@ class RelationalHead(nn.Module):
     ) -> None:
         super().__init__()
         self.unit = unit
-        self.width = embedding_width(pooling, body)
+        self.width = embedding_width(pooling, body, "student_pooling")
         if projection == "none" and self.width != dim:
             raise ValueError(
                 f"student_projection='none' needs a student as wide as the teacher's embedding, got {self.width} and "

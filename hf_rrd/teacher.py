@@ -24,6 +24,7 @@ from hf_rrd.body import (
     watch,
 )
 from hf_rrd.data import forward_columns, teacher_inputs
+from hf_rrd.errors import named_errors
 
 TEACHER_PROJECTIONS = ("none", "center", "pca", "orthogonal", "centered_orthogonal")
 """The values of `teacher_projection=`."""
@@ -33,6 +34,9 @@ MEASURED_PROJECTIONS = ("center", "pca", "centered_orthogonal")
 
 TEACHER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """The values of `teacher_dtype=`."""
+
+
+HALVES = (torch.float16, torch.bfloat16)
 
 
 class TeacherOutputs(NamedTuple):
@@ -68,8 +72,14 @@ class Teacher:
         self.columns = forward_columns(model)
         self.body = body_of(model) if wants_embedding else unwrapped(model)
         self.width: int | None = None
+        weights = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), None)
+        if weights in HALVES and self._autocast_dtype in HALVES and weights != self._autocast_dtype:
+            raise ValueError(
+                f"`teacher_dtype` is {dtype!r}, and the teacher's weights are in {weights}: two half precisions do "
+                "not mix. Leave it out, or load the teacher in float32."
+            )
         if wants_embedding:
-            self.width = embedding_width(pooling, self.body)
+            self.width = embedding_width(pooling, self.body, "teacher_pooling")
             self._pool = pooler_for(pooling, self.body)
             watch(self.body)
 
@@ -107,8 +117,7 @@ class Teacher:
     def shape(self) -> tuple[int, torch.dtype] | None:
         """Width and dtype of its embeddings: a half precision where the forward or the weights have one."""
         dtype = self._autocast_dtype or place_of(self.body)[1]
-        is_half = dtype in (torch.float16, torch.bfloat16)
-        return None if self.width is None else (self.width, dtype if is_half else torch.float32)
+        return None if self.width is None else (self.width, dtype if dtype in HALVES else torch.float32)
 
     # `inference_mode` would be no faster here, and its tensors may not enter a graph: the bank's rows do.
     @torch.no_grad()
@@ -129,18 +138,19 @@ class Teacher:
                 f"`teacher_{main_input}` with the teacher's own input, and set remove_unused_columns=False if it is "
                 "removed."
             )
-        device = inputs[main_input].device if main_input in inputs else None
+        device = getattr(inputs.get(main_input), "device", None)
         if "use_cache" in self.columns:
             inputs = {**inputs, "use_cache": False}
         if self.width is not None:
             keep_next(self.body)
-        with self._autocast():
-            outputs = self._forward(**{name: self._place_input(value) for name, value in inputs.items()})
-        logits = outputs.get("logits") if isinstance(outputs, dict) else None
-        embedding = None
-        if self.width is not None:
-            embedding = self._pool(take_kept(self.body), inputs.get("attention_mask")).to(device)
-        return TeacherOutputs(embedding, None if logits is None else logits.to(device))
+        with named_errors("the teacher", inputs):
+            with self._autocast():
+                outputs = self._forward(**{name: self._place_input(value) for name, value in inputs.items()})
+            logits = outputs.get("logits") if isinstance(outputs, dict) else None
+            embedding = None
+            if self.width is not None:
+                embedding = self._pool(take_kept(self.body), inputs.get("attention_mask")).to(device)
+            return TeacherOutputs(embedding, None if logits is None else logits.to(device))
 
     def _autocast(self) -> Any:
         if self._autocast_dtype is None:
@@ -165,8 +175,8 @@ def teacher_outputs(
     Raises:
         ValueError: Logits are wanted, and the teacher returns none.
     """
-    embedding = inputs.get("teacher_embedding") if wants_embedding else None
-    logits = inputs.get("teacher_logits") if wants_logits else None
+    embedding = _cached("teacher_embedding", inputs) if wants_embedding else None
+    logits = _cached("teacher_logits", inputs) if wants_logits else None
     if teacher is not None and ((wants_embedding and embedding is None) or (wants_logits and logits is None)):
         computed = teacher(teacher_inputs(inputs, teacher.columns))
         embedding = computed.embedding if embedding is None else embedding
@@ -177,6 +187,17 @@ def teacher_outputs(
                 "or set kd_weight=0."
             )
     return TeacherOutputs(embedding, logits)
+
+
+def _cached(name: str, inputs: dict[str, Any]) -> Tensor | None:
+    """A cached column of a batch, or None."""
+    value = inputs.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, Tensor) or value.dim() < 2 or value.is_complex() or value.dtype == torch.bool:
+        kind = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"`{name}` must be numbers of the shape (batch, width), got {kind}.")
+    return value
 
 
 class TeacherProjection:
@@ -274,6 +295,11 @@ class TeacherProjection:
                 f"teacher_projection={self.kind!r} is measured on training examples before the first step. Give the "
                 "trainer a `train_dataset`, or set teacher_projection='none'."
             )
+        if embedding.shape[1:] != (self.width,):
+            raise ValueError(
+                f"`teacher_embedding` must be {self.width} wide, as that of the first example or of the teacher, got "
+                f"the shape {tuple(embedding.shape)}."
+            )
         embedding = embedding.detach().float()
         with torch.autocast(embedding.device.type, enabled=False):
             if self.mean is not None:
@@ -332,9 +358,23 @@ def load_teacher(teacher: Any, **kwargs: Any) -> Any:
     Args:
         teacher: A model, a Hub name or a folder.
         kwargs: For `from_pretrained`: `revision`, `dtype`, `token`, `trust_remote_code` and so on.
+
+    Raises:
+        TypeError: It is none of these.
+        ValueError: It cannot be loaded.
     """
+    if teacher is not None and not isinstance(teacher, str | os.PathLike | nn.Module):
+        raise TypeError(f"`teacher` must be a model, a Hub name or a folder, got a {type(teacher).__name__}.")
     if not isinstance(teacher, str | os.PathLike):
         return teacher
+    try:
+        return _loaded(teacher, kwargs)
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        given = f" with `teacher_model_init_kwargs` {sorted(kwargs)}" if kwargs else ""
+        raise ValueError(f"`teacher` {str(teacher)!r} cannot be loaded{given}. {error}") from error
+
+
+def _loaded(teacher: str | os.PathLike[str], kwargs: dict[str, Any]) -> Any:
     names = ("revision", "token", "cache_dir", "trust_remote_code", "subfolder", "local_files_only", "code_revision")
     config = transformers.AutoConfig.from_pretrained(
         teacher, **{name: kwargs[name] for name in names if name in kwargs}

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from hf_rrd.objective import TERMS
 
+NEAR_ONE = 1.1
+"""Below this perplexity the teacher's distribution counts as certain."""
+
 
 class TermLog:
     """What the terms came to since the last log line, and during an evaluation.
@@ -18,6 +21,7 @@ class TermLog:
 
     def __init__(self) -> None:
         self.window: dict[str, Tensor] = {}
+        self.lines_near_one = 0  # on end
         self._evaluated: list[Tensor] = []
         self._evaluated_names: list[str] = []
 
@@ -76,7 +80,9 @@ class TermLog:
         if not names:
             return {}
         means = torch.stack([sums[name] for name in names]) / sums["steps"]
-        return _with_perplexity(dict(zip(names, means.tolist(), strict=True)))
+        line = _with_perplexity(dict(zip(names, means.tolist(), strict=True)))
+        self.lines_near_one = self.lines_near_one + 1 if line.get("teacher_perplexity", NEAR_ONE) < NEAR_ONE else 0
+        return line
 
     def start_evaluation(self) -> None:
         """Forget an earlier evaluation."""

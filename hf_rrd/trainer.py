@@ -32,8 +32,10 @@ from hf_rrd.data import (
     DataCollatorForDistillation,
     cached_embeddings,
     cached_shape,
+    check_cached_logits,
     check_dataset,
     check_labels,
+    examples_in,
     forward_columns,
     has_cached_embeddings,
     student_inputs,
@@ -41,6 +43,7 @@ from hf_rrd.data import (
     with_cached_arrays,
 )
 from hf_rrd.distributed import StepExamples, every_example, gather_rows, mend_wrap_policy, place_teacher
+from hf_rrd.errors import named_errors
 from hf_rrd.feature_bank import FeatureBank
 from hf_rrd.finite import FiniteCheck, check_weights
 from hf_rrd.identity import is_of_teacher, teacher_identity
@@ -57,9 +60,6 @@ from hf_rrd.teacher import (
 from hf_rrd.terms import TermLog
 
 logger = logging.get_logger(__name__)
-
-NEAR_ONE = 1.1
-"""Below this perplexity the teacher's distribution counts as certain."""
 
 
 class RelationalDistillationTrainer(Trainer):
@@ -140,7 +140,7 @@ class RelationalDistillationTrainer(Trainer):
         self._terms = TermLog()
         self._finite = FiniteCheck(self._terms.not_finite)
         self._resumed: tuple[Tensor, int] | None = None
-        self._resuming, self._near_one = False, 0
+        self._resuming = False
         self._step: StepExamples | None = None
         if model is not None:
             check_student(model, task=args.task_weight > 0 and not self._has_loss_func)
@@ -208,11 +208,7 @@ class RelationalDistillationTrainer(Trainer):
             self._projection = TeacherProjection(width, args.projection_dim, args.teacher_projection, args.seed, unit)
             bank = FeatureBank(bank_rows(args, train_dataset), self._projection.dim, dtype)
         elif needed and self._teacher is None and train_dataset is not None:
-            if "teacher_logits" not in next(iter(train_dataset), {}):
-                raise ValueError(
-                    "`kd_weight` is above 0, so a teacher is needed: pass `teacher=` a model, a Hub name or a "
-                    "folder, or a training set with a `teacher_logits` column. Got neither."
-                )
+            check_cached_logits(train_dataset)
         self.objective = DistillationObjective(**settings_of(args), bank=bank)
 
     def _attach_head(self, student: nn.Module, args: RelationalDistillationConfig) -> None:
@@ -290,13 +286,14 @@ class RelationalDistillationTrainer(Trainer):
         teacher = self._teacher_outputs(inputs, model.training)
         task_loss, outputs, embedding = self._student_outputs(model, inputs)
         terms = {} if task_loss is None else {"task_loss": task_loss}
-        if teacher.logits is not None:
-            if outputs.get("logits") is None:
-                raise ValueError("`kd_weight` is above 0, but the student returns no logits. Set kd_weight=0.")
-            terms |= self.objective.kd_terms(outputs["logits"], teacher.logits, inputs.get("attention_mask"))
-        if teacher.embedding is not None and embedding is not None and self._projection is not None:
-            rows = self._projection(teacher.embedding)
-            terms |= self.objective.relational_terms(embedding.to(rows.device), rows, model.training)
+        with named_errors("comparing student and teacher", inputs):
+            if teacher.logits is not None:
+                if outputs.get("logits") is None:
+                    raise ValueError("`kd_weight` is above 0, but the student returns no logits. Set kd_weight=0.")
+                terms |= self.objective.kd_terms(outputs["logits"], teacher.logits, inputs.get("attention_mask"))
+            if teacher.embedding is not None and embedding is not None and self._projection is not None:
+                rows = self._projection(teacher.embedding)
+                terms |= self.objective.relational_terms(embedding.to(rows.device), rows, model.training)
         if not terms:
             raise ValueError(
                 "nothing to compare with: this batch has neither labels to learn nor a teacher's outputs."
@@ -342,9 +339,11 @@ class RelationalDistillationTrainer(Trainer):
                     f"`task_weight` is above 0, so each batch needs labels: none of {self.label_names} is in it. Set "
                     "task_weight=0 to train without labels."
                 )
-            task_loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+            with named_errors("the student", inputs):
+                task_loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         else:
-            outputs = model(**{name: value for name, value in inputs.items() if name not in self.label_names})
+            with named_errors("the student", inputs):
+                outputs = model(**{name: value for name, value in inputs.items() if name not in self.label_names})
         if self._projection is None:
             return task_loss, outputs, None
         return task_loss, *split_embedding(outputs)
@@ -370,7 +369,9 @@ class RelationalDistillationTrainer(Trainer):
         self._finite = FiniteCheck(self._terms.not_finite)
         if not self._resuming:  # else both come from the checkpoint
             self._calibrate()
-        return super()._inner_training_loop(batch_size, *args, **kwargs)
+        output = super()._inner_training_loop(batch_size, *args, **kwargs)
+        check_weights(self.model, "the last step broke them")
+        return output
 
     def _calibrate(self) -> None:
         """Measure the teacher on some training examples: fit its projection, unless it is, and fill the bank."""
@@ -387,7 +388,7 @@ class RelationalDistillationTrainer(Trainer):
         if len(embeddings) == 0 and projection.is_ready:
             return
         if not embeddings.isfinite().all():
-            raise ValueError("the teacher's embedding is not finite (nan or inf) on training examples. Check them.")
+            raise ValueError("the teacher's embedding is not finite (nan or inf) on examples of `train_dataset`.")
         if not projection.is_ready:
             projection.fit(embeddings[:measured])
             state = {name: tensor.to(self.args.device) for name, tensor in projection.state_dict().items()}
@@ -402,19 +403,25 @@ class RelationalDistillationTrainer(Trainer):
         with every_example(self.accelerator, self.args):
             loader = self.get_test_dataloader(sample)
         parts = []
-        with preserved_randomness():
+        with preserved_randomness(), named_errors("reading examples of `train_dataset`", {}):
             for batch in loader:
-                outputs = self._read_teacher(self._prepare_inputs(batch), wants_logits=False)
-                if outputs.embedding is None:
-                    raise ValueError(f"no teacher, and the batch has no `teacher_embedding`: it has {sorted(batch)}.")
-                parts.append(self.accelerator.gather_for_metrics(outputs.embedding.float()))
+                with named_errors("calibration", batch):
+                    outputs = self._read_teacher(self._prepare_inputs(batch), wants_logits=False)
+                    if outputs.embedding is None:
+                        raise ValueError("there is no teacher, and the batch has no `teacher_embedding`.")
+                    parts.append(self.accelerator.gather_for_metrics(outputs.embedding.float()))
         return torch.cat(parts) if parts else torch.empty(0, 0)  # of an empty stream
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The micro-batches of one optimizer step; counts their examples."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        with named_errors("reading `train_dataset`", {}):
+            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:  # a stream is asked on at its end
-            self._step = StepExamples(self.accelerator, [find_batch_size(batch) or 1 for batch in batches])
+            self._step = StepExamples(self.accelerator, [examples_in(batch) for batch in batches])
+        elif self._step is None and not self._resuming:
+            raise ValueError(
+                "`train_dataset` gave no batch: it is empty, or smaller than one and `dataloader_drop_last` is on."
+            )
         return batches, num_items
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -492,7 +499,7 @@ class RelationalDistillationTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._finite.raise_if_found()
         folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        check_weights(self.model, folder)
+        check_weights(self.model, f"{folder} is not written")
         with explained_write_errors(folder):
             if self.args.should_save:
                 invalidate(folder)
@@ -578,19 +585,13 @@ class RelationalDistillationTrainer(Trainer):
         self._finite.raise_if_found()
         if "loss" in logs:
             logs.update(self._terms.line(self._mean_over_processes))
-            self._watch_perplexity(logs.get("teacher_perplexity"))
+            if self._terms.lines_near_one == 2 and self.objective.include_own:
+                logger.warning_once(
+                    f"The teacher's perplexity over the bank stays near 1 ({logs['teacher_perplexity']:.2f}): each "
+                    "example has only its own key to match, as in InfoNCE, and its neighbours have no say. Raise "
+                    f"teacher_temperature (now {self.args.teacher_temperature}), or set teacher_perplexity=20."
+                )
         super().log(logs, start_time)
-
-    def _watch_perplexity(self, perplexity: float | None) -> None:
-        """Say once when the teacher's distribution stays all but certain."""
-        near_one = perplexity is not None and perplexity < NEAR_ONE and self.objective.include_own
-        self._near_one = self._near_one + 1 if near_one else 0
-        if self._near_one == 2:
-            logger.warning_once(
-                f"The teacher's perplexity over the bank stays near 1 ({perplexity:.2f}): each example has only its "
-                "own key to match, as in InfoNCE, and its neighbours have no say. Raise teacher_temperature "
-                f"(now {self.args.teacher_temperature}), or set teacher_perplexity=20."
-            )
 
     def _of_processes(self, values: Tensor) -> Tensor:
         return self.accelerator.gather(values.to(self.args.device).unsqueeze(0))

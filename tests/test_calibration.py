@@ -270,4 +270,4 @@ def test_a_perplexity_that_stays_near_one_is_said(tmp_path: Path, caplog: pytest
     said = [record.message for record in caplog.records if "perplexity" in record.message]
     assert len(said) <= 1  # once in a process
     assert log_of(run, "teacher_perplexity") == pytest.approx([1.0] * 5, abs=0.1)
-    assert run._near_one == 5
+    assert run._terms.lines_near_one == 5

@@ -34,6 +34,7 @@ DEFAULTS = {
     "teacher_pooling": "auto",
     "teacher_dtype": None,
     "teacher_model_init_kwargs": None,
+    "ignore_teacher_change": False,
 }
 FIELDS = {field.name: field for field in dataclasses.fields(RelationalDistillationConfig)}
 OURS = sorted(FIELDS.keys() - {field.name for field in dataclasses.fields(TrainingArguments)})
@@ -166,7 +167,7 @@ def test_a_number_in_yaml_may_have_an_exponent_and_no_point(tmp_path: Path, name
     ("changes", "message"),
     [
         *(
-            ({name: value}, f"`{name}` must be positive and finite, got {value}. Try ")
+            ({name: value}, f"`{name}` must be positive, from 1e-6 to 1e6, got {value}. Try ")
             for name in ("kd_temperature", "student_temperature", "teacher_temperature")
             for value in (0.0, -0.1, float("nan"), float("inf"))
         ),

@@ -59,9 +59,7 @@ def test_the_exactness_report_finds_no_error_above_its_bounds(tmp_path: Path) ->
         ),
     ],
 )
-def test_a_benchmark_prints_its_figures(
-    name: str, arguments: str, printed: list[str], tmp_path: Path
-) -> None:
+def test_a_benchmark_prints_its_figures(name: str, arguments: str, printed: list[str], tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "examples" / "benchmarks" / f"{name}.py"), *arguments.split()]
     output = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
     assert [each for each in printed if each not in output] == []

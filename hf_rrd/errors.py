@@ -1,0 +1,60 @@
+"""Which columns a failure was about: an error from inside a model, a collator or a loss does not say so."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
+
+FROM_DATA = (ValueError, TypeError, RuntimeError, LookupError, AttributeError, ArithmeticError, AssertionError)
+"""What unsuitable data make of the code that reads them."""
+
+OF_DEVICES = (torch.OutOfMemoryError, torch.distributed.DistError, getattr(torch, "AcceleratorError", ()))
+
+
+class BatchError(ValueError):
+    """Some data do not suit; it names their columns, and its cause says how."""
+
+
+@contextmanager
+def named_errors(what: str, data: Any) -> Iterator[None]:
+    """Turn an error of what is done meanwhile into a `BatchError` that says what that was, and with which columns.
+
+    Errors of memory, devices and the network are left as they are: the data have no part in them.
+
+    Args:
+        what: Who did what, as the beginning of a sentence.
+        data: A batch or an example.
+    """
+    try:
+        yield
+    except FROM_DATA as error:
+        if isinstance(error, BatchError) or _is_of_the_machine(error):
+            raise
+        raise BatchError(f"{what} failed on {described(data)}. {type(error).__name__}: {error}") from error
+
+
+def described(data: Any) -> str:
+    """The columns of a batch or an example, with their shapes and dtypes."""
+    if not isinstance(data, Mapping):
+        return f"a {type(data).__name__} in place of a dict of columns (see `train_dataset` and `data_collator`)"
+    if not data:
+        return "no columns at all"
+    return ", ".join(f"`{name}` {_kind_of(value)}" for name, value in data.items())
+
+
+def _kind_of(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    return f"({type(value).__name__})"
+
+
+def _is_of_the_machine(error: Exception) -> bool:
+    words = ("out of memory", "gloo", "nccl", "connection")
+    return (
+        isinstance(error, OF_DEVICES)
+        or should_reduce_batch_size(error)
+        or (isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words))
+    )
