@@ -28,6 +28,9 @@ SIDECAR = "_relational_distillation.safetensors"
 GROUPS = ("head", "teacher_projection", "bank", "log")
 """The groups of tensors that a sidecar may have."""
 
+PASSING = (SIDECAR, TRAINER_STATE_NAME, "checkpoint-is-incomplete.txt")
+"""Files that are still to be written, or to be taken away: the last is of the Trainer's just-in-time checkpoints."""
+
 State = dict[str, dict[str, Tensor]]
 
 
@@ -127,11 +130,10 @@ def has_sidecar(folder: str) -> bool:
 
 
 def sizes_of(checkpoint: str) -> str:
-    """The size of every file that a checkpoint has by now, as JSON, but for the two that are written last."""
-    last = (SIDECAR, TRAINER_STATE_NAME)
+    """The size of every file that a checkpoint has by now and is to keep, as JSON."""
     files = sorted(path for path in Path(checkpoint).rglob("*") if path.is_file() and ".tmp" not in path.name)
     names = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
-    return json.dumps({name: size for name, size in names.items() if name not in last})
+    return json.dumps({name: size for name, size in names.items() if name not in PASSING})
 
 
 def flaw_in(checkpoint: str | os.PathLike[str]) -> str | None:

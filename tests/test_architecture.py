@@ -126,6 +126,23 @@ def test_no_module_reads_or_writes_pickles(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", ["__init__", *MODULES])
+def test_no_module_calls_what_would_unpickle(module: str) -> None:
+    calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(source_of(module))) if isinstance(node, ast.Call)]
+    unsafe = (
+        "torch.load",
+        "torch.save",
+        "np.load",
+        "np.save",
+        "numpy.load",
+        "read_pickle",
+        "to_pickle",
+        "eval",
+        "exec",
+    )
+    assert [call for call in calls if call in unsafe or call.endswith(("_pickle", ".load_sharded_checkpoint"))] == []
+
+
+@pytest.mark.parametrize("module", ["__init__", *MODULES])
 def test_no_module_trusts_remote_code_of_itself(module: str) -> None:
     assert re.findall(r"trust_remote_code[\"']?\s*[=:]\s*True", source_of(module)) == []
 

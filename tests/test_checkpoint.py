@@ -160,9 +160,10 @@ def test_an_invalidated_checkpoint_is_incomplete_until_its_state_is_written_agai
 
 def test_what_killed_writes_left_half_done_is_cleared_away_and_never_asked_for(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, "checkpoint-4")
-    for name in (".tmpA1b2C3", f"{SIDECAR}x1y2.tmp", "kept.bin"):
+    for name in (".tmpA1b2C3", f"{SIDECAR}x1y2.tmp", "kept.bin", "checkpoint-is-incomplete.txt"):
         (path / name).write_bytes(b"half")
     assert json.loads(sizes_of(str(path))) == {"kept.bin": 4}
+    (path / "checkpoint-is-incomplete.txt").unlink()  # as the Trainer's just-in-time checkpoints do
     invalidate(str(path))
     assert [file.name for file in path.iterdir()] == ["kept.bin"]
 
