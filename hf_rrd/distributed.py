@@ -148,9 +148,10 @@ def _shard(model: nn.Module, accelerator: Accelerator) -> None:
     plugin.transformer_cls_names_to_wrap = _without_embedding(model, layers)
     accelerator.state.fsdp_plugin = plugin
     try:
-        fsdp2_prepare_model(accelerator, model)
+        sharded: Any = fsdp2_prepare_model(accelerator, model)
     finally:
         accelerator.state.fsdp_plugin = student_plugin
+    sharded.set_reshard_after_forward(True)  # root and tail would stay whole for a backward pass, which never comes
 
 
 def _partitioned(model: nn.Module, plugin: Any, mixed_precision: str) -> nn.Module:

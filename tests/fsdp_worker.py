@@ -99,6 +99,7 @@ def run(
     facts = {
         "head_is_sharded": torch.tensor(gradients.is_sharded),
         "teacher_held": torch.tensor(held / sum(weight.numel() for weight in teacher)),
+        "teacher_whole": torch.tensor(sum(not isinstance(weight, DTensor) for weight in teacher)),
     }
     name = "resumed" if goes_on else "whole"
     save_file(what_is_left(distillation, gradients) | facts, Path(folder, f"{name}-{rank}.safetensors"))

@@ -57,6 +57,7 @@ def test_head_and_teacher_are_sharded(folder: Path) -> None:
         found = left(folder, f"whole-{rank}")
         assert found["head_is_sharded"]
         assert 0.4 < found["teacher_held"] < 0.6
+        assert found["teacher_whole"] == 0
 
 
 def test_a_resumed_run_ends_bitwise_as_the_undisturbed_one(folder: Path) -> None:
