@@ -52,7 +52,7 @@ class DataCollatorForDistillation:
         Raises:
             ValueError: They do not make one; it names the columns.
         """
-        with named_errors("putting examples into one batch", features[0] if features else {}):
+        with named_errors("putting examples into one batch", features[0] if features else None):
             return self._collated(features)
 
     def _collated(self, features: list[Any]) -> dict[str, Tensor]:
@@ -150,7 +150,7 @@ def has_cached_embeddings(dataset: Any) -> bool:
 def cached_embeddings(dataset: Dataset | IterableDataset) -> Tensor:
     """All of the column `teacher_embedding`, (examples, width), whatever else the examples have."""
     rows = dataset.select_columns("teacher_embedding").with_format("torch")
-    with named_errors("reading the column `teacher_embedding`", {}):
+    with named_errors("reading the column `teacher_embedding`"):
         column = (
             rows["teacher_embedding"][:] if isinstance(rows, Dataset) else [row["teacher_embedding"] for row in rows]
         )

@@ -19,21 +19,22 @@ class BatchError(ValueError):
 
 
 @contextmanager
-def named_errors(what: str, data: Any) -> Iterator[None]:
+def named_errors(what: str, data: Any = None) -> Iterator[None]:
     """Turn an error of what is done meanwhile into a `BatchError` that says what that was, and with which columns.
 
     Errors of memory, devices and the network are left as they are: the data have no part in them.
 
     Args:
         what: Who did what, as the beginning of a sentence.
-        data: A batch or an example.
+        data: A batch or an example, where it is known.
     """
     try:
         yield
     except FROM_DATA as error:
         if isinstance(error, BatchError) or _is_of_the_machine(error):
             raise
-        raise BatchError(f"{what} failed on {described(data)}. {type(error).__name__}: {error}") from error
+        on = "" if data is None else f" on {described(data)}"
+        raise BatchError(f"{what} failed{on}. {type(error).__name__}: {error}") from error
 
 
 def described(data: Any) -> str:

@@ -403,9 +403,9 @@ class RelationalDistillationTrainer(Trainer):
         with every_example(self.accelerator, self.args):
             loader = self.get_test_dataloader(sample)
         parts = []
-        with preserved_randomness(), named_errors("reading examples of `train_dataset`", {}):
+        with preserved_randomness(), named_errors("reading examples of `train_dataset`"):
             for batch in loader:
-                with named_errors("calibration", batch):
+                with named_errors("calibration on `train_dataset`", batch):
                     outputs = self._read_teacher(self._prepare_inputs(batch), wants_logits=False)
                     if outputs.embedding is None:
                         raise ValueError("there is no teacher, and the batch has no `teacher_embedding`.")
@@ -414,7 +414,7 @@ class RelationalDistillationTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The micro-batches of one optimizer step; counts their examples."""
-        with named_errors("reading `train_dataset`", {}):
+        with named_errors("reading `train_dataset`"):
             batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:  # a stream is asked on at its end
             self._step = StepExamples(self.accelerator, [examples_in(batch) for batch in batches])
