@@ -371,6 +371,10 @@ class RelationalDistillationTrainer(Trainer):
             self._calibrate()
         output = super()._inner_training_loop(batch_size, *args, **kwargs)
         check_weights(self.model, "the last step broke them")
+        if self.state.max_steps > 0 and self.state.global_step == 0:
+            raise ValueError(
+                "`train_dataset` gave no batch: it is empty, or smaller than one and `dataloader_drop_last` is on."
+            )
         return output
 
     def _calibrate(self) -> None:
@@ -418,10 +422,6 @@ class RelationalDistillationTrainer(Trainer):
             batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:  # a stream is asked on at its end
             self._step = StepExamples(self.accelerator, [examples_in(batch) for batch in batches])
-        elif self._step is None and not self._resuming:
-            raise ValueError(
-                "`train_dataset` gave no batch: it is empty, or smaller than one and `dataloader_drop_last` is on."
-            )
         return batches, num_items
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:

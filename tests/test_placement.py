@@ -15,8 +15,10 @@ CPU = torch.device("cpu")
 
 
 def by_device_map(folder: Path) -> Any:
-    tiny_vit(width=24, seed=1).save_pretrained(folder / "teacher")
-    places = {"vit.embeddings": "cpu", "vit.layernorm": "cpu", "classifier": "cpu", "vit.layers": "disk"}
+    teacher = tiny_vit(width=24, seed=1)
+    teacher.save_pretrained(folder / "teacher")
+    places = {f"vit.{name}": "cpu" for name, _ in teacher.vit.named_children()} | {"classifier": "cpu"}
+    places |= {name: "disk" for name in places if name in ("vit.layers", "vit.encoder")}  # by version
     return AutoModelForImageClassification.from_pretrained(
         folder / "teacher", device_map=places, offload_folder=folder / "offloaded"
     )
