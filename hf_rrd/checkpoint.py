@@ -4,6 +4,7 @@ The sidecar holds head, teacher projection, bank and unfinished log window, in o
 which teacher the bank is of, how many processes wrote it, and how large every file of the checkpoint has to be.
 """
 
+import errno
 import json
 import os
 import tempfile
@@ -16,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -28,8 +29,8 @@ SIDECAR = "_relational_distillation.safetensors"
 GROUPS = ("head", "teacher_projection", "bank", "log")
 """The groups of tensors that a sidecar may have."""
 
-PASSING = (SIDECAR, TRAINER_STATE_NAME, "checkpoint-is-incomplete.txt")
-"""Files that are still to be written, or to be taken away: the last is of the Trainer's just-in-time checkpoints."""
+BINARIES = (".safetensors", ".bin", ".pt", ".pth", ".distcp", ".metadata")
+"""Endings of the files that a run is resumed from: what is text may be edited, and the Trainer would notice."""
 
 State = dict[str, dict[str, Tensor]]
 
@@ -103,10 +104,11 @@ def _check_tensor(group: str, key: str, tensor: Tensor) -> None:
             raise ValueError(f"{key} must be one whole number, got {tuple(tensor.shape)} {tensor.dtype}")
     elif not tensor.is_floating_point():
         raise ValueError(f"{key} must be in floating point, got {tensor.dtype}")
+    elif group == "log":  # which may hold the nan of a step that a loss scaler has skipped
+        if tensor.dim() > 1 or tensor.numel() == 0:
+            raise ValueError(f"{key} must be a number for each process, got the shape {tuple(tensor.shape)}")
     elif not tensor.isfinite().all():
         raise ValueError(f"{key} has values that are not finite")
-    elif group == "log" and (tensor.dim() != 1 or len(tensor) == 0):
-        raise ValueError(f"{key} must be a number for each process, got the shape {tuple(tensor.shape)}")
 
 
 @contextmanager
@@ -116,12 +118,15 @@ def explained_write_errors(checkpoint: str) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         of_torch_save = any(part in str(error) for part in ("inline_container", "PytorchStreamWriter", "iostream"))
-        if isinstance(error, RuntimeError) and not of_torch_save:
-            raise
-        raise OSError(
-            f"{checkpoint} could not be written: {error}. Earlier checkpoints are as they were: make room, and go on "
-            "with train(resume_from_checkpoint=True)."
-        ) from error
+        if (isinstance(error, RuntimeError) and not of_torch_save) or flaw_in(checkpoint) is None:
+            raise  # of something else, such as a push of the checkpoint that has been written
+        number = getattr(error, "errno", None) or 0
+        room = "make room, and " if number in (0, errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+        message = (
+            f"{checkpoint} could not be written: {error}. Earlier checkpoints are as they were: {room}go on with "
+            "train(resume_from_checkpoint=True)."
+        )
+        raise (OSError(number, message) if number else OSError(message)) from error
 
 
 def has_sidecar(folder: str) -> bool:
@@ -130,17 +135,18 @@ def has_sidecar(folder: str) -> bool:
 
 
 def sizes_of(checkpoint: str) -> str:
-    """The size of every file that a checkpoint has by now and is to keep, as JSON."""
+    """The size of every file so far that resuming depends on, as JSON."""
     files = sorted(path for path in Path(checkpoint).rglob("*") if path.is_file() and ".tmp" not in path.name)
-    names = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
-    return json.dumps({name: size for name, size in names.items() if name not in PASSING})
+    names = {path.relative_to(checkpoint).as_posix(): path for path in files if path.suffix in BINARIES}
+    kept = {name: path.stat().st_size for name, path in names.items() if name not in (SIDECAR, TRAINING_ARGS_NAME)}
+    return json.dumps(kept)
 
 
 def flaw_in(checkpoint: str | os.PathLike[str]) -> str | None:
     """What keeps a checkpoint from being whole, in words; None where it was written to its end and is all there.
 
-    The Trainer writes its state last; the sizes of the other files are in the sidecar. A checkpoint without a sidecar
-    (`save_only_model`) is taken at the Trainer's word.
+    The Trainer writes its state last; the sizes of the files that resuming depends on are in the sidecar. A checkpoint
+    without a sidecar (`save_only_model`) is taken at the Trainer's word.
     """
     folder = Path(checkpoint)
     try:
@@ -158,7 +164,7 @@ def flaw_in(checkpoint: str | os.PathLike[str]) -> str | None:
             found = (folder / path).stat().st_size if (folder / path).is_file() else None
             if found != size:
                 return f"its file {name} has {'gone' if found is None else f'{found} bytes'}, it was {size} bytes long"
-    except (SafetensorError, ValueError, AttributeError) as error:
+    except (SafetensorError, ValueError, AttributeError, OSError, RecursionError) as error:
         return f"its {SIDECAR} is damaged ({error})"
     return None
 
@@ -172,7 +178,8 @@ def invalidate(checkpoint: str) -> None:
     """Mark a checkpoint as incomplete before it is written over, and clear away what a killed write left half done."""
     Path(checkpoint, TRAINER_STATE_NAME).unlink(missing_ok=True)
     for path in [*Path(checkpoint).glob(f"{SIDECAR}*.tmp"), *Path(checkpoint).glob(".tmp*")]:  # ours, safetensors'
-        path.unlink()
+        if path.is_file():
+            path.unlink()
 
 
 def last_complete_checkpoint(folder: str) -> str | None:
@@ -199,7 +206,10 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: 
     if resume_from_checkpoint is True:
         last = last_complete_checkpoint(output_dir)
         if last is None:
-            raise ValueError(f"no complete checkpoint found in {output_dir}. Start with train().")
+            raise ValueError(
+                f"no complete checkpoint found in {output_dir}; a warning says what is wrong with each that is there. "
+                "Start with train()."
+            )
         return last
     if not resume_from_checkpoint:
         return None

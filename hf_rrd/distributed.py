@@ -101,12 +101,12 @@ def every_example(accelerator: Accelerator, args: TrainingArguments) -> Iterator
         settings.even_batches, args.dataloader_drop_last = even_batches, drop_last
 
 
-def place_teacher(teacher: Teacher, accelerator: Accelerator) -> None:
+def place_teacher(teacher: Teacher | None, accelerator: Accelerator) -> None:
     """Move the teacher to the process's device, or share it out as the student is.
 
     A teacher that `device_map`, offloading or quantisation has placed stays where it is, whole on each process.
     """
-    if teacher.is_placed:
+    if teacher is None or teacher.is_placed:
         return
     state = accelerator.state
     if accelerator.is_fsdp2:
@@ -118,11 +118,13 @@ def place_teacher(teacher: Teacher, accelerator: Accelerator) -> None:
 
 
 def mend_wrap_policy(model: nn.Module, accelerator: Accelerator) -> None:
-    """Leave a model's input embedding out of what FSDP2 wraps.
+    """Leave a model's input embedding out of what FSDP2 wraps; without FSDP2 there is nothing to do.
 
     accelerate shards it on its own, and then fails on one that is in a wrapped module already, as with ViT's and
     BERT's `_no_split_modules`, which are its default: `TypeError: Invariant encountered` (accelerate 1.15).
     """
+    if not accelerator.is_fsdp2:
+        return
     plugin = accelerator.state.fsdp_plugin
     names = plugin.transformer_cls_names_to_wrap
     if names is None:

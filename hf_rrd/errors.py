@@ -22,7 +22,8 @@ class BatchError(ValueError):
 def named_errors(what: str, data: Any = None) -> Iterator[None]:
     """Turn an error of what is done meanwhile into a `BatchError` that says what that was, and with which columns.
 
-    Errors of memory, devices and the network are left as they are: the data have no part in them.
+    Errors of memory, devices and the network are left as they are: the data have no part in them. So are errors of
+    classes of somebody's own, which say themselves what they are about.
 
     Args:
         what: Who did what, as the beginning of a sentence.
@@ -31,7 +32,7 @@ def named_errors(what: str, data: Any = None) -> Iterator[None]:
     try:
         yield
     except FROM_DATA as error:
-        if isinstance(error, BatchError) or _is_of_the_machine(error):
+        if type(error).__module__ != "builtins" or _is_of_the_machine(error):
             raise
         on = "" if data is None else f" on {described(data)}"
         raise BatchError(f"{what} failed{on}. {type(error).__name__}: {error}") from error
@@ -53,7 +54,7 @@ def _kind_of(value: Any) -> str:
 
 
 def _is_of_the_machine(error: Exception) -> bool:
-    words = ("out of memory", "gloo", "nccl", "connection")
+    words = ("out of memory", "gloo", "nccl", "connection", "dataloader worker", "cuda error", "cublas", "cudnn")
     return (
         isinstance(error, OF_DEVICES)
         or should_reduce_batch_size(error)

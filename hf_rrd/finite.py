@@ -55,12 +55,22 @@ class FiniteCheck:
 
 @torch.no_grad()
 def check_weights(model: nn.Module, consequence: str) -> None:
-    """Raise a ValueError for a model that no run could go on from; `consequence` becomes a part of the message."""
-    weights = [(name, getattr(weight, "_local_tensor", weight)) for name, weight in model.named_parameters()]
-    finite = torch.stack([weight.isfinite().all() for _, weight in weights])
-    if not finite.all():
-        broken = [name for (name, _), whole in zip(weights, finite.tolist(), strict=True) if not whole]
-        raise ValueError(
-            f"{len(broken)} of the student's weights are not finite (nan or inf), {broken[0]} first: {consequence}. "
-            "Go on from the checkpoint before with a lower learning_rate or with max_grad_norm."
-        )
+    """Raise a ValueError for a model whose trained weights no run could go on from.
+
+    Args:
+        model: The student.
+        consequence: What follows, as a part of the message.
+    """
+    finite: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and weight.is_floating_point() and not weight.is_meta:
+            local = getattr(weight, "_local_tensor", weight)  # the own part of a sharded one
+            finite.setdefault(local.device, []).append((name, local.isfinite().all()))
+    for parts in finite.values():  # one wait for each device
+        whole = torch.stack([part for _, part in parts])
+        if not whole.all():
+            broken = [name for (name, _), is_whole in zip(parts, whole.tolist(), strict=True) if not is_whole]
+            raise ValueError(
+                f"{len(broken)} of the student's weights are not finite (nan or inf), {broken[0]} first: "
+                f"{consequence}. Go on from the checkpoint before with a lower learning_rate or with max_grad_norm."
+            )

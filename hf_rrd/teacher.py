@@ -95,8 +95,6 @@ class Teacher:
     def place(self, device: torch.device) -> None:
         """Move the teacher to a device, unless something else has placed it already.
 
-        A teacher that its user has put on another accelerator than the student's stays there.
-
         Raises:
             ValueError: It has no weights: it is on the meta device.
         """

@@ -67,7 +67,8 @@ class TermLog:
     def load_state(self, state: dict[str, Tensor], process: int, processes: int, device: torch.device) -> None:
         """Take over the sums of all processes, (processes,) by name: each its own; of another number their mean."""
         self.window = {
-            name: (sums[process] if len(sums) == processes else sums.mean()).to(device) for name, sums in state.items()
+            name: (sums[process] if sums.shape == (processes,) else sums.mean()).to(device)
+            for name, sums in state.items()
         }
 
     def line(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast, broadcast_object_list
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import find_batch_size, nested_detach
@@ -167,14 +167,13 @@ class RelationalDistillationTrainer(Trainer):
         self._trainer_divides = compute_loss_func is None or hasattr(Trainer, "loss_is_scaled_for_ga")
         self.loss_is_scaled_for_ga = False
         self._student_columns = forward_columns(self.model)
-        if self.accelerator.is_fsdp2:
-            mend_wrap_policy(self.model, self.accelerator)
-        identity = teacher_identity(self.teacher, args.teacher_pooling, train_dataset)
+        mend_wrap_policy(self.model, self.accelerator)
+        wanted = (self._wants_embedding, self._wants_logits)
+        identity = teacher_identity(self.teacher, args.teacher_pooling, train_dataset, *wanted)
         self._identity = broadcast_object_list([identity])[0]  # the others may have no weights yet (FSDP)
-        if self._teacher is not None:
-            place_teacher(self._teacher, self.accelerator)
-        if self.objective.bank is not None:
-            self.objective.bank.to(self.args.device)
+        place_teacher(self._teacher, self.accelerator)
+        if self.distillation.bank is not None:
+            self.distillation.bank.to(self.args.device)
 
     # ---- Construction ----
 
@@ -209,7 +208,7 @@ class RelationalDistillationTrainer(Trainer):
             bank = FeatureBank(bank_rows(args, train_dataset), self._projection.dim, dtype)
         elif needed and self._teacher is None and train_dataset is not None:
             check_cached_logits(train_dataset)
-        self.objective = DistillationObjective(**settings_of(args), bank=bank)
+        self.distillation = DistillationObjective(**settings_of(args), bank=bank)
 
     def _attach_head(self, student: nn.Module, args: RelationalDistillationConfig) -> None:
         self._head = None
@@ -243,9 +242,9 @@ class RelationalDistillationTrainer(Trainer):
                 f"{self.args.relational_weight} and {self.args.kd_weight}. Make a new trainer."
             )
         for name, value in settings_of(self.args).items():
-            setattr(self.objective, name, value)
-        if self.objective.bank is not None:
-            self.objective.bank.size = bank_rows(self.args, self.train_dataset)
+            setattr(self.distillation, name, value)
+        if self.distillation.bank is not None:
+            self.distillation.bank.size = bank_rows(self.args, self.train_dataset)
         if self._projection is not None and self._projection.unit != (self.args.relational_loss not in RAW_LOSSES):
             raise ValueError(
                 f"`relational_loss` was changed after construction to {self.args.relational_loss!r}, which compares "
@@ -290,15 +289,15 @@ class RelationalDistillationTrainer(Trainer):
             if teacher.logits is not None:
                 if outputs.get("logits") is None:
                     raise ValueError("`kd_weight` is above 0, but the student returns no logits. Set kd_weight=0.")
-                terms |= self.objective.kd_terms(outputs["logits"], teacher.logits, inputs.get("attention_mask"))
+                terms |= self.distillation.kd_terms(outputs["logits"], teacher.logits, inputs.get("attention_mask"))
             if teacher.embedding is not None and embedding is not None and self._projection is not None:
                 rows = self._projection(teacher.embedding)
-                terms |= self.objective.relational_terms(embedding.to(rows.device), rows, model.training)
+                terms |= self.distillation.relational_terms(embedding.to(rows.device), rows, model.training)
         if not terms:
             raise ValueError(
                 "nothing to compare with: this batch has neither labels to learn nor a teacher's outputs."
             )
-        loss = self.objective.total(terms)
+        loss = self.distillation.total(terms)
         examples = find_batch_size(inputs) or 1
         if model.training:
             step = self._step or StepExamples(self.accelerator, [examples])
@@ -363,7 +362,7 @@ class RelationalDistillationTrainer(Trainer):
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
         # Also after `auto_find_batch_size` ran out of memory in the middle of a step.
-        self.objective.reset()
+        self.distillation.reset()
         self._apply_settings()
         self._terms, self._resumed = TermLog(), None
         self._finite = FiniteCheck(self._terms.not_finite)
@@ -379,7 +378,7 @@ class RelationalDistillationTrainer(Trainer):
 
     def _calibrate(self) -> None:
         """Measure the teacher on some training examples: fit its projection, unless it is, and fill the bank."""
-        projection, bank = self._projection, self.objective.bank
+        projection, bank = self._projection, self.distillation.bank
         measured = self.args.calibration_examples
         if projection is None or bank is None or self.train_dataset is None or measured == 0:
             return
@@ -404,8 +403,8 @@ class RelationalDistillationTrainer(Trainer):
         """The teacher's pooled embeddings of some examples, (examples, width), on all processes."""
         if has_cached_embeddings(sample):
             return cached_embeddings(sample).to(self.args.device)
-        with every_example(self.accelerator, self.args):
-            loader = self.get_test_dataloader(sample)
+        with every_example(self.accelerator, self.args):  # none twice: a stream's length has to be known
+            loader = self.get_test_dataloader(list(sample) if isinstance(sample, IterableDataset) else sample)
         parts = []
         with preserved_randomness(), named_errors("reading examples of `train_dataset`"):
             for batch in loader:
@@ -428,7 +427,7 @@ class RelationalDistillationTrainer(Trainer):
         """Forward and backward of one micro-batch; the bank is fed after the last one of an optimizer step."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self.objective.update_bank(self._gather_rows)
+            self.distillation.update_bank(self._gather_rows)
         self._terms.add_loss(loss)
         if self._resumed is None:
             return loss
@@ -440,14 +439,15 @@ class RelationalDistillationTrainer(Trainer):
 
     def _gather_rows(self, rows: Tensor) -> Tensor:
         """The rows of all processes, (total, dim), in the bank's dtype."""
-        if self._banks > 1 or self._step is None or self.objective.bank is None:
+        if self._banks > 1 or self._step is None or self.distillation.bank is None:
             return rows
-        return gather_rows(self.accelerator, rows.to(self.objective.bank.filled.dtype), self._step.counts())
+        return gather_rows(self.accelerator, rows.to(self.distillation.bank.filled.dtype), self._step.counts())
 
     @property
     def _banks(self) -> int:
         """How many banks there are: one that all processes share, or one of each."""
-        return 1 if self.args.gather_bank else self.accelerator.num_processes
+        bank = self.distillation.bank
+        return 1 if self.args.gather_bank or bank is None or bank.size == 0 else self.accelerator.num_processes
 
     # ---- Evaluation ----
 
@@ -486,7 +486,7 @@ class RelationalDistillationTrainer(Trainer):
     ) -> EvalLoopOutput:
         """As in `Trainer`, with the mean of each term among the metrics. The bank stays as it is."""
         self._terms.start_evaluation()
-        if self.objective.bank is not None and len(self.objective.bank) == 0:  # before the first step
+        if self.distillation.bank is not None and len(self.distillation.bank) == 0:  # before the first step
             self._calibrate()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         self._finite.raise_if_found()
@@ -510,7 +510,7 @@ class RelationalDistillationTrainer(Trainer):
         super()._save_rng_state(output_dir)
         state = {"log": self._terms.state(self._of_processes), **comparison_state(*self._comparison)}
         if self._banks > 1 and self.args.process_index > 0:
-            save_sidecar(output_dir, {"bank": state.get("bank", {})}, process=self.args.process_index)
+            save_sidecar(output_dir, {"bank": state["bank"]}, process=self.args.process_index)
         self.accelerator.wait_for_everyone()  # or the end could be marked before another process has written its part
         if self.args.should_save:
             state["log"]["last_logged_step"] = torch.tensor(self._globalstep_last_logged)
@@ -549,8 +549,8 @@ class RelationalDistillationTrainer(Trainer):
         if checkpoint is not None:
             window = self._restore_comparison(checkpoint)
             last_logged = int(window.pop("last_logged_step", 0))
-            processes = self.accelerator.num_processes
-            self._terms.load_state(window, self.accelerator.process_index, processes, self.args.device)
+            place = (self.accelerator.process_index, self.accelerator.num_processes, self.args.device)
+            self._terms.load_state(window, *place)
             if "loss" in self._terms.window:
                 self._resumed = (self._terms.window["loss"], last_logged)
 
@@ -570,7 +570,7 @@ class RelationalDistillationTrainer(Trainer):
     def _comparison(self) -> tuple[Any, TeacherProjection | None, FeatureBank | None]:
         """Head, projection and bank; a sharded checkpoint holds the head with the student."""
         head = None if self._is_sharded() else head_of(self._unwrapped_student())
-        return head, self._projection, self.objective.bank
+        return head, self._projection, self.distillation.bank
 
     def _unwrapped_student(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -585,7 +585,7 @@ class RelationalDistillationTrainer(Trainer):
         self._finite.raise_if_found()
         if "loss" in logs:
             logs.update(self._terms.line(self._mean_over_processes))
-            if self._terms.lines_near_one == 2 and self.objective.include_own:
+            if self._terms.lines_near_one == 2 and self.distillation.include_own:
                 logger.warning_once(
                     f"The teacher's perplexity over the bank stays near 1 ({logs['teacher_perplexity']:.2f}): each "
                     "example has only its own key to match, as in InfoNCE, and its neighbours have no say. Raise "

@@ -61,7 +61,7 @@ def run(rank: int, processes: int, port: int, folder: str, stage: int, by_name: 
     full = [getattr(weight, "ds_numel", weight.numel()) for weight in distillation.teacher.parameters()]
     left = {
         **{f"student.{name}": weight for name, weight in whole_weights(distillation.model).items()},
-        "bank": distillation.objective.bank.filled,
+        "bank": distillation.distillation.bank.filled,
         "log": lines_of(distillation),
         "teacher_held": torch.tensor(sum(held) / sum(full)),
     }

@@ -57,6 +57,10 @@ SCENARIOS: dict[str, tuple[dict[str, Any], int]] = {
     "a stream is dispatched": ({"train_dataset": Stream()}, 2),
     "a stream is read by each": ({"train_dataset": Stream(), **_batches(dispatch_batches=False)}, 2),
     "a stream of the library datasets": ({"train_dataset": streamed_images()}, 2),
+    "a stream of the library datasets, read by each": (
+        {"train_dataset": streamed_images(), "calibration_examples": 45, **_batches(dispatch_batches=False)},
+        2,
+    ),
     "a bank in half precision": ({"teacher_dtype": "bfloat16"}, 2),
     "each has a bank of its own": ({"gather_bank": False}, 2),
     "no bank": ({"bank_size": 0, "gradient_accumulation_steps": 1}, 2),
@@ -134,12 +138,12 @@ def results_of(scenario: str, processes: int, folder: str) -> dict[str, Tensor]:
     distillation.train()
     distillation.accelerator.gather, distillation._calibrate = gather, calibrate  # type: ignore[method-assign]
     metrics = distillation.evaluate()
-    assert distillation.objective.bank is not None
+    assert distillation.distillation.bank is not None
     lines = [line for line in distillation.state.log_history if "loss" in line]
     return {
         "student": torch.cat([weight.detach().flatten() for weight in distillation.model.parameters()]),
         "gradients": torch.stack(gradients.steps),
-        "bank": distillation.objective.bank.filled,
+        "bank": distillation.distillation.bank.filled,
         "log": torch.tensor([[line[name] for name in sorted(line) if "loss" in name] for line in lines]),
         "eval": torch.tensor([metrics[f"eval_{name}_loss"] for name in ("kd", "relational")]),
         "examples": torch.tensor(sum(examples)),

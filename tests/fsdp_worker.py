@@ -66,7 +66,7 @@ def what_is_left(distillation: Any, gradients: HeadGradients) -> dict[str, Tenso
     return {
         **{f"student.{name}": weight.contiguous() for name, weight in weights.items()},
         "head_gradients": torch.stack(gradients.steps),
-        "bank": distillation.objective.bank.filled,
+        "bank": distillation.distillation.bank.filled,
         "log": lines_of(distillation),
     }
 

@@ -56,8 +56,8 @@ def run(
         **settings,
     )
     distillation.train(resume_from_checkpoint=last_complete_checkpoint(folder) is not None)
-    assert distillation.objective.bank is not None
+    assert distillation.distillation.bank is not None
     left = {f"student.{name}": value for name, value in distillation.model.state_dict().items()}
-    save_file({**left, "bank": distillation.objective.bank.filled}, Path(folder, f"left-{rank}.safetensors"))
+    save_file({**left, "bank": distillation.distillation.bank.filled}, Path(folder, f"left-{rank}.safetensors"))
     lines = [line for line in distillation.state.log_history if "loss" in line]
     Path(folder, f"log-{rank}.json").write_text(json.dumps(lines))

@@ -222,7 +222,7 @@ def test_a_cached_data_set_is_saved_loaded_and_streamed_as_any_other(tmp_path: P
             tmp_path, teacher=None, train_dataset=other, kd_weight=1.0, calibration_examples=12, bank_size=16
         )
         run.train()
-        assert len(run.objective.bank) == 16
+        assert len(run.distillation.bank) == 16
         assert all(value > 0 for value in log_of(run, "relational_loss"))
 
 
@@ -413,7 +413,7 @@ def test_training_from_the_cache_is_training_under_the_teacher(dtype: str, toler
     offline = trainer(tmp_path, teacher=None, train_dataset=cached, **settings)
     offline.train()
     assert offline.teacher is None
-    assert offline.objective.bank.filled.dtype == getattr(torch, dtype)
+    assert offline.distillation.bank.filled.dtype == getattr(torch, dtype)
     for term in ("task_loss", "kd_loss", "relational_loss", "relational_kl"):
         assert log_of(offline, term) == pytest.approx(log_of(online, term), rel=tolerance, abs=tolerance)
 
@@ -429,11 +429,11 @@ def test_cached_embeddings_fill_all_of_the_bank_and_measure_as_many_examples_as_
     for run in (online, offline, both):
         run._calibrate()
     assert reader.examples == 10  # the second and the third read the column
-    assert [len(run.objective.bank) for run in (online, offline, both)] == [10, 48, 48]
+    assert [len(run.distillation.bank) for run in (online, offline, both)] == [10, 48, 48]
     for run in (offline, both):
         torch.testing.assert_close(run._projection.mean, online._projection.mean, rtol=1e-5, atol=1e-6)
     rows = F.normalize(column(cached) - offline._projection.mean, dim=-1)
-    distances = torch.cdist(offline.objective.bank.filled, rows)
+    distances = torch.cdist(offline.distillation.bank.filled, rows)
     assert distances.min(1).values.max() < 1e-3
     assert sorted(distances.argmin(1).tolist()) == list(range(48))
 
@@ -505,7 +505,7 @@ def test_the_banks_dtype_is_that_of_the_teachers_embeddings(tmp_path: Path) -> N
     ):
         run = trainer(tmp_path, teacher=teacher_vit().to(weights), calibration_examples=8, **settings)
         run.train()
-        assert run.objective.bank.filled.dtype == expected
+        assert run.distillation.bank.filled.dtype == expected
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,8 @@ def embeddings_of(images: Images) -> Tensor:
 
 
 def bank_of(run: RelationalDistillationTrainer) -> Tensor:
-    assert run.objective.bank is not None
-    return run.objective.bank.filled
+    assert run.distillation.bank is not None
+    return run.distillation.bank.filled
 
 
 # ---- The projection ----

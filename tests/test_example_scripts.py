@@ -345,7 +345,7 @@ def test_text_embeddings_train_without_the_labels(start: Any) -> None:
     columns = set(trainer.train_dataset.column_names)
     assert {"input_ids", "teacher_input_ids"} <= columns and not columns & {"label", "labels", "verdict"}
     assert trainer.args.task_weight == 0
-    assert trainer.objective.bank.dim == 8
+    assert trainer.distillation.bank.dim == 8
 
 
 def test_retrieval_counts_the_teachers_nearest_among_the_ten_nearest() -> None:

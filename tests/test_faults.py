@@ -13,12 +13,14 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_rrd import cache_teacher_outputs, caching
 from hf_rrd.checkpoint import SIDECAR, is_complete, last_complete_checkpoint
-from tests.builders import Images, tiny_vit, trainer
+from hf_rrd.identity import teacher_identity, weights_hash, weights_sample
+from tests.builders import Images, tiny_bert, tiny_vit, trainer
 
 SAVED: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "logging_steps": 2}
 FILES = [
@@ -40,7 +42,7 @@ def run_in(folder: Path, **changes: Any) -> Any:
 
 
 def left_of(run: Any) -> dict[str, Tensor]:
-    return {**run.model.state_dict(), "bank": run.objective.bank.filled}
+    return {**run.model.state_dict(), "bank": run.distillation.bank.filled}
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -97,7 +99,7 @@ def test_a_kill_in_the_writing_of_any_file_costs_that_checkpoint_alone(
     assert is_complete(interrupted / "checkpoint-4")
 
 
-@pytest.mark.parametrize("file", [name for name in FILES if name not in (SIDECAR, "trainer_state.json")])
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_file_lost_or_cut_later_is_noticed_and_named(interrupted: Path, file: str) -> None:
     checkpoint = interrupted / "checkpoint-4"
     os.truncate(checkpoint / file, 5)
@@ -107,6 +109,14 @@ def test_a_file_lost_or_cut_later_is_noticed_and_named(interrupted: Path, file: 
     with pytest.raises(ValueError, match=f"its file {file} has gone"):
         run_in(interrupted).train(resume_from_checkpoint=str(checkpoint))
     assert last_complete_checkpoint(str(interrupted)) == str(interrupted / "checkpoint-2")
+
+
+def test_a_text_that_was_edited_is_nobody_s_business(interrupted: Path) -> None:
+    checkpoint = interrupted / "checkpoint-4"
+    (checkpoint / "config.json").write_text((checkpoint / "config.json").read_text() + "\n")
+    (checkpoint / "training_args.bin").unlink()
+    (checkpoint / "notes.txt").write_text("a good one")
+    assert last_complete_checkpoint(str(interrupted)) == str(checkpoint)
 
 
 def test_a_cut_sidecar_is_passed_over_and_an_absent_one_is_an_error(interrupted: Path) -> None:
@@ -172,12 +182,12 @@ def test_a_disk_that_fills_up_during_a_cache_write_costs_that_file_alone(
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_reaches_the_weights(tmp_path: Path) -> None:
     data = Images(48)
     run = run_in(tmp_path, train_dataset=data, model=tiny_vit())
-    compute = run.objective.kd_terms
+    compute = run.distillation.kd_terms
 
     def broken_at_step_4(*args: Any) -> Any:
         return {"kd_loss": compute(*args)["kd_loss"] * (float("inf") if run.state.global_step == 3 else 1)}
 
-    run.objective.kd_terms = broken_at_step_4
+    run.distillation.kd_terms = broken_at_step_4
     with pytest.raises(ValueError, match=r"the loss \(kd_loss\) is not finite \(nan or inf\) at step 4"):
         run.train()
     assert all(weight.isfinite().all() for weight in run.model.parameters())
@@ -198,6 +208,29 @@ def test_a_student_that_is_not_finite_from_the_start_is_named(tmp_path: Path) ->
     student.classifier.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match=r"the loss \(task_loss, kd_loss\) is not finite .* at step 1\. .*README"):
         run_in(tmp_path, model=student).train()
+
+
+def test_a_step_that_a_loss_scaler_skips_is_no_end_and_no_damage(tmp_path: Path) -> None:
+    calls = []
+
+    def broken_once(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        calls.append(1)
+        return torch.nn.functional.cross_entropy(outputs["logits"], labels) * (torch.nan if len(calls) == 2 else 1)
+
+    run = run_in(tmp_path, compute_loss_func=broken_once, logging_steps=5, max_steps=4)
+    run.accelerator.scaler = torch.amp.GradScaler("cpu")  # as a float16 training on a GPU has one
+    run.train()
+    again = run_in(tmp_path, logging_steps=5, max_steps=4)
+    again.accelerator.scaler = torch.amp.GradScaler("cpu")
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.state.global_step == 4
+
+
+def test_what_is_not_trained_need_not_be_finite(tmp_path: Path) -> None:
+    student = tiny_vit()
+    mask = torch.nn.Parameter(torch.full((4,), -torch.inf), requires_grad=False)
+    student.classifier.register_parameter("mask", mask)
+    run_in(tmp_path, model=student, save_strategy="no", max_steps=2).train()
 
 
 def test_a_micro_batch_without_a_label_is_named_instead_of_ruining_the_run(tmp_path: Path) -> None:
@@ -222,9 +255,12 @@ def fine_tuned() -> Any:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teacher": fine_tuned()}, "teacher ViTForImageClassification .*; this run has teacher ViTForImage"),
-        ({"teacher": tiny_vit(width=32, seed=1)}, "teacher ViTForImageClassification"),
-        ({"teacher_pooling": "mean"}, "its bank is of teacher_pooling auto; this run has teacher_pooling mean"),
+        (
+            {"teacher": fine_tuned()},
+            "teacher_embedding from ViTForImageClassification .*, teacher_logits from ViT.*; this run has teacher_emb",
+        ),
+        ({"teacher": tiny_vit(width=32, seed=1)}, "teacher_embedding from ViTForImageClassification"),
+        ({"teacher_pooling": "mean"}, "from ViT.*, pooling auto; this run has teacher_embedding from ViT.* mean"),
     ],
 )
 def test_another_teacher_is_refused(interrupted: Path, changes: dict[str, Any], message: str) -> None:
@@ -242,13 +278,52 @@ def test_cached_outputs_of_another_teacher_are_refused(interrupted: Path, tmp_pa
     folders = [tmp_path / "first", tmp_path / "second"]
     cached = [cache_teacher_outputs(data, tiny_vit(width=24, seed=seed), 8, cache_dir=tmp_path) for seed in (1, 2)]
     run_in(folders[0], teacher=None, train_dataset=cached[0], max_steps=2).train()
-    with pytest.raises(ValueError, match="another teacher.*cached outputs .*; this run has teacher cached outputs"):
+    with pytest.raises(ValueError, match="embedding from cached .*, teacher_logits from cached .*; this run has"):
         run_in(folders[0], teacher=None, train_dataset=cached[1]).train(resume_from_checkpoint=True)
     with pytest.raises(
-        ValueError, match="another teacher.*its bank is of teacher ViTFor.*this run has teacher cached"
+        ValueError, match="another teacher: teacher_embedding from ViTFor.*this run has teacher_embedding from cached"
     ):
         run_in(interrupted, teacher=None, train_dataset=cached[0]).train(resume_from_checkpoint=True)
     run_in(folders[0], teacher=None, train_dataset=cached[0]).train(resume_from_checkpoint=True)
+
+
+def test_the_same_teacher_saved_loaded_and_used_is_the_same(tmp_path: Path) -> None:
+    teacher, data = tiny_vit(width=24, seed=1, classes=12), Images(48)
+    teacher.save_pretrained(tmp_path / "teacher")
+    teacher(data.pixels[:2], labels=torch.tensor([0, 1]))  # which sets config.problem_type
+    teacher.config.use_cache = False
+    student = tiny_vit(classes=12)
+    run_in(tmp_path / "run", teacher=teacher, model=student, max_steps=2).train()
+    again = run_in(tmp_path / "run", teacher=str(tmp_path / "teacher"), model=tiny_vit(classes=12))
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 6
+
+
+def test_adapters_are_part_of_a_teacher(tmp_path: Path) -> None:
+    def lora(alpha: int) -> Any:
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, target_modules=["query", "value"], lora_alpha=alpha, init_lora_weights=False)
+        model = get_peft_model(tiny_bert(width=24, seed=1), config, adapter_name="first")
+        model.add_adapter("second", config)
+        return model
+
+    first, other_scale, other_adapter = lora(2), lora(64), lora(2)
+    assert weights_hash(first) == weights_hash(lora(2))
+    other_adapter.set_adapter("second")
+    for hashed in (weights_hash, weights_sample):
+        assert len({hashed(model) for model in (first, other_scale, other_adapter)}) == 3
+
+
+def test_logits_cached_and_embeddings_online_are_told_apart(tmp_path: Path) -> None:
+    def identity(seed: int, data: Any, **wanted: bool) -> dict[str, str]:
+        return teacher_identity(tiny_vit(width=24, seed=seed), "auto", data, **wanted)
+
+    cached = [[{"teacher_logits": [float(value), 1.0]}] for value in range(2)]
+    both, logits = {"wants_embedding": True, "wants_logits": True}, {"wants_embedding": False, "wants_logits": True}
+    assert identity(1, cached[0], **logits) == identity(2, cached[0], **logits)  # the teacher is not asked
+    assert identity(1, cached[0], **logits) != identity(1, cached[1], **logits)
+    assert identity(1, cached[0], **both) != identity(2, cached[0], **both)
+    assert identity(1, Images(4), wants_embedding=False, wants_logits=False) == {}
 
 
 def test_another_teacher_that_is_wanted_gets_a_bank_and_a_projection_of_its_own(tmp_path: Path) -> None:
@@ -263,14 +338,14 @@ def test_another_teacher_that_is_wanted_gets_a_bank_and_a_projection_of_its_own(
     def noted() -> None:
         calibrate()
         found.update(head=run._head.projection.weight.detach().clone(), mean=run._projection.mean)
-        found.update(bank=run.objective.bank.filled.clone())
+        found.update(bank=run.distillation.bank.filled.clone())
 
     run._calibrate = noted
     run.train(resume_from_checkpoint=True)
     fresh = run_in(tmp_path / "fresh", teacher=other, **centred)
     fresh._calibrate()
     assert torch.equal(found["head"], saved["head.projection.weight"])
-    assert torch.equal(found["bank"], fresh.objective.bank.filled)
+    assert torch.equal(found["bank"], fresh.distillation.bank.filled)
     assert torch.equal(found["mean"], fresh._projection.mean)
     assert run.state.global_step == 6
 
@@ -338,6 +413,11 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "damaged .*etc/passwd",
     ),
     "a file list that is none": (lambda path: rewrite(path, lambda own: None, files="[3]"), "damaged"),
+    "a file list with a long name": (
+        lambda path: rewrite(path, lambda own: None, files=json.dumps({"a" * 300: 1})),
+        "damaged",
+    ),
+    "a file list that is deep": (lambda path: rewrite(path, lambda own: None, files="[" * 200_000), "damaged"),
     "a log of words": (tensors(log__loss=torch.ones(2, 3)), "damaged .*number for each process"),
     "a step in the log that is none": (tensors(log__last_logged_step=torch.ones(())), "damaged .*whole number"),
     "a bank for each of many processes": (

@@ -78,7 +78,7 @@ def test_bf16_autocast_compares_in_float32_and_stays_near_the_float32_run(
     dtypes: set[torch.dtype] = set()
     inside: list[torch.dtype] = []
     run.model.classifier.register_forward_hook(lambda module, args, output: inside.append(output.dtype))
-    relational, kd = run.objective.relational_terms, run.objective.kd_terms
+    relational, kd = run.distillation.relational_terms, run.distillation.kd_terms
 
     def relational_spy(student: Tensor, teacher: Tensor, training: bool) -> dict[str, Tensor]:
         terms = relational(student, teacher, training)
@@ -90,13 +90,13 @@ def test_bf16_autocast_compares_in_float32_and_stays_near_the_float32_run(
         dtypes.update(tensor.dtype for tensor in (student, *terms.values()))
         return terms
 
-    monkeypatch.setattr(run.objective, "relational_terms", relational_spy)
-    monkeypatch.setattr(run.objective, "kd_terms", kd_spy)
+    monkeypatch.setattr(run.distillation, "relational_terms", relational_spy)
+    monkeypatch.setattr(run.distillation, "kd_terms", kd_spy)
     run.train()
 
     assert inside == [torch.bfloat16] * 3  # autocast was on
     assert dtypes == {torch.float32}
-    assert run.objective.bank is not None and run.objective.bank.filled.dtype == torch.float32
+    assert run.distillation.bank is not None and run.distillation.bank.filled.dtype == torch.float32
     assert {weight.dtype for weight in run.model.parameters()} == {torch.float32}
     assert log_of(run) == pytest.approx(log_of(exact), rel=0.03)
     assert log_of(run) != log_of(exact)
@@ -273,8 +273,8 @@ def test_lora_trains_adapter_and_head_alone_and_resumes_bitwise(tmp_path: Path) 
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert torch.equal(parameters(resumed.model), parameters(whole.model))
     assert torch.equal(parameters(head_of(resumed.model)), parameters(head_of(whole.model)))
-    assert torch.equal(resumed.objective.bank.filled, whole.objective.bank.filled)
-    assert len(whole.objective.bank) == 20
+    assert torch.equal(resumed.distillation.bank.filled, whole.distillation.bank.filled)
+    assert len(whole.distillation.bank) == 20
     for term in ("loss", "task_loss", "kd_loss", "relational_loss", "relational_kl"):
         assert log_of(resumed, term) == log_of(whole, term)
 
@@ -300,8 +300,8 @@ def test_bank_holds_only_the_last_attempt_when_the_batch_size_is_found(tmp_path:
     run.train()
     assert sizes[:4] == [8] * 4 and len(sizes) == 8 and set(sizes[4:]) == {sizes[4]} and sizes[4] < 8
     assert run.state.global_step == 2
-    assert run.objective.bank is not None and len(run.objective.bank) == sum(sizes[4:])
-    assert run.objective.pending == []
+    assert run.distillation.bank is not None and len(run.distillation.bank) == sum(sizes[4:])
+    assert run.distillation.pending == []
     for entry in run.state.log_history[-3:-1]:
         assert entry["loss"] == pytest.approx(entry["task_loss"] + entry["relational_loss"], abs=1e-5)
 
@@ -374,7 +374,7 @@ def test_without_relational_weight_there_is_neither_head_nor_hook_nor_bank(tmp_p
     student, teacher = tiny_vit(), tiny_vit(width=24, seed=1)
     run = trainer(tmp_path, model=student, teacher=teacher, relational_weight=0.0, kd_weight=1.0)
     run.train()
-    assert head_of(student) is None and run.objective.bank is None
+    assert head_of(student) is None and run.distillation.bank is None
     assert set(student.state_dict()) == set(tiny_vit().state_dict())
     for model in (student, teacher):
         hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
@@ -470,7 +470,7 @@ def test_teacher_of_another_width_family_and_number_of_classes_teaches_relations
     teacher = ResNetForImageClassification(ResNetConfig(num_labels=7, **sizes))
     run = trainer(tmp_path, teacher=teacher, kd_weight=0.0, max_steps=6)
     run.train()
-    assert run.objective.bank is not None and run.objective.bank.filled.shape == (20, 40)
+    assert run.distillation.bank is not None and run.distillation.bank.filled.shape == (20, 40)
     kls = log_of(run, "relational_kl")
     assert kls[-1] < kls[2]
 
@@ -599,7 +599,7 @@ def test_evaluation_terms_are_means_over_examples_when_the_batch_does_not_divide
     teacher_rows = F.normalize(teacher_hidden[:, 0], dim=-1)
     cross_entropies, divergences, kds = [], [], []
     for row, own, mine, theirs in zip(rows, teacher_rows, logits, teacher_logits, strict=True):
-        keys = torch.cat([run.objective.bank.filled, own[None]])  # type: ignore[union-attr]
+        keys = torch.cat([run.distillation.bank.filled, own[None]])  # type: ignore[union-attr]
         p_teacher, p_student = (keys @ own / 0.02).softmax(0), (keys @ row / 0.1).softmax(0)
         cross_entropies.append(-(p_teacher * p_student.log()).sum())
         divergences.append((p_teacher * (p_teacher.log() - p_student.log())).nan_to_num().sum())
@@ -620,13 +620,13 @@ def test_evaluation_terms_are_means_over_examples_when_the_batch_does_not_divide
 def test_evaluation_and_prediction_leave_the_bank_bitwise_untouched(tmp_path: Path) -> None:
     run = trainer(tmp_path, eval_dataset=Images(13, seed=1))
     run.train()
-    bank = run.objective.bank
+    bank = run.distillation.bank
     assert bank is not None
     before = bank.filled.clone()
     run.evaluate()
     run.predict(Images(13, seed=1))
     assert torch.equal(bank.filled, before) and len(before) == 20
-    assert run.objective.pending == []
+    assert run.distillation.pending == []
 
 
 def test_metrics_and_predictions_see_the_logits_alone(tmp_path: Path) -> None:
@@ -674,7 +674,7 @@ def test_second_trainer_replaces_the_head_of_the_first(tmp_path: Path) -> None:
     assert head_of(student).projection.out_features == 32
     assert hook_counts(student) == counts
     second.train()
-    assert second.objective.bank is not None and second.objective.bank.filled.shape == (20, 32)
+    assert second.distillation.bank is not None and second.distillation.bank.filled.shape == (20, 32)
     student.save_pretrained(tmp_path / "saved")
     with safe_open(tmp_path / "saved" / "model.safetensors", "pt") as file:
         assert not [key for key in file.keys() if HEAD in key]

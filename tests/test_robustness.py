@@ -17,7 +17,7 @@ from transformers import (
 from hf_rrd.checkpoint import load_student
 from hf_rrd.pooling import mean_pool
 from hf_rrd.student import HEAD
-from tests.builders import Images, Texts, tiny_bert, tiny_vit, trainer
+from tests.builders import Images, Texts, log_of, tiny_bert, tiny_vit, trainer
 
 EVALUATED: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
 
@@ -85,7 +85,7 @@ def test_settings_changed_after_construction_take_effect(tmp_path: Path) -> None
     assert line["loss"] == pytest.approx(
         line["task_loss"] + 0.25 * line["kd_loss"] + line["relational_loss"], abs=1e-5
     )
-    assert run.objective.bank is not None and len(run.objective.bank) == 12
+    assert run.distillation.bank is not None and len(run.distillation.bank) == 12
 
 
 def test_a_term_cannot_be_turned_off_after_construction(tmp_path: Path) -> None:
@@ -170,3 +170,55 @@ def test_a_bank_that_could_teach_nothing_is_refused(tmp_path: Path, changes: dic
 def test_a_name_in_place_of_the_student_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="`model` must be a model, got 'bert-base'.*from_pretrained"):
         trainer(tmp_path, model="bert-base")
+
+
+def test_a_hyperparameter_search_may_keep_its_objective_on_the_trainer(tmp_path: Path) -> None:
+    run = trainer(tmp_path, model_init=tiny_vit, eval_dataset=Images(8), **EVALUATED)
+    run.objective = None  # as Trainer's search backends do before each trial
+    run.train()
+    assert len(log_of(run)) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "banks"),
+    [({}, 1), ({"gather_bank": False}, 2), ({"gather_bank": False, "relational_weight": 0.0, "kd_weight": 1.0}, 1)],
+)
+def test_processes_have_banks_of_their_own_only_where_there_are_banks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], banks: int
+) -> None:
+    run = trainer(tmp_path, **settings)
+    monkeypatch.setattr(type(run.accelerator), "num_processes", 2)
+    assert run._banks == banks
+
+
+class Own(ValueError):
+    """An error of a user's."""
+
+
+@pytest.mark.parametrize(("error", "arrives_as"), [(Own("mine"), Own), (KeyError("id"), ValueError)])
+def test_errors_of_a_data_set_name_it_and_those_of_a_user_s_class_stay(
+    tmp_path: Path, error: Exception, arrives_as: type[Exception]
+) -> None:
+    class Broken(Images):
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            if index == 40:
+                raise error
+            return super().__getitem__(index)
+
+    with pytest.raises(arrives_as, match=str(error.args[0])) as caught:
+        trainer(tmp_path, train_dataset=Broken(), max_steps=6).train()
+    assert caught.value is error or "`train_dataset`" in str(caught.value)
+
+
+def test_a_stream_that_can_be_read_once_is_not_read_for_a_task_alone(tmp_path: Path) -> None:
+    class Once(torch.utils.data.IterableDataset[Any]):
+        def __init__(self) -> None:
+            self.read = 0
+
+        def __iter__(self) -> Any:
+            self.read += 1
+            return (Images(24)[index] for index in range(24))
+
+    stream = Once()
+    trainer(tmp_path, teacher=None, relational_weight=0.0, train_dataset=stream)
+    assert stream.read == 0

@@ -23,8 +23,8 @@ def trained(folder: Path, batch: int, accumulation: int, examples: int = 64, **g
         **given,
     )
     run.train()
-    assert run.objective.bank is not None
-    return torch.cat([weight.detach().flatten() for weight in [*run.model.parameters(), run.objective.bank.filled]])
+    assert run.distillation.bank is not None
+    return torch.cat([weight.detach().flatten() for weight in [*run.model.parameters(), run.distillation.bank.filled]])
 
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(8, 2), (4, 4), (3, 6)])
@@ -93,18 +93,18 @@ def test_without_a_bank_a_micro_batch_is_compared_with_itself(tmp_path: Path) ->
     run = trainer(tmp_path, bank_size=0, max_steps=1, train_dataset=Images(8))
     run.train()
     assert 0 < log_of(run, "relational_kl")[0] < log_of(run, "relational_loss")[0]
-    assert run.objective.bank is not None and len(run.objective.bank) == 0
+    assert run.distillation.bank is not None and len(run.distillation.bank) == 0
 
 
 def test_an_automatic_bank_is_no_larger_than_the_training_set(tmp_path: Path) -> None:
     run = trainer(tmp_path, bank_size="auto", train_dataset=Images(30))
-    assert run.objective.bank is not None and run.objective.bank.size == 30
+    assert run.distillation.bank is not None and run.distillation.bank.size == 30
 
 
 def test_a_second_training_starts_with_an_empty_bank(tmp_path: Path) -> None:
     run = trainer(tmp_path, max_steps=2)
     run.train()
-    first = run.objective.bank
+    first = run.distillation.bank
     assert first is not None and len(first) == 16
     run.train()
     assert len(first) == 16

@@ -118,7 +118,7 @@ def train(batch: int, accumulation: int, folder: str, steps: int = 5) -> dict[st
     run = RelationalDistillationTrainer(vit(16), settings, train_dataset=Images(), teacher=vit(24))
     run.train()
     parameters = torch.cat([weight.detach().flatten() for weight in run.model.parameters()])
-    return {"parameters": parameters, "bank": run.objective.bank.filled}
+    return {"parameters": parameters, "bank": run.distillation.bank.filled}
 
 
 def train_as(rank: int, processes: int, port: int, folder: str) -> None:

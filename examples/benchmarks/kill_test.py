@@ -249,7 +249,7 @@ def live(run: Run, marks: Marks) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(str(run.folder)))
     left = {name: value.contiguous() for name, value in trainer.model.state_dict().items()}
-    save_file(left | {"bank": trainer.objective.bank.filled}, run.folder / "left.safetensors")
+    save_file(left | {"bank": trainer.distillation.bank.filled}, run.folder / "left.safetensors")
     (run.folder / "log.json").write_text(json.dumps(trainer.state.log_history))
 
 

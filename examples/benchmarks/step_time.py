@@ -137,7 +137,7 @@ def distillation(args: Arguments, folder: str, data: datasets.Dataset, teacher: 
         train_dataset=data,
         teacher=teacher,
     )
-    bank = run.objective.bank
+    bank = run.distillation.bank
     assert bank is not None
     rows = F.normalize(torch.randn(bank.size, bank.dim), dim=-1)
     run._calibrate = lambda: bank.enqueue(rows.to(run.args.device))  # type: ignore[method-assign]
