@@ -173,7 +173,7 @@ def test_a_name_in_place_of_the_student_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_hyperparameter_search_may_keep_its_objective_on_the_trainer(tmp_path: Path) -> None:
-    run = trainer(tmp_path, model_init=tiny_vit, eval_dataset=Images(8), **EVALUATED)
+    run = trainer(tmp_path, model_init=lambda: tiny_vit(), eval_dataset=Images(8), **EVALUATED)
     run.objective = None  # as Trainer's search backends do before each trial
     run.train()
     assert len(log_of(run)) == 3
