@@ -30,6 +30,9 @@ from transformers import BertConfig, BertForSequenceClassification, HfArgumentPa
 
 from hf_rrd import RelationalDistillationConfig, RelationalDistillationTrainer
 
+PRELOADED = ["hf_rrd", "hf_rrd.trainer", "transformers.models.bert.modeling_bert"]
+"""What a process need not import again."""
+
 
 @dataclass
 class Arguments:
@@ -87,6 +90,7 @@ def train(rank: int, args: Arguments, port: int, folder: str) -> None:
     """What one process does: a training for each width."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": args.processes, "MASTER_PORT": port}
     os.environ |= {name: str(number) for name, number in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     found = {}
@@ -121,7 +125,8 @@ def main() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         children = [context.Process(target=train, args=(rank, args, port, folder)) for rank in range(args.processes)]
         for child in children:

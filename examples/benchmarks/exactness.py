@@ -28,6 +28,9 @@ import hf_rrd.losses
 from hf_rrd import RelationalDistillationConfig, RelationalDistillationTrainer, cache_teacher_outputs, relational_loss
 from hf_rrd.losses import relational_terms
 
+PRELOADED = ["hf_rrd", "hf_rrd.trainer", "transformers.models.vit.modeling_vit"]
+"""What a process need not import again."""
+
 
 @dataclass
 class Arguments:
@@ -125,13 +128,15 @@ def train_as(rank: int, processes: int, port: int, folder: str) -> None:
     """20 steps of 16 examples as one of several processes, whose end is written to a file."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
     os.environ |= {name: str(number) for name, number in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     save_file(train(16 // processes // 2, 2, folder, steps=20), Path(folder, f"{rank}-of-{processes}.safetensors"))
 
 
 def process_errors(folder: str) -> list[tuple[str, float, float]]:
     """The rows on several processes: against one process, and against each other."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     for processes in (1, 2, 4):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
