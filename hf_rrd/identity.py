@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_rrd.body import unwrapped
 from hf_rrd.data import cached_embeddings, has_cached_embeddings
+from hf_rrd.errors import named_errors
 
 SAMPLED = 1024
 """Values of each weight in a `weights_sample`."""
@@ -110,7 +111,8 @@ def _column_sample(dataset: Any, column: str) -> str:
         rows = dataset.select(range(0, len(dataset), max(1, len(dataset) // SAMPLED_ROWS)))
         digest.update(cached_embeddings(rows).numpy().tobytes())
     elif _is_map_style(dataset) and _has_column(dataset, column):
-        digest.update(repr(torch.as_tensor(dataset[0][column]).flatten().tolist()).encode())
+        with named_errors(f"reading the column `{column}`"):
+            digest.update(repr(torch.as_tensor(dataset[0][column]).flatten().tolist()).encode())
     return digest.hexdigest()[:16]
 
 

@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"body", "errors"},
     "student": {"body"},
     "teacher": {"body", "data", "errors"},
-    "identity": {"body", "data"},
+    "identity": {"body", "data", "errors"},
     "caching": {"body", "calibration", "data", "identity", "teacher"},
     "initialization": set(),
     "checkpoint": set(),
