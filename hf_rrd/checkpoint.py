@@ -1,7 +1,7 @@
 """What of a checkpoint is ours: the sidecar, written last but one, and whether all files are there.
 
 The sidecar holds head, teacher projection, bank and unfinished log window, in one safetensors file. Its metadata say
-which teacher the bank is of, how many processes wrote it, and how large every file of the checkpoint has to be.
+which teacher the bank is of, how many banks there are, and how large the files are that resuming depends on.
 """
 
 import errno
@@ -24,13 +24,13 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 SIDECAR = "_relational_distillation.safetensors"
-"""The file's name. The underscore keeps it out of what the Trainer pushes to the Hub."""
+"""The file's name. The underscore keeps it out of what the Trainer pushes beside the student."""
 
 GROUPS = ("head", "teacher_projection", "bank", "log")
 """The groups of tensors that a sidecar may have."""
 
 BINARIES = (".safetensors", ".bin", ".pt", ".pth", ".distcp", ".metadata")
-"""Endings of the files that a run is resumed from: what is text may be edited, and the Trainer would notice."""
+"""Endings of the files that a run is resumed from. Texts may be edited."""
 
 State = dict[str, dict[str, Tensor]]
 

@@ -1,14 +1,11 @@
 """What student and teacher are compared by, as a checkpoint holds it: head, teacher projection and bank."""
 
 from torch import Tensor
-from transformers.utils import logging
 
 from hf_rrd.checkpoint import State, load_sidecar
 from hf_rrd.feature_bank import FeatureBank
 from hf_rrd.student import RelationalHead
 from hf_rrd.teacher import TeacherProjection
-
-logger = logging.get_logger(__name__)
 
 
 def comparison_state(

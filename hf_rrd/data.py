@@ -151,10 +151,9 @@ def cached_embeddings(dataset: Dataset | IterableDataset) -> Tensor:
     """All of the column `teacher_embedding`, (examples, width), whatever else the examples have."""
     rows = dataset.select_columns("teacher_embedding").with_format("torch")
     with named_errors("reading the column `teacher_embedding`"):
-        column = (
-            rows["teacher_embedding"][:] if isinstance(rows, Dataset) else [row["teacher_embedding"] for row in rows]
-        )
-        return column.float() if isinstance(column, Tensor) else torch.stack(column).float()
+        if isinstance(rows, Dataset):
+            return rows["teacher_embedding"][:].float()
+        return torch.stack([row["teacher_embedding"] for row in rows]).float()
 
 
 def with_cached_arrays(dataset: Dataset) -> Dataset:

@@ -9,11 +9,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import TrainingArguments
-from transformers.utils import logging
 
 from hf_rrd.teacher import Teacher
-
-logger = logging.get_logger(__name__)
 
 
 class StepExamples:

@@ -64,9 +64,8 @@ class FeatureBank:
         rows = rows.detach()[max(len(rows) - self.size, 0) :]
         kept = self._rows[max(len(self._rows) + len(rows) - self.size, 0) :]
         if self._end + len(rows) > len(self._storage):
-            room = min(
-                self.size + -(-self.size // SLACK), 2 * (len(kept) + len(rows))
-            )  # that of a large one as needed
+            # A large bank takes no more room than it needs yet.
+            room = min(self.size + -(-self.size // SLACK), 2 * (len(kept) + len(rows)))
             self._storage = kept.new_empty(room, self.dim)
             self._storage[: len(kept)] = kept
             self._end = len(kept)
