@@ -35,7 +35,7 @@ clean: ## Remove environments, caches and outputs
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,onnx]'
 	@touch $@
 
 $(OLDEST)/ready: pyproject.toml constraints-oldest.txt
