@@ -57,6 +57,7 @@ class ModelArguments:
     student_config_name: str | None = field(default=None, metadata={"help": "A new student: model type or config."})
     student_num_layers: int | None = field(default=None, metadata={"help": "A part of the teacher: its layers."})
     student_config_overrides: str = field(default="", metadata={"help": "Changes to either: 'hidden_size=128'."})
+    card_teacher: str | None = field(default=None, metadata={"help": "For the card: what to call the teacher."})
 
 
 @dataclass
@@ -77,6 +78,8 @@ class DataArguments:
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many only, drawn at random."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many only, drawn at random."})
+    report: bool = field(default=False, metadata={"help": "Compare student and teacher at the end, also in speed."})
+    card_dataset: str | None = field(default=None, metadata={"help": "For the card: the Hub name of files' data set."})
 
 
 def parse() -> tuple[ModelArguments, DataArguments, RelationalDistillationConfig]:
@@ -232,8 +235,16 @@ def main() -> None:
         table.add_row(name, f"{run.model.num_parameters():,}", *shares)
     if trainer.is_world_process_zero():
         Console().print(table)
+
+    # Describe the student, and push it if asked.
+    report = trainer.report(views[evaluated[-1]], teacher) if data_args.report and evaluated else None
+    if report is not None:
+        Console().print(report.table())
+    card = {"dataset_tags": data_args.dataset_name or data_args.card_dataset, "teacher_name": model_args.card_teacher}
     if args.push_to_hub:
-        trainer.push_to_hub()
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
 
 
 if __name__ == "__main__":

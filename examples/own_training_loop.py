@@ -7,6 +7,8 @@
 
 `accelerate launch` instead of `python` runs it on several devices, and `--mixed_precision bf16` there does what it
 says. The labels are whole numbers from 0. Instead of flags one YAML or JSON file will do.
+
+Needs `pip install 'hf_rrd[demo]'`.
 """
 
 import json
@@ -20,6 +22,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import load_dataset
+from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
@@ -29,7 +32,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from hf_rrd import FeatureBank, logit_loss, relational_loss, student_from_teacher
+from hf_rrd import FeatureBank, compare_models, logit_loss, relational_loss, student_from_teacher
 from hf_rrd.pooling import mean_pool
 
 
@@ -58,6 +61,9 @@ class Arguments:
     kd_weight: float = field(default=0.0, metadata={"help": "Weight of distillation on logits; 0 leaves it out."})
     bank_size: int = field(default=4096, metadata={"help": "Teacher embeddings to compare with."})
     seed: int = field(default=0, metadata={"help": "Of new weights and of the order of batches."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Push student and tokenizer at the end."})
+    hub_model_id: str | None = field(default=None, metadata={"help": "Their name there. Default: the folder's."})
+    report: bool = field(default=False, metadata={"help": "Compare student and teacher at the end, also in speed."})
 
 
 def parse() -> Arguments:
@@ -159,9 +165,18 @@ def main() -> None:
         accelerator.unwrap_model(student).save_pretrained(args.output_dir)
         tokenizer.save_pretrained(args.output_dir)
         Path(args.output_dir, "results.json").write_text(json.dumps(accuracy, indent=2))
+        if args.push_to_hub:
+            name = args.hub_model_id or Path(args.output_dir).name
+            tags = ["hf-rrd", "knowledge-distillation", "relational-representation-distillation"]
+            accelerator.unwrap_model(student).push_to_hub(name, tags=tags)
+            tokenizer.push_to_hub(name)
     accelerator.print(
         f"accuracy: student {100 * accuracy['student']:.1f} %, teacher {100 * accuracy['teacher']:.1f} %"
     )
+    if args.report and accelerator.is_main_process:
+        report = compare_models(accelerator.unwrap_model(student), teacher, data["validation"], collate)
+        report.save(args.output_dir)
+        Console().print(report.table())
     accelerator.wait_for_everyone()  # torch 2.13 may hang where the group ends right after a gather
     accelerator.end_training()
 

@@ -34,6 +34,9 @@ class Arguments:
     teacher_epochs: float = field(default=30, metadata={"help": "Passes of the teacher over the training digits."})
     epochs: float = field(default=30, metadata={"help": "Passes of each student."})
     seed: int = field(default=0, metadata={"help": "Of the split, the starting weights and the order of batches."})
+    report: bool = field(default=False, metadata={"help": "Compare student and teacher at the end, also in speed."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Push the distilled student with its card."})
+    hub_model_id: str | None = field(default=None, metadata={"help": "Its name there. Default: distilled."})
 
 
 CHECK_IN_A_FRESH_PROCESS = """
@@ -109,7 +112,7 @@ def main() -> None:
     print("1 of 3: the teacher")
     teacher = vit(width=128, layers=4, seed=args.seed)
     settings = TrainingArguments(str(out / "teacher"), num_train_epochs=args.teacher_epochs, **common)
-    runs = {"teacher": Trainer(teacher, settings, train_dataset=train)}
+    runs: dict[str, Any] = {"teacher": Trainer(teacher, settings, train_dataset=train)}
     runs["teacher"].train()
 
     print("2 of 3: the student alone")
@@ -122,6 +125,8 @@ def main() -> None:
         str(out / "distilled"),
         num_train_epochs=args.epochs,
         relational_weight=3,  # below the default: all digits have a label, and the task is easy
+        push_to_hub=args.push_to_hub,
+        hub_model_id=args.hub_model_id,
         **common,
     )
     student = vit(width=32, layers=2, seed=args.seed)
@@ -139,7 +144,16 @@ def main() -> None:
     table.caption = (
         "* with the teacher: alignment of the embeddings, share of each digit's 10 nearest that is the same"
     )
-    Console(width=max(80, Console().width)).print(table)
+    console = Console(width=max(80, Console().width))
+    console.print(table)
+    distilled = runs["distilled"]
+    if args.report:
+        console.print(distilled.report(test).table())
+    card = {"dataset": "scikit-learn's handwritten digits"}
+    if args.push_to_hub:
+        distilled.push_to_hub(**card)
+    else:
+        distilled.create_model_card(**card)
 
     save_file(test[:], out / "held-out.safetensors")
     check = [sys.executable, "-c", CHECK_IN_A_FRESH_PROCESS, str(out / "distilled"), str(out / "held-out.safetensors")]

@@ -58,6 +58,7 @@ class ModelArguments:
     student_config_name: str | None = field(default=None, metadata={"help": "A new student: model type or config."})
     student_num_layers: int | None = field(default=None, metadata={"help": "A part of the teacher: its layers."})
     student_config_overrides: str = field(default="", metadata={"help": "Changes to either: 'hidden_size=128'."})
+    card_teacher: str | None = field(default=None, metadata={"help": "For the card: what to call the teacher."})
 
 
 @dataclass
@@ -75,6 +76,8 @@ class DataArguments:
     cache_teacher: bool = field(default=False, metadata={"help": "Run the teacher once, before the training."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many only, drawn at random."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many only, drawn at random."})
+    report: bool = field(default=False, metadata={"help": "Compare student and teacher at the end, also in speed."})
+    card_dataset: str | None = field(default=None, metadata={"help": "For the card: the Hub name of files' data set."})
 
 
 def parse() -> tuple[ModelArguments, DataArguments, RelationalDistillationConfig]:
@@ -234,8 +237,20 @@ def main() -> None:
         table.add_row(name, f"{run.model.num_parameters():,}", *shares)
     if trainer.is_world_process_zero():
         Console().print(table)
+
+    # Describe the student, and push it if asked.
+    report = trainer.report(data[evaluated[-1]], teacher) if data_args.report and evaluated else None
+    if report is not None:
+        Console().print(report.table())
+    teacher_name, epochs = model_args.card_teacher, model_args.teacher_epochs
+    if teacher_name is None and epochs > 0:
+        name = Path(model_args.teacher_model_name_or_path)
+        teacher_name = f"{name.name if name.exists() else name}, fine-tuned on the same data for {epochs:g} epochs"
+    card = {"dataset_tags": data_args.dataset_name or data_args.card_dataset, "teacher_name": teacher_name}
     if args.push_to_hub:
-        trainer.push_to_hub()
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ class ModelArguments:
     student_config_name: str | None = field(default=None, metadata={"help": "A new student: model type or config."})
     student_num_layers: int | None = field(default=None, metadata={"help": "A part of the teacher: its layers."})
     student_config_overrides: str = field(default="", metadata={"help": "Changes to either: 'hidden_size=128'."})
+    card_teacher: str | None = field(default=None, metadata={"help": "For the card: what to call the teacher."})
 
 
 @dataclass
@@ -69,6 +70,8 @@ class DataArguments:
     cache_teacher: bool = field(default=False, metadata={"help": "Run the teacher once, before the training."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many only, drawn at random."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many only, drawn at random."})
+    report: bool = field(default=False, metadata={"help": "Compare student and teacher at the end, also in speed."})
+    card_dataset: str | None = field(default=None, metadata={"help": "For the card: the Hub name of files' data set."})
 
 
 def parse() -> tuple[ModelArguments, DataArguments, RelationalDistillationConfig]:
@@ -210,8 +213,16 @@ def main() -> None:
         Console().print(table)
         metrics |= {f"eval_{name}": share for name, share in results["student after"].items()}
     trainer.save_metrics("eval", metrics)
+
+    # Describe the student, and push it if asked.
+    report = trainer.report(teacher=teacher) if data_args.report else None
+    if report is not None:
+        Console().print(report.table())
+    card = {"dataset_tags": data_args.dataset_name or data_args.card_dataset, "teacher_name": model_args.card_teacher}
     if args.push_to_hub:
-        trainer.push_to_hub()
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
 
 
 if __name__ == "__main__":

@@ -16,17 +16,20 @@ from hf_rrd.data import DataCollatorForDistillation
 from hf_rrd.feature_bank import FeatureBank
 from hf_rrd.initialization import Initialization, student_from_teacher
 from hf_rrd.losses import infonce_loss, logit_loss, relational_loss
+from hf_rrd.report import DistillationReport, compare_models
 from hf_rrd.trainer import RelationalDistillationTrainer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DataCollatorForDistillation",
+    "DistillationReport",
     "FeatureBank",
     "Initialization",
     "RelationalDistillationConfig",
     "RelationalDistillationTrainer",
     "cache_teacher_outputs",
+    "compare_models",
     "correlation_congruence_loss",
     "cosine_loss",
     "infonce_loss",

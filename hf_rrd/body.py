@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models import auto  # whose `modeling_auto` is loaded when it is used
 
-from hf_rrd.pooling import POOLERS, Pooler, cls_pool, last_token_pool, mean_pool
+from hf_rrd.pooling import POOLERS, Pooler
 
 _OUTPUT = "_hf_rrd_output"
 _KEEP = "_hf_rrd_keep"
@@ -91,11 +91,12 @@ def pooler_for(pooling: str | Callable[..., Any], body: Any) -> Pooler:
     `"auto"`: the last token of a decoder or of an encoder-decoder, the CLS token of a vision model that has one,
     otherwise the mean over the unmasked tokens, or over the positions of a convolutional map.
     """
-    pooler = _auto_pooler(body) if pooling == "auto" else POOLERS[pooling] if isinstance(pooling, str) else pooling
-    return partial(_pool, pooler, body)
+    name = auto_pooling(body) if pooling == "auto" else pooling
+    return partial(_pool, POOLERS[name] if isinstance(name, str) else name, body)
 
 
-def _auto_pooler(body: Any) -> Pooler:
+def auto_pooling(body: Any) -> str:
+    """The key of `POOLERS` that `"auto"` means for this body."""
     family = body.config.model_type
     reads_text = main_input_of(body) == "input_ids"
     generates = (
@@ -103,9 +104,9 @@ def _auto_pooler(body: Any) -> Pooler:
         and family not in auto.modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     )
     if reads_text and (generates or (body.config.is_encoder_decoder and hasattr(body, "decoder"))):
-        return last_token_pool
+        return "last_token"
     has_cls = any(name.endswith(("cls_token", "class_embedding")) for name, _ in body.named_parameters())
-    return cls_pool if has_cls and not reads_text else mean_pool
+    return "cls" if has_cls and not reads_text else "mean"
 
 
 def _pool(pooler: Pooler, body: Any, outputs: Any, attention_mask: Tensor | None) -> Tensor:

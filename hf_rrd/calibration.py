@@ -1,13 +1,59 @@
-"""Calibration: which training examples the teacher is measured on before the first step."""
+"""Calibration: the teacher is measured on some training examples before the first step."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
+from hf_rrd.data import has_cached_embeddings
+from hf_rrd.feature_bank import FeatureBank
+from hf_rrd.teacher import TeacherProjection
+
+
+def calibrate(
+    projection: TeacherProjection,
+    bank: FeatureBank,
+    dataset: Any,
+    examples: int,
+    seed: int,
+    embed: Callable[[Any], Tensor],
+    share: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+) -> None:
+    """Fit the teacher's projection, unless it is, and fill the bank.
+
+    Args:
+        projection: Of the teacher's embeddings.
+        bank: To be filled.
+        dataset: The training set.
+        examples: How many are measured; 0 measures none.
+        seed: Of their draw.
+        embed: From a data set to the teacher's embeddings, (examples, width), on all processes.
+        share: From the main process's projection to that of all.
+
+    Raises:
+        ValueError: An embedding is not finite, or there are too few to fit the projection.
+    """
+    if examples == 0:
+        return
+    # Cached embeddings cost nothing: they fill all of the bank.
+    filled = bank.size if has_cached_embeddings(dataset) else min(examples, bank.size)
+    count = filled if projection.is_ready else max(examples, filled)
+    if count == 0:
+        return
+    embeddings = embed(sample_of(dataset, count, seed))
+    if len(embeddings) == 0 and projection.is_ready:
+        return
+    if not embeddings.isfinite().all():
+        raise ValueError("the teacher's embedding is not finite (nan or inf) on examples of `train_dataset`.")
+    if not projection.is_ready:
+        projection.fit(embeddings[:examples])
+        projection.load_state_dict(share(projection.state_dict()))  # the same to the bit on all processes
+    bank.enqueue(projection(embeddings[: bank.size]))
 
 
 def sample_of(dataset: Any, count: int, seed: int) -> Any:

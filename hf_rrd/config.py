@@ -146,6 +146,14 @@ class RelationalDistillationConfig(TrainingArguments):
             "empty bank."
         },
     )
+    alignment_examples: int = field(
+        default=0,
+        metadata={
+            "help": "Evaluation examples whose embeddings are compared with the teacher's at each evaluation, 0 or "
+            "more, spread evenly over it. Set it to some thousand to have eval_alignment_cka, "
+            "eval_alignment_rank_correlation and eval_alignment_neighbor_overlap, also as metric_for_best_model."
+        },
+    )
     student_pooling: str = field(
         default="auto",
         metadata={
@@ -229,10 +237,17 @@ class RelationalDistillationConfig(TrainingArguments):
         for name in ("student_pooling", "teacher_pooling"):
             if not callable(getattr(self, name)):
                 _check_choice(name, getattr(self, name), ["auto", *POOLERS])
-        if not _is_whole(self.calibration_examples):
-            raise ValueError(f"`calibration_examples` must be a whole number, got {self.calibration_examples!r}.")
-        if self.calibration_examples < 0:
-            raise ValueError(f"`calibration_examples` must be 0 or more, got {self.calibration_examples}. Try 4096.")
+        for name in ("calibration_examples", "alignment_examples"):
+            count = getattr(self, name)
+            if not _is_whole(count):
+                raise ValueError(f"`{name}` must be a whole number, got {count!r}.")
+            if count < 0:
+                raise ValueError(f"`{name}` must be 0 or more, got {count}. Try 4096.")
+        if self.alignment_examples > 0 and self.relational_weight == 0:
+            raise ValueError(
+                f"`alignment_examples` is {self.alignment_examples}, and without a relational loss no embeddings are "
+                "computed. Set it to 0, and call the trainer's report() after the training."
+            )
         if self.calibration_examples == 0 and self.teacher_projection in MEASURED_PROJECTIONS:
             raise ValueError(
                 f"teacher_projection={self.teacher_projection!r} is measured on training examples, and "
@@ -274,7 +289,7 @@ class RelationalDistillationConfig(TrainingArguments):
         """As in `TrainingArguments`, with a callable pooling by its name and without the teacher's token."""
         fields = super().to_dict()
         for name in ("student_pooling", "teacher_pooling"):
-            fields[name] = _name_of(fields[name])
+            fields[name] = name_of(fields[name])
         if isinstance(fields["teacher_model_init_kwargs"], dict):
             fields["teacher_model_init_kwargs"] = {
                 name: "<TOKEN>" if name == "token" else value if isinstance(value, bool | int | float) else str(value)
@@ -288,10 +303,11 @@ class RelationalDistillationConfig(TrainingArguments):
     __repr__ = __str__
 
     def shareable(self) -> "RelationalDistillationConfig":
-        """A copy for `training_args.bin`: without the teacher's token or a callable that could not be pickled."""
+        """A copy for `training_args.bin`: without tokens, and without a callable that could not be pickled."""
         shared = copy.copy(self)
         shown = self.to_dict()
-        for name in ("student_pooling", "teacher_pooling", "teacher_model_init_kwargs"):
+        secret = [name for name in shown if name.endswith("_token") and getattr(self, name) is not None]
+        for name in ("student_pooling", "teacher_pooling", "teacher_model_init_kwargs", *secret):
             setattr(shared, name, shown[name])
         return shared
 
@@ -347,5 +363,6 @@ def _check_choice(name: str, value: Any, known: list[str]) -> None:
         raise ValueError(f"`{name}` must be one of {known}, got {value!r}.")
 
 
-def _name_of(pooling: str | Callable[..., Any]) -> str:
+def name_of(pooling: str | Callable[..., Any]) -> str:
+    """A pooling's name, also of a callable."""
     return pooling if isinstance(pooling, str) else getattr(pooling, "__qualname__", type(pooling).__name__)

@@ -33,6 +33,9 @@ WITH_EMBEDDING = "with_relational_embedding"
 EMBEDDING = "relational_embedding"
 """The field of the student's output that holds the embedding."""
 
+POOLED = "relational_pooled"
+"""The field that holds it before the projection, in evaluation mode: the embedding of the student as it is saved."""
+
 STUDENT_PROJECTIONS: dict[str, Callable[[int, int], nn.Module]] = {
     "linear": nn.Linear,
     "mlp": lambda width, dim: nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, dim)),
@@ -96,7 +99,8 @@ def attach_head(
     """Give the student a head, in place of one that it may have from an earlier trainer.
 
     Afterwards `student(..., with_relational_embedding=True)` returns the output with one more field,
-    `relational_embedding`: rows in float32, (batch, dim), of length 1 if `unit`.
+    `relational_embedding`: rows in float32, (batch, dim), of length 1 if `unit`; in evaluation mode with another,
+    `relational_pooled`: what they were projected from, (batch, width).
     """
     detach_head(student)
     body = body_of(student)
@@ -141,10 +145,10 @@ def head_of(student: nn.Module) -> Any:
     return student._modules.get(HEAD)
 
 
-def split_embedding(outputs: Any) -> tuple[Any, Tensor]:
-    """A student's output without our field, and the embedding, (batch, dim)."""
-    plain = {key: value for key, value in outputs.items() if key != EMBEDDING}
-    return type(outputs).__mro__[1](**plain), outputs[EMBEDDING]
+def split_embedding(outputs: Any) -> tuple[Any, Tensor, Tensor | None]:
+    """A student's output without our fields, its embedding, (batch, dim), and its pooled one in evaluation mode."""
+    plain = {key: value for key, value in outputs.items() if key not in (EMBEDDING, POOLED)}
+    return type(outputs).__mro__[1](**plain), outputs[EMBEDDING], outputs.get(POOLED)
 
 
 def _ask_body(student: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -161,8 +165,9 @@ def _add_embedding(student: nn.Module, args: Any, kwargs: dict[str, Any], output
     if not isinstance(outputs, ModelOutput):
         raise ValueError(f"the student must return a ModelOutput, got {type(outputs).__name__}. Set return_dict=True.")
     head = head_of(student)
-    embedding = head(head.pool(take_kept(body_of(student)), kwargs.get("attention_mask")))
-    return _with_embedding(type(outputs))(**dict(outputs.items()), **{EMBEDDING: embedding})
+    pooled = head.pool(take_kept(body_of(student)), kwargs.get("attention_mask"))
+    ours = {EMBEDDING: head(pooled)} | ({} if student.training else {POOLED: pooled})
+    return _with_embedding(type(outputs))(**dict(outputs.items()), **ours)
 
 
 _EXTENDED: dict[type, Any] = {}
@@ -172,6 +177,8 @@ def _with_embedding(output_class: type) -> Any:
     # DistributedDataParallel rebuilds an output as `cls(**items)`: one more key has to be a field of the class.
     if output_class not in _EXTENDED:
         _EXTENDED[output_class] = dataclasses.make_dataclass(
-            f"{output_class.__name__}WithEmbedding", [(EMBEDDING, object, None)], bases=(output_class,)
+            f"{output_class.__name__}WithEmbedding",
+            [(EMBEDDING, object, None), (POOLED, object, None)],
+            bases=(output_class,),
         )
     return _EXTENDED[output_class]

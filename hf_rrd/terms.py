@@ -8,6 +8,9 @@ from torch import Tensor
 
 from hf_rrd.objective import TERMS
 
+PERPLEXITY = "teacher_perplexity"
+"""Over how many rows of the bank the target is spread; logged beside the relational loss."""
+
 NEAR_ONE = 1.1
 """Below this perplexity the teacher's distribution counts as certain."""
 
@@ -82,7 +85,7 @@ class TermLog:
             return {}
         means = torch.stack([sums[name] for name in names]) / sums["steps"]
         line = _with_perplexity(dict(zip(names, means.tolist(), strict=True)))
-        self.lines_near_one = self.lines_near_one + 1 if line.get("teacher_perplexity", NEAR_ONE) < NEAR_ONE else 0
+        self.lines_near_one = self.lines_near_one + 1 if line.get(PERPLEXITY, NEAR_ONE) < NEAR_ONE else 0
         return line
 
     def start_evaluation(self) -> None:
@@ -112,5 +115,5 @@ class TermLog:
 def _with_perplexity(means: dict[str, float]) -> dict[str, float]:
     # The relational loss less its divergence is the entropy of the teacher's distribution: nothing more to compute.
     if "relational_kl" in means:
-        means["teacher_perplexity"] = math.exp(means["relational_loss"] - means["relational_kl"])
+        means[PERPLEXITY] = math.exp(means["relational_loss"] - means["relational_kl"])
     return means

@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Ev
 from transformers.utils import find_labels, logging
 
 from hf_rrd.body import unwrapped
-from hf_rrd.calibration import preserved_randomness, sample_of
+from hf_rrd.calibration import calibrate, preserved_randomness
 from hf_rrd.checkpoint import (
     checkpoint_to_resume,
     explained_write_errors,
@@ -43,11 +43,13 @@ from hf_rrd.data import (
     with_cached_arrays,
 )
 from hf_rrd.distributed import StepExamples, every_example, gather_rows, mend_wrap_policy, place_teacher
+from hf_rrd.embedding_log import EmbeddingLog
 from hf_rrd.errors import named_errors
 from hf_rrd.feature_bank import FeatureBank
 from hf_rrd.finite import FiniteCheck, check_weights
 from hf_rrd.identity import is_of_teacher, teacher_identity
 from hf_rrd.objective import RAW_LOSSES, DistillationObjective, settings_of
+from hf_rrd.publishing import PublishingMixin
 from hf_rrd.student import HEAD, WITH_EMBEDDING, attach_head, check_student, detach_head, head_of, split_embedding
 from hf_rrd.teacher import (
     Teacher,
@@ -62,7 +64,7 @@ from hf_rrd.terms import TermLog
 logger = logging.get_logger(__name__)
 
 
-class RelationalDistillationTrainer(Trainer):
+class RelationalDistillationTrainer(PublishingMixin, Trainer):
     """Trains `model`, the student, on its task and on what a frozen teacher knows.
 
     Takes all that `Trainer` takes, under the same names and in the same order, and two arguments more. The student
@@ -138,6 +140,7 @@ class RelationalDistillationTrainer(Trainer):
         if self.teacher is not None and model is not None and data_collator is None and train_dataset is not None:
             warn_of_shared_tokens(model, self.teacher, train_dataset)
         self._terms = TermLog()
+        self._embeddings = EmbeddingLog(args.alignment_examples)
         self._finite = FiniteCheck(self._terms.not_finite)
         self._resumed: tuple[Tensor, int] | None = None
         self._resuming = False
@@ -278,12 +281,9 @@ class RelationalDistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The weighted sum of the task loss, distillation on logits and the relational loss.
-
-        Each is a mean over the micro-batch: `num_items_in_batch` is not used.
-        """
+        """The weighted sum of the terms, each a mean over the micro-batch: `num_items_in_batch` is not used."""
         teacher = self._teacher_outputs(inputs, model.training)
-        task_loss, outputs, embedding = self._student_outputs(model, inputs)
+        task_loss, outputs, embedding, pooled = self._student_outputs(model, inputs)
         terms = {} if task_loss is None else {"task_loss": task_loss}
         with named_errors("comparing student and teacher", inputs):
             if teacher.logits is not None:
@@ -309,6 +309,8 @@ class RelationalDistillationTrainer(Trainer):
             loss = loss * (share * (step.micro_batches if self._trainer_divides else 1))
         else:
             self._terms.add_evaluated(terms, examples, self.accelerator.gather_for_metrics)
+            if self.args.alignment_examples > 0 and pooled is not None and teacher.embedding is not None:
+                self._embeddings.add(pooled, teacher.embedding, self.accelerator.gather_for_metrics)
         return (loss, outputs) if return_outputs else loss
 
     def _teacher_outputs(self, inputs: dict[str, Any], training: bool) -> TeacherOutputs:
@@ -325,8 +327,11 @@ class RelationalDistillationTrainer(Trainer):
         with self.accelerator.autocast():
             return teacher_outputs(self._teacher, inputs, self._wants_embedding, wants_logits)
 
-    def _student_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor | None, Any, Tensor | None]:
-        """One forward of the student: its task loss (a scalar), its own output, and its embedding, (batch, dim)."""
+    def _student_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
+        """One forward: the student's task loss (a scalar), output, embedding, (batch, dim), and its pooled one.
+
+        The last, (batch, width), is there in evaluation. What there is not is None.
+        """
         accepted = self._teacher.columns if self._teacher is not None else []
         inputs = student_inputs(inputs, self._student_columns, accepted)
         if self._projection is not None:
@@ -344,7 +349,7 @@ class RelationalDistillationTrainer(Trainer):
             with named_errors("the student", inputs):
                 outputs = model(**{name: value for name, value in inputs.items() if name not in self.label_names})
         if self._projection is None:
-            return task_loss, outputs, None
+            return task_loss, outputs, None, None
         return task_loss, *split_embedding(outputs)
 
     # ---- Training ----
@@ -378,25 +383,13 @@ class RelationalDistillationTrainer(Trainer):
 
     def _calibrate(self) -> None:
         """Measure the teacher on some training examples: fit its projection, unless it is, and fill the bank."""
-        projection, bank = self._projection, self.distillation.bank
-        measured = self.args.calibration_examples
-        if projection is None or bank is None or self.train_dataset is None or measured == 0:
-            return
-        # Cached embeddings cost nothing: they fill all of the bank.
-        filled = bank.size if has_cached_embeddings(self.train_dataset) else min(measured, bank.size)
-        count = filled if projection.is_ready else max(measured, filled)
-        if count == 0:
-            return
-        embeddings = self._embeddings_of(sample_of(self.train_dataset, count, self.args.seed))
-        if len(embeddings) == 0 and projection.is_ready:
-            return
-        if not embeddings.isfinite().all():
-            raise ValueError("the teacher's embedding is not finite (nan or inf) on examples of `train_dataset`.")
-        if not projection.is_ready:
-            projection.fit(embeddings[:measured])
-            state = {name: tensor.to(self.args.device) for name, tensor in projection.state_dict().items()}
-            projection.load_state_dict(broadcast(state))  # the same to the bit on all processes
-        bank.enqueue(projection(embeddings[: bank.size]))
+        projection, bank, args = self._projection, self.distillation.bank, self.args
+        if projection is not None and bank is not None and self.train_dataset is not None:
+            count, seed = args.calibration_examples, args.seed
+            calibrate(projection, bank, self.train_dataset, count, seed, self._embeddings_of, self._of_main_process)
+
+    def _of_main_process(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return dict(broadcast({name: tensor.to(self.args.device) for name, tensor in state.items()}))
 
     @torch.no_grad()
     def _embeddings_of(self, sample: Any) -> Tensor:
@@ -486,12 +479,15 @@ class RelationalDistillationTrainer(Trainer):
     ) -> EvalLoopOutput:
         """As in `Trainer`, with the mean of each term among the metrics. The bank stays as it is."""
         self._terms.start_evaluation()
+        self._embeddings.start()
         if self.distillation.bank is not None and len(self.distillation.bank) == 0:  # before the first step
             self._calibrate()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         self._finite.raise_if_found()
         for name, mean in self._terms.evaluated().items():
             output.metrics[f"{metric_key_prefix}_{name}"] = mean
+        for name, value in self._embeddings.alignment().items():
+            output.metrics[f"{metric_key_prefix}_alignment_{name}"] = value
         return output
 
     # ---- Saving ----

@@ -20,8 +20,10 @@ ALLOWED: dict[str, set[str]] = {
     "feature_bank": set(),
     "pooling": set(),
     "alignment": set(),
-    "calibration": set(),
     "finite": set(),
+    "reliability": set(),
+    "embedding_log": {"alignment"},
+    "presentation": set(),
     "objective": {"batch_losses", "losses", "feature_bank"},
     "terms": {"objective"},
     "body": {"pooling"},
@@ -29,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"body", "errors"},
     "student": {"body"},
     "teacher": {"body", "data", "errors"},
+    "calibration": {"data", "feature_bank", "teacher"},
     "identity": {"body", "data", "errors"},
     "caching": {"body", "calibration", "data", "identity", "teacher"},
     "initialization": set(),
@@ -36,6 +39,22 @@ ALLOWED: dict[str, set[str]] = {
     "comparison": {"checkpoint", "feature_bank", "student", "teacher"},
     "distributed": {"teacher"},
     "config": {"batch_losses", "objective", "pooling", "student", "teacher"},
+    "export": {"body", "errors", "student"},
+    "plots": {"reliability"},
+    "report": {
+        "alignment",
+        "body",
+        "calibration",
+        "data",
+        "embedding_log",
+        "errors",
+        "presentation",
+        "reliability",
+        "student",
+    },
+    "run_facts": {"body", "config", "objective", "report", "terms"},
+    "model_card": {"presentation", "run_facts"},
+    "publishing": {"data", "model_card", "plots", "report", "run_facts"},
     "trainer": {
         "body",
         "calibration",
@@ -44,17 +63,22 @@ ALLOWED: dict[str, set[str]] = {
         "config",
         "data",
         "distributed",
+        "embedding_log",
         "errors",
         "feature_bank",
         "finite",
         "identity",
         "objective",
+        "publishing",
         "student",
         "teacher",
         "terms",
     },
 }
-PURE_TORCH = ["losses", "batch_losses", "feature_bank", "pooling", "alignment", "finite", "objective", "terms"]
+PURE_TORCH = [
+    *("losses", "batch_losses", "feature_bank", "pooling", "alignment", "finite", "objective", "terms"),
+    *("reliability", "embedding_log", "presentation"),
+]
 
 
 def source_of(module: str) -> str:

@@ -30,6 +30,7 @@ DEFAULTS = {
     "student_projection": "linear",
     "teacher_projection": "center",
     "calibration_examples": 4096,
+    "alignment_examples": 0,
     "student_pooling": "auto",
     "teacher_pooling": "auto",
     "teacher_dtype": None,

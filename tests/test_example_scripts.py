@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from tests.builders import tiny_vit
+from tests.loopback_hub import LoopbackHub, header_errors
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = ("text_classification", "image_classification", "text_embeddings", "own_training_loop")
@@ -118,7 +119,9 @@ def start(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return start
 
 
-def start_process(name: str, line: str, folder: Path, out: Path, processes: int = 1) -> str:
+def start_process(
+    name: str, line: str, folder: Path, out: Path, processes: int = 1, hub: LoopbackHub | None = None
+) -> str:
     """Runs an example as a user starts it; what it printed."""
     launcher = []
     if processes > 1:
@@ -131,6 +134,7 @@ def start_process(name: str, line: str, folder: Path, out: Path, processes: int 
         launcher += ["--main_process_port", port]
     arguments = shlex.split(line.replace("{}", str(folder)).replace("OUT", str(out)))
     environment = os.environ | {"HF_HOME": str(out / "home"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    environment |= {} if hub is None else hub.environment(out / "home")
     run = subprocess.run(
         [sys.executable, *launcher, str(EXAMPLES / f"{name}.py"), *arguments],
         capture_output=True,
@@ -157,6 +161,7 @@ def text_accuracy(student: Path, file: Path, column: str) -> float:
     return sum(right) / len(right)
 
 
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 CLASSIFY = (
     "--train_file {}/train.csv --validation_file {}/validation.csv --test_file {}/test.csv "
     f"--text_column_name sentence --label_column_name verdict --num_train_epochs 1 {QUIET} "
@@ -346,6 +351,58 @@ def test_text_embeddings_train_without_the_labels(start: Any) -> None:
     assert {"input_ids", "teacher_input_ids"} <= columns and not columns & {"label", "labels", "verdict"}
     assert trainer.args.task_weight == 0
     assert trainer.distillation.bank.dim == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "processor"),
+    [
+        ("quickstart", "--teacher_epochs 0.2 --epochs 0.5", set()),
+        (
+            "text_classification",
+            f"{CLASSIFY} --teacher_model_name_or_path {{}}/classifier --logging_steps 1",
+            TOKENIZER,
+        ),
+        (
+            "image_classification",
+            "--train_file {}/train.parquet --test_file {}/test.parquet "
+            f"--teacher_model_name_or_path {{}}/vit --logging_steps 1 {QUIET}",
+            {"preprocessor_config.json"},
+        ),
+        (
+            "text_embeddings",
+            "--train_file {}/train.csv --validation_file {}/validation.csv --text_column_name sentence "
+            "--teacher_model_name_or_path {}/embedder --student_num_layers 1 --student_projection none "
+            f"--logging_steps 1 {QUIET}",
+            TOKENIZER,
+        ),
+        (
+            "own_training_loop",
+            "--train_file {}/train.csv --validation_file {}/validation.csv --text_column_name sentence "
+            "--teacher_model_name_or_path {}/classifier --student_num_layers 1 --num_train_epochs 1",
+            TOKENIZER,
+        ),
+    ],
+)
+def test_a_script_reports_and_pushes_by_flags(
+    name: str, line: str, processor: set[str], folder: Path, tmp_path: Path
+) -> None:
+    with LoopbackHub() as hub:
+        flags = "--report --push_to_hub --hub_model_id tester/pushed --output_dir OUT"
+        printed = start_process(name, f"{line} {flags}", folder, tmp_path, hub=hub)
+        files = hub.files("tester/pushed")
+        assert hub.unhandled == []
+    assert "CKA with the teacher" in printed and "95th percentile" in printed
+    stock = {"README.md", "config.json", "model.safetensors"} | processor
+    pictures = {
+        "quickstart": "similarities embeddings reliability",  # its tiny run ends before its first log line
+        "text_embeddings": "losses similarities embeddings",  # without classes
+        "own_training_loop": "",
+    }.get(name, "losses similarities embeddings reliability")
+    assert files.keys() == stock | {f"figures/{picture}.png" for picture in pictures.split()}
+    card = files["README.md"].decode()
+    assert header_errors(card) == [] and "hf-rrd" in card and str(tmp_path) not in card and str(folder) not in card
+    report = json.loads(next(tmp_path.rglob("distillation_report.json")).read_text())
+    assert {"latency_ms", "parameters", "bytes", "flops"} <= report["student"].keys() & report["teacher"].keys()
 
 
 def test_retrieval_counts_the_teachers_nearest_among_the_ten_nearest() -> None:
