@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from huggingface_hub import ModelCard
 from scipy.stats import ttest_1samp
 
 from tests.builders import tiny_vit
@@ -20,10 +19,10 @@ BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
 
 @pytest.fixture(scope="module")
 def modules() -> tuple[ModuleType, ModuleType]:
-    """`comparison_tasks` and `compare_losses`, as a run of the script imports them; beside them `write_cards`."""
+    """`comparison_tasks` and `compare_losses`, as a run of the script imports them; beside them `write_comparison`."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        importlib.import_module("write_cards")
+        importlib.import_module("write_comparison")
         return importlib.import_module("comparison_tasks"), importlib.import_module("compare_losses")
     finally:
         sys.path.remove(str(BENCHMARKS))
@@ -154,38 +153,21 @@ def test_differences_are_paired_by_seed_and_the_weight_is_chosen_on_validation(
     assert (tmp_path / "sst2" / "summary.csv").read_text().count("\n") == 3
 
 
-def test_a_card_holds_the_figures_of_the_table_and_the_index_lists_it(
-    modules: tuple[ModuleType, ModuleType], task: Any, tmp_path: Path
-) -> None:
-    _, comparison = modules
-    cards = sys.modules["write_cards"]
+def test_a_page_holds_the_figures_of_the_table(modules: tuple[ModuleType, ModuleType]) -> None:
     common = {"probe_few": "", "cka": "0.5", "neighbor_overlap": "9.6"}
     rows = [
-        {"regime": "few", "method": "plain", "seeds": "3", "score": "60", "deviation": "1", "difference": "0"}
-        | {"half_interval": "0", **common},
-        {
-            "regime": "few",
-            "method": cards.ROW,
-            "seeds": "3",
-            "score": "70.25",
-            "deviation": "0.5",
-            "difference": "10.25",
-        }
-        | {"half_interval": "2.25", **common},
-        {"regime": "all", "method": cards.ROW, "seeds": "1", "score": "90", "deviation": "nan", "difference": "nan"}
-        | {"half_interval": "nan", **common},
+        {"regime": "few", "method": "plain", "seeds": "3", "score": "60", "deviation": "1"}
+        | {"difference": "0", "half_interval": "0", **common},
+        {"regime": "few", "method": "rrd", "seeds": "3", "score": "70.25", "deviation": "0.5"}
+        | {"difference": "10.25", "half_interval": "2.25", **common},
+        {"regime": "all", "method": "rrd", "seeds": "1", "score": "90", "deviation": "nan"}
+        | {"difference": "nan", "half_interval": "nan", **common},
     ]
-    run = comparison.run_of("few", comparison.DEFAULTS, 0)
-    page = cards.card(cards.CardArguments("sst2"), task, run, task.student(0), rows)
-    assert f"| {cards.ROW} | 70.2 ± 0.5 | +10.2 ± 2.2 |  | 0.50 | 10 | 3 |" in page.text
-    assert "| plain | 60.0 ± 1.0 |  |" in page.text
-    assert "90.0" not in page.text  # another regime's
-    assert "`max_steps` | 2 |" in page.text
-    page.save(tmp_path / "student.md")
-    (evaluated,) = ModelCard.load(tmp_path / "student.md").data.eval_results
-    assert (evaluated.metric_value, evaluated.dataset_type) == (0.7025, "stanfordnlp/sst2")
-    (listed,) = [line for line in cards.index(tmp_path).splitlines() if "student.md" in line]
-    assert listed.endswith("| accuracy, mean of 3 seeds | 70.2 % |")
+    page = sys.modules["write_comparison"].page("sst2", rows)
+    everything, few, none = page.split("\n## ")[1:]
+    assert "| rrd | 70.2 ± 0.5 | +10.2 ± 2.2 |  | 0.50 | 10 | 3 |" in few
+    assert "| plain | 60.0 ± 1.0 |  |" in few and "90.0" not in few
+    assert "| rrd | 90.0 | +nan |" in everything and "| rrd" not in none
 
 
 def test_the_mean_over_regimes_is_paired_by_seed_and_wants_all_regimes(

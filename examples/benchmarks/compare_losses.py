@@ -182,7 +182,7 @@ def read(model: Any, split: Split) -> tuple[Tensor, Tensor]:
 def measure(model: Any, task: Task, split: Split, probes: bool) -> dict[str, float]:
     """Accuracy in percent, alignment with the teacher and, where asked, linear probes of all and of few labels."""
     embeddings, logits = read(model, split)
-    alignment = relational_alignment(embeddings[:1000], split.embedding[:1000, 0])
+    alignment = relational_alignment(embeddings[:1000], split.embedding[:1000, 0], debiased=False)
     metrics = {
         "accuracy": 100 * (logits.argmax(-1) == split.labels).float().mean().item(),
         "cka": alignment["cka"],

