@@ -212,6 +212,7 @@ def main() -> None:
             table.add_row(name, f"{model.num_parameters():,}", *(f"{100 * share:.1f} %" for share in shares.values()))
         Console().print(table)
         metrics |= {f"eval_{name}": share for name, share in results["student after"].items()}
+        trainer.log(metrics)
     trainer.save_metrics("eval", metrics)
 
     # Describe the student, and push it if asked.

@@ -42,9 +42,12 @@ FIGURES = "figures"
 
 PICTURES = ("losses", "similarities", "embeddings", "reliability")
 
-
 HUB_ERRORS: tuple[Any, ...] = (OSError, *HfHubHTTPError.__bases__)
 """What a request may raise; among its bases is the HTTP library's own error, and that library differs by version."""
+
+
+class PushError(OSError):
+    """The Hub could not be reached, or it refused; the student is on disk."""
 
 
 class PublishingMixin:
@@ -80,7 +83,10 @@ class PublishingMixin:
             dataset = self.eval_dataset[dataset]
         if dataset is None or isinstance(dataset, dict | str):
             known = f"one of {sorted(self.eval_dataset)}" if isinstance(self.eval_dataset, dict) else "a data set"
-            raise ValueError(f"`dataset` must be {known}, got {dataset if isinstance(dataset, str) else 'none'}.")
+            came = (
+                dataset if isinstance(dataset, str) else "none" if dataset is None else f"several, {sorted(dataset)}"
+            )
+            raise ValueError(f"`dataset` must be {known}, got {came}.")
         if self._is_sharded():
             raise ValueError(
                 "a report needs the whole student in one process, and FSDP or DeepSpeed has it in parts. Load the "
@@ -180,7 +186,7 @@ class PublishingMixin:
             return
         try:
             self._create_repository(token, private, "`push_to_hub` is on, and the student has no place on the Hub yet")
-        except OSError as error:
+        except PushError as error:
             logger.warning(f"{error} Training goes on; the student will be in {self.args.output_dir}.")
 
     def _create_repository(self: Any, token: str | None, private: bool | None, failure: str) -> None:
@@ -190,6 +196,15 @@ class PublishingMixin:
         with explained_hub_errors(failure):
             self.hub_model_id = HfApi().create_repo(name, token=token, private=private, exist_ok=True).repo_id
         self.push_in_progress = None
+
+    def save_model(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `Trainer`: with `push_to_hub` it pushes, too; that a push failed is a warning here."""
+        super().save_model(output_dir, _internal_call=True)  # type: ignore[misc]
+        if self.args.push_to_hub and not _internal_call:
+            try:
+                self.push_to_hub(commit_message="Model save")
+            except PushError as error:
+                logger.warning(str(error))
 
     def push_to_hub(
         self: Any,
@@ -216,7 +231,7 @@ class PublishingMixin:
             What `huggingface_hub.HfApi.upload_folder` returns: the commit, or its future.
 
         Raises:
-            OSError: The Hub could not be reached, or it refused. The student is in `output_dir`.
+            PushError: An `OSError`: the Hub could not be reached, or it refused. The student is in `output_dir`.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)  # on all processes: each may hold a part of it
@@ -354,7 +369,7 @@ def explained_hub_errors(what: str) -> Iterator[None]:
         yield
     except HUB_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise OSError(
+        raise PushError(
             f"{what}: {reason.rstrip('.')}. See that the Hub can be reached and that you are logged in (`hf auth "
             "login`, or hub_token=), and call trainer.push_to_hub()."
         ) from error

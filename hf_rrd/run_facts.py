@@ -213,7 +213,8 @@ def _dataset(trainer: Any, title: str | None, name: str | None, configuration: s
 
 def _metrics(trainer: Any, report: dict[str, Any] | None) -> dict[str, Any]:
     """Metrics and alignment of the final student from the log, by split; without any, the report's accuracy."""
-    metrics, alignment = [], {}
+    metrics: dict[tuple[str, str], float] = {}
+    alignment = {}
     for prefix, entry in _final_evaluations(trainer).items():
         own = {key.removeprefix(f"{prefix}_"): value for key, value in entry.items() if key.startswith(f"{prefix}_")}
         split = str(getattr(trainer.eval_dataset, "split", None) or "") if prefix == "eval" else prefix
@@ -223,12 +224,15 @@ def _metrics(trainer: Any, report: dict[str, Any] | None) -> dict[str, Any]:
             if name.startswith("alignment_"):
                 alignment[name.removeprefix("alignment_")] = value
             else:
-                metrics.append({"name": name, "value": value} | ({"split": split} if split else {}))
+                metrics[split, name] = value
     accuracy = (report or {}).get("student", {}).get("accuracy")
     if not metrics and accuracy is not None and report is not None:
-        of_split = {"split": report["split"]} if "split" in report else {}
-        metrics.append({"name": "accuracy", "value": accuracy, **of_split})
-    return {"metrics": metrics, "alignment": alignment}
+        metrics[report.get("split", ""), "accuracy"] = accuracy
+    shown = [
+        {"name": name, "value": value} | ({"split": split} if split else {})
+        for (split, name), value in metrics.items()
+    ]
+    return {"metrics": shown, "alignment": alignment}
 
 
 def _final_evaluations(trainer: Any) -> dict[str, dict[str, Any]]:

@@ -369,7 +369,7 @@ class RelationalDistillationTrainer(PublishingMixin, Trainer):
         # Also after `auto_find_batch_size` ran out of memory in the middle of a step.
         self.distillation.reset()
         self._apply_settings()
-        self._terms, self._resumed = TermLog(), None
+        self._terms, self._resumed, self.last_report = TermLog(), None, None
         self._finite = FiniteCheck(self._terms.not_finite)
         if not self._resuming:  # else both come from the checkpoint
             self._calibrate()

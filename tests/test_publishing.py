@@ -190,6 +190,7 @@ import os
 saves = {"save_strategy": "steps", "save_steps": 2, "hub_strategy": "every_save"}
 run = new_trainer("student", push_to_hub=sys.argv[1] == "on", **saves)
 run.train()
+run.save_model()
 print(run.evaluate()["eval_accuracy"])
 try:
     run.push_to_hub()

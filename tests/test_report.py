@@ -204,6 +204,8 @@ def test_the_trainers_report_is_written_as_json_and_is_of_its_evaluation_set(tmp
     assert json.loads((tmp_path / REPORT_FILE).read_text()) == report.facts
     expected = (logits_of(run.model.eval(), data).argmax(1) == data.labels).float().mean()
     assert report.facts["student"]["accuracy"] == pytest.approx(float(expected))
+    run.train()
+    assert run.last_report is None, "it is of another student now"
 
 
 def test_one_of_several_evaluation_sets_is_named(tmp_path: Path) -> None:
@@ -214,6 +216,8 @@ def test_one_of_several_evaluation_sets_is_named(tmp_path: Path) -> None:
             run.report(dataset)
     with pytest.raises(ValueError, match="`dataset` must be a data set, got none"):
         trainer(tmp_path).report()
+    with pytest.raises(ValueError, match=r"`dataset` must be a data set, got several, \['test', 'train'\]"):
+        trainer(tmp_path).report({"train": Images(8), "test": Images(8)})
 
 
 def test_columns_that_no_model_reads_do_not_matter(tmp_path: Path) -> None:

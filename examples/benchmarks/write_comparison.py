@@ -62,8 +62,8 @@ def page(task: str, rows: list[dict[str, str]]) -> str:
         "Test split; mean and standard deviation over seeds, and the difference to the student alone (`plain`; "
         "without labels to the one of 500 labels), paired by seed, with its 95 % interval. CKA (not debiased) and "
         "neighbours (how many of an example's 10 nearest are the teacher's, in percent) say how near the student's "
-        "relations are to the teacher's. Made by `compare_losses.py` and `write_comparison.py`; what the rows set stands "
-        f"in the former.\n\n![Differences of all losses]({task}.png)\n\n" + "\n\n".join(sections) + "\n"
+        "relations are to the teacher's. Made by `compare_losses.py` and `write_comparison.py`; what the rows set "
+        f"stands in the former.\n\n![Differences of all losses]({task}.png)\n\n" + "\n\n".join(sections) + "\n"
     )
 
 
