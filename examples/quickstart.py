@@ -149,7 +149,7 @@ def main() -> None:
     distilled = runs["distilled"]
     if args.report:
         console.print(distilled.report(test).table())
-    card = {"dataset": "scikit-learn's handwritten digits"}
+    card = {"dataset": "scikit-learn's handwritten digits", "model_name": None if args.hub_model_id else out.name}
     if args.push_to_hub:
         distilled.push_to_hub(**card)
     else:

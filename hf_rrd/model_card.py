@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hf_rrd.presentation import ALIGNMENT, HEADER, percent, place, rows_of, size, whole
+from hf_rrd.presentation import ALIGNMENT, HEADER, digits, percent, place, rows_of, size, whole
 from hf_rrd.run_facts import TAGS
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -97,7 +97,7 @@ def _header(
         datasets=[dataset["id"]] if dataset.get("id") else None,
         base_model=origin,
         metrics=[*dict.fromkeys(metric["name"] for metric in facts.get("metrics", []))] or None,
-        model_name=facts["name"],
+        model_name=facts["name"] if results else None,
         eval_results=results or None,
         **({"distilled_from": teacher} if teacher else {}),
     )
@@ -175,7 +175,7 @@ def _metrics(facts: dict[str, Any]) -> str:
 
 def _metric(name: str, value: float) -> str:
     is_share = name.startswith(_SHARES) and 0 <= value <= 1
-    return percent(value) if is_share else f"{value:.4g}"
+    return percent(value) if is_share else digits(value, 4)
 
 
 def _alignment(facts: dict[str, Any]) -> str:
@@ -218,9 +218,7 @@ def _making(facts: dict[str, Any]) -> str:
 
 
 def _settings(facts: dict[str, Any]) -> str:
-    shown = {
-        name: f"{value:g}" if isinstance(value, float) else f"{value}" for name, value in facts["settings"].items()
-    }
+    shown = {name: _setting(name, value) for name, value in facts["settings"].items()}
     training = {name.replace("_", " "): _setting(name, value) for name, value in facts["training"].items()}
     rows = [(f"`{name}`", value) for name, value in shown.items()] + [*training.items()]
     return markdown(("setting", "value"), rows)
@@ -228,16 +226,18 @@ def _settings(facts: dict[str, Any]) -> str:
 
 def _setting(name: str, value: Any) -> str:
     if name == "seconds":
-        return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
-    return whole(value) if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else str(value)
+        return digits(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value).lower() if isinstance(value, bool) else str(value)
+    return whole(value) if isinstance(value, int) else f"{value:g}"
 
 
 def _losses(facts: dict[str, Any]) -> str:
     rows = [
         (
             f"`{each['name']}`",
-            f"{each['first']:.4g} (step {whole(each['first_step'])})",
-            f"{each['last']:.4g} (step {whole(each['last_step'])})",
+            f"{digits(each['first'], 4)} (step {whole(each['first_step'])})",
+            f"{digits(each['last'], 4)} (step {whole(each['last_step'])})",
         )
         for each in facts.get("losses", [])
     ]

@@ -32,6 +32,11 @@ def place(environment: dict[str, Any]) -> str:
     return f"{on}, {environment['dtype']}, torch {environment['torch']}"
 
 
+def digits(value: float, count: int = 3) -> str:
+    """So many digits that count, and more only before the point: 0.0120, 1.20, 120, 1,200."""
+    return f"{value:#.{count}g}".rstrip(".") if abs(value) < 10**count - 0.5 else f"{value:,.0f}"
+
+
 def whole(value: Any) -> str:
     """A number of things."""
     return "" if value is None else f"{value:,}"
@@ -57,11 +62,11 @@ def _flop(value: Any) -> str:
 
 
 def _milliseconds(value: Any) -> str:
-    return "" if value is None else f"{_three_digits(value)} ms"
+    return "" if value is None else f"{digits(value)} ms"
 
 
 def _per_second(value: Any) -> str:
-    return "" if value is None else _three_digits(value)
+    return "" if value is None else digits(value)
 
 
 def _scaled(value: Any, unit: str) -> str:
@@ -69,18 +74,13 @@ def _scaled(value: Any, unit: str) -> str:
         return ""
     for prefix in ("", "k", "M", "G", "T"):
         if value < 999.5:
-            return f"{_three_digits(value)} {prefix}{unit}"
+            return f"{digits(value)} {prefix}{unit}"
         value /= 1000
     return f"{value:,.0f} P{unit}"
 
 
 def _ratio(teacher: Any, student: Any) -> str:
-    return "" if not teacher or student is None else _three_digits(student / teacher)
-
-
-def _three_digits(value: float) -> str:
-    """Three digits that count, and more only before the point: 0.0120, 1.20, 120, 1,200."""
-    return f"{value:#.3g}".rstrip(".") if value < 999.5 else f"{value:,.0f}"
+    return "" if not teacher or student is None else digits(student / teacher)
 
 
 def _at(facts: dict[str, Any], path: str) -> Any:

@@ -171,7 +171,9 @@ class PublishingMixin:
         for name in PICTURES:  # of an earlier run
             (folder / FIGURES / f"{name}.png").unlink(missing_ok=True)
         try:
-            figures = _figures(self.state.log_history, self.last_report, getattr(self.model.config, "id2label", None))
+            names = getattr(self.model.config, "id2label", None) or {}
+            names = None if all(name == f"LABEL_{label}" for label, name in names.items()) else names  # made up
+            figures = _figures(self.state.log_history, self.last_report, names)
             files = save_plots(figures, folder / FIGURES)
         except ImportError as error:
             logger.warning_once(f"The card has no pictures. {error}")

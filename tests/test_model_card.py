@@ -161,7 +161,7 @@ def test_what_is_unknown_is_absent(tmp_path: Path) -> None:
     run = trainer(tmp_path / "student", train_dataset=Images(16))
     card = card_of(run)
     header, page = card.data.to_dict(), card.text
-    assert header.keys() == {"library_name", "model_name", "pipeline_tag", "tags"}
+    assert header.keys() == {"library_name", "pipeline_tag", "tags"}
     for section in ("Teacher and student", "Results", "How alike", "!["):
         assert section not in page
     for nothing in ("None", "nan", "null", "unknown", "[]", "{}", "More information"):
