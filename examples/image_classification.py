@@ -46,6 +46,7 @@ from hf_rrd import (
     student_from_teacher,
     with_views,
 )
+from hf_rrd.report import size_of
 
 
 @dataclass
@@ -232,7 +233,7 @@ def main() -> None:
         for split in evaluated if run is trainer else ():
             run.save_metrics(split, metrics[split])
         shares = [f"{100 * metrics[split][f'{split}_accuracy']:.1f} %" for split in evaluated]
-        table.add_row(name, f"{run.model.num_parameters():,}", *shares)
+        table.add_row(name, f"{size_of(run.model)['parameters']:,}", *shares)
     if trainer.is_world_process_zero():
         Console().print(table)
 

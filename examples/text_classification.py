@@ -46,6 +46,7 @@ from hf_rrd import (
     cache_teacher_outputs,
     student_from_teacher,
 )
+from hf_rrd.report import size_of
 
 
 @dataclass
@@ -234,7 +235,7 @@ def main() -> None:
         for split in evaluated:
             run.save_metrics(split, metrics[split])
         shares = [f"{100 * metrics[split][f'{split}_accuracy']:.1f} %" for split in evaluated]
-        table.add_row(name, f"{run.model.num_parameters():,}", *shares)
+        table.add_row(name, f"{size_of(run.model)['parameters']:,}", *shares)
     if trainer.is_world_process_zero():
         Console().print(table)
 

@@ -243,6 +243,8 @@ class RelationalDistillationConfig(TrainingArguments):
                 raise ValueError(f"`{name}` must be a whole number, got {count!r}.")
             if count < 0:
                 raise ValueError(f"`{name}` must be 0 or more, got {count}. Try 4096.")
+        if self.alignment_examples == 1:
+            raise ValueError("`alignment_examples` must be 0, or 2 or more to compare, got 1. Try 2000.")
         if self.alignment_examples > 0 and self.relational_weight == 0:
             raise ValueError(
                 f"`alignment_examples` is {self.alignment_examples}, and without a relational loss no embeddings are "

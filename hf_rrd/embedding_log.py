@@ -17,12 +17,12 @@ class EmbeddingLog:
 
     def __init__(self, examples: int) -> None:
         self.examples = examples
-        self._student: list[Tensor] = []
-        self._teacher: list[Tensor] = []
+        self.start()
 
     def start(self) -> None:
         """Forget an earlier evaluation."""
-        self._student, self._teacher = [], []
+        self._student, self._teacher = torch.empty(0), torch.empty(0)  # (kept, width) each
+        self._seen, self._stride = 0, 1
 
     def add(self, student: Tensor, teacher: Tensor, gather: Callable[[Tensor], Tensor]) -> None:
         """Add an evaluated batch.
@@ -32,16 +32,23 @@ class EmbeddingLog:
             teacher: (batch, another width).
             gather: From this process's rows to those of all processes, without duplicates.
         """
+        width = student.shape[1]
         both = torch.cat([student.detach().float(), teacher.detach().float().to(student.device)], dim=1)
-        both = gather(both).cpu()
-        self._student.append(both[:, : student.shape[1]])
-        self._teacher.append(both[:, student.shape[1] :])
+        both = gather(both)  # (all processes' batch, both widths)
+        kept = both[-self._seen % self._stride :: self._stride].cpu()
+        self._seen += len(both)
+        parts = [kept[:, :width], kept[:, width:]]
+        if len(self._student):
+            parts = [torch.cat([old, new]) for old, new in zip((self._student, self._teacher), parts, strict=True)]
+        while len(parts[0]) > 2 * self.examples:  # memory does not grow with the evaluation
+            parts, self._stride = [rows[::2] for rows in parts], 2 * self._stride
+        self._student, self._teacher = parts
 
     def alignment(self) -> dict[str, float]:
         """`relational_alignment` of what was added, without what so few examples leave undefined."""
-        if sum(map(len, self._student)) < 2:
+        if len(self._student) < 2:
             return {}
-        student, teacher = (evenly(torch.cat(parts), self.examples) for parts in (self._student, self._teacher))
+        student, teacher = evenly(self._student, self.examples), evenly(self._teacher, self.examples)
         return {name: value for name, value in relational_alignment(student, teacher).items() if value == value}
 
 

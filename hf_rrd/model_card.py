@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_rrd.presentation import ALIGNMENT, HEADER, digits, percent, place, rows_of, size, whole
-from hf_rrd.run_facts import TAGS
+from hf_rrd.run_facts import TAGS, hub_name
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
@@ -31,8 +31,8 @@ def render_card(
         license: Of the student, as the Hub names licences.
         language: Of its texts, as ISO codes.
         tags: More of them.
-        base_model: On the Hub, what the student derives from. Default: the weights that it started from, or its
-            teacher.
+        base_model: Its name on the Hub, what the student derives from. Default: the weights that it started from, or
+            its teacher.
 
     Returns:
         The card; `str` of it is the page, `.data` its header.
@@ -64,7 +64,10 @@ def render_card(
 def markdown(header: Any, rows: Any) -> str:
     """A Markdown table; all columns but the first are numbers."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join(f"| {' | '.join(str(cell).replace('|', '&#124;') for cell in line)} |" for line in lines)
+    cells = [
+        [" ".join(str(cell).split()).replace("|", "&#124;").replace("<", "&lt;") for cell in line] for line in lines
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def _header(
@@ -73,20 +76,20 @@ def _header(
     dataset, task = facts.get("dataset", {}), facts.get("task")
     # The Hub has no relation for a teacher: it stands under `base_model` where the student has no other origin there.
     teacher = facts.get("teacher", {}).get("name")
-    origin = base_model or facts["student"].get("name") or teacher
+    origin = hub_name(base_model) or facts["student"].get("name") or teacher
     results = [
         EvalResult(
             task_type=task,
-            dataset_type=dataset["id"],
-            dataset_name=dataset.get("title", dataset["id"]),
-            dataset_config=dataset.get("config"),
+            dataset_type=metric["id"],
+            dataset_name=dataset.get("title", metric["id"]) if metric["id"] == dataset.get("id") else metric["id"],
+            dataset_config=metric.get("config"),
             dataset_split=metric.get("split"),
             metric_type=metric["name"],
             metric_name=metric["name"].replace("_", " ").capitalize(),
             metric_value=metric["value"],
         )
         for metric in facts.get("metrics", [])
-        if task and dataset.get("id")
+        if task and "id" in metric
     ]
     return ModelCardData(
         license=license,
@@ -106,12 +109,18 @@ def _header(
 def _summary(facts: dict[str, Any]) -> str:
     student, teacher, dataset = facts["student"], facts.get("teacher", {}), facts.get("dataset", {})
     text = f"A `{student['class']}` of {whole(student['parameters'])} parameters ({size(student['bytes'])})"
-    text += f", distilled from {_teacher(teacher)}" if teacher else ", distilled from cached outputs of its teacher"
-    if "parameters" in teacher:
-        text += f" of {whole(teacher['parameters'])} parameters"
+    if _distils(facts):
+        text += (
+            f", distilled from {_teacher(teacher)}" if teacher else ", distilled from cached outputs of its teacher"
+        )
+        text += f" ({whole(teacher['parameters'])} parameters)" if "parameters" in teacher else ""
     if "title" in dataset:
         text += f" on {_link(dataset['title'], dataset.get('id'), 'datasets/')}"
     return f"{text}. It is a plain {facts['library']} model: it loads without the package that trained it."
+
+
+def _distils(facts: dict[str, Any]) -> bool:
+    return facts["settings"]["relational_weight"] > 0 or facts["settings"]["kd_weight"] > 0
 
 
 def _teacher(teacher: dict[str, Any]) -> str:
@@ -128,18 +137,24 @@ def _link(title: str, name: str | None, kind: str = "") -> str:
 
 
 def _usage(facts: dict[str, Any]) -> str:
-    """Four lines, or three where nothing prepares the input."""
-    usage, name = facts["usage"], facts.get("repository") or facts["name"]
+    """Four lines, or three where nothing prepares the input; none for a class that is not in transformers."""
+    usage, name = facts.get("usage"), facts.get("repository") or facts["name"]
+    if usage is None:
+        return ""
     model_class, processor = usage["model_class"], usage.get("processor_class")
+    more = f", num_labels={usage['num_labels']}" if "num_labels" in usage else ""
+    given = f'**processor({_EXAMPLES.get(usage["input"], "inputs")}, return_tensors="pt")'
+    result, output = "outputs", ""
+    if "pooling" in usage:
+        result, output = "embedding", _OUTPUTS.get(usage["pooling"], ".last_hidden_state")
+    elif "output" in usage:
+        result, output = usage["output"], f".{usage['output']}"
     lines = [
         f"from transformers import {', '.join(sorted([model_class, *([processor] if processor else [])]))}",
         *([f'processor = {processor}.from_pretrained("{name}")'] if processor else []),
-        f'model = {model_class}.from_pretrained("{name}")',
+        f'model = {model_class}.from_pretrained("{name}"{more})',
+        f"{result} = model({given if processor else usage['input'] + '=' + usage['input']}){output}",
     ]
-    given = f'**processor({_EXAMPLES.get(usage["input"], "inputs")}, return_tensors="pt")'
-    output = _OUTPUTS.get(usage["pooling"], ".last_hidden_state") if "pooling" in usage else ".logits"
-    result = "embedding" if "pooling" in usage else "logits"
-    lines.append(f"{result} = model({given if processor else usage['input'] + '=' + usage['input']}){output}")
     return "\n".join(lines)
 
 
@@ -166,10 +181,11 @@ def _report_note(report: dict[str, Any]) -> str:
 
 
 def _metrics(facts: dict[str, Any]) -> str:
-    rows = [
-        (metric["name"].replace("_", " ") + (f", {metric['split']} split" if "split" in metric else ""), metric)
-        for metric in facts.get("metrics", [])
-    ]
+    rows = []
+    for metric in facts.get("metrics", []):
+        title = metric["name"].replace("_", " ") + (f", {metric['split']} split" if "split" in metric else "")
+        other = metric.get("id") not in (None, facts.get("dataset", {}).get("id"))
+        rows.append((f"{title} of {metric['id']}" if other else title, metric))
     return markdown(("metric", "value"), [(title, _metric(each["name"], each["value"])) for title, each in rows])
 
 
@@ -185,14 +201,19 @@ def _alignment(facts: dict[str, Any]) -> str:
         return (
             f"Of {whole(facts['report']['aligned_examples'])} examples, the embeddings as the two models pool them. "
             "CKA is linear and debiased, the rank correlation is Spearman's of all pairwise cosine similarities; "
-            "both are 1 where the relations are the same. The nearest neighbours are an example's 10 by cosine."
+            "both are 1 where the relations are the same."
+            + " The nearest neighbours are an example's 10 by cosine."
+            * ("neighbor_overlap" in alignment)
         )
     rows = [
         (title, form(facts["alignment"][name]))
         for name, (title, form) in ALIGNMENT.items()
         if name in facts.get("alignment", {})
     ]
-    return markdown(("with the teacher", "value"), rows) if rows else ""
+    split = facts["alignment"].get("split") if rows else None
+    return (
+        markdown((f"at an evaluation, {split} split" if split else "at an evaluation", "value"), rows) if rows else ""
+    )
 
 
 def _making(facts: dict[str, Any]) -> str:
@@ -202,8 +223,12 @@ def _making(facts: dict[str, Any]) -> str:
         relation = "the relations that its teacher sees between examples"
         bank = settings.get("bank_size", 0)
         learned.append(f"{relation} (against a bank of {whole(bank)} of its embeddings)" if bank else relation)
-    text = "By [relational representation distillation](https://arxiv.org/abs/2407.12073) with `hf_rrd`: the student "
-    text += f"learned {' and '.join([', '.join(learned[:-1])] * (len(learned) > 1) + learned[-1:])}."
+    if not learned or not _distils(facts):
+        text = "With `hf_rrd`: the student learned its task, without a teacher."
+    else:
+        rrd = "By [relational representation distillation](https://arxiv.org/abs/2407.12073) with `hf_rrd`"
+        text = f"{rrd if settings['relational_weight'] > 0 else 'With `hf_rrd`'}: the student learned "
+        text += f"{' and '.join([', '.join(learned[:-1])] * (len(learned) > 1) + learned[-1:])}."
     if teacher and "description" not in teacher and "name" in teacher:
         text += f" The teacher is {_teacher(teacher)}; it was frozen, and its weights are not part of the student."
     if "from_teacher" in student:
@@ -214,7 +239,7 @@ def _making(facts: dict[str, Any]) -> str:
         revision = f" at revision `{student['revision'][:12]}`" if "revision" in student else ""
         text += f" It started from {_link(student['name'], student['name'])}{revision}."
     examples = facts.get("dataset", {}).get("train_examples")
-    return text + (f" It was trained on {whole(examples)} examples." if examples else "")
+    return text + (f" The training set has {whole(examples)} examples." if examples else "")
 
 
 def _settings(facts: dict[str, Any]) -> str:
@@ -233,15 +258,14 @@ def _setting(name: str, value: Any) -> str:
 
 
 def _losses(facts: dict[str, Any]) -> str:
+    places = ["first", "last"]
+    if all(each["first_step"] == each["last_step"] for each in facts.get("losses", [])):
+        places = ["last"]
     rows = [
-        (
-            f"`{each['name']}`",
-            f"{digits(each['first'], 4)} (step {whole(each['first_step'])})",
-            f"{digits(each['last'], 4)} (step {whole(each['last_step'])})",
-        )
+        (f"`{each['name']}`", *(f"{digits(each[at], 4)} (step {whole(each[f'{at}_step'])})" for at in places))
         for each in facts.get("losses", [])
     ]
-    return markdown(("in the training log", "first line", "last line"), rows) if rows else ""
+    return markdown(("in the training log", *(f"{at} line" for at in places)), rows) if rows else ""
 
 
 def _versions(facts: dict[str, Any]) -> str:

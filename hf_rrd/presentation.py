@@ -29,12 +29,14 @@ def place(environment: dict[str, Any]) -> str:
     threads = environment.get("threads")
     on = f"{environment['device']} ({environment['machine']})"
     on += "" if threads is None else f", {threads} thread{'s' * (threads != 1)}"
-    return f"{on}, {environment['dtype']}, torch {environment['torch']}"
+    return f"{on}, torch {environment['torch']}"
 
 
 def digits(value: float, count: int = 3) -> str:
     """So many digits that count, and more only before the point: 0.0120, 1.20, 120, 1,200."""
-    return f"{value:#.{count}g}".rstrip(".") if abs(value) < 10**count - 0.5 else f"{value:,.0f}"
+    if abs(value) < 10**count - 0.5 or abs(value) >= 1e12:
+        return f"{value:#.{count}g}".rstrip(".")
+    return f"{value:,.0f}"
 
 
 def whole(value: Any) -> str:
@@ -92,7 +94,7 @@ def _at(facts: dict[str, Any], path: str) -> Any:
 
 def _latencies(models: list[dict[str, Any]]) -> dict[str, Any]:
     batches = dict.fromkeys(batch for model in models for batch in model.get("latency_ms", {}))
-    kinds = {"median": "median", "p95": "95th percentile"}
+    kinds = {"median": "median", "p95": "p95"}
     return {
         f"latency_ms.{batch}.{kind}": (f"latency, batch of {batch}, {title}", _milliseconds, True)
         for batch in batches
@@ -103,6 +105,7 @@ def _latencies(models: list[dict[str, Any]]) -> dict[str, Any]:
 SIZES = {
     "parameters": ("parameters", whole, True),
     "bytes": ("weights", size, True),
+    "dtype": ("dtype", lambda name: name or "", False),
     "flops": ("forward of one example", _flop, True),
 }
 """By its place among the facts of a model: the row's title, its form, and whether student / teacher is of interest."""
@@ -116,7 +119,7 @@ QUALITY = {
 
 ALIGNMENT = {
     "cka": ("CKA with the teacher", decimal),
-    "rank_correlation": ("rank correlation of similarities", decimal),
+    "rank_correlation": ("rank correlation with the teacher", decimal),
     "neighbor_overlap": ("nearest neighbours in common", percent),
 }
 """Of `relational_alignment`."""

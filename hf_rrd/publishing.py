@@ -1,53 +1,45 @@
 """From a trained student to a page on the Hub: the trainer's report, card and push."""
 
 import glob
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from datasets import Dataset
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import nn
 from transformers.trainer_utils import HubStrategy, SaveStrategy
-from transformers.utils import (
-    ADAPTER_CONFIG_NAME,
-    ADAPTER_SAFE_WEIGHTS_NAME,
-    CONFIG_NAME,
-    GENERATION_CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    PushInProgress,
-    logging,
-)
+from transformers.utils import PushInProgress, logging
 
 from hf_rrd.data import CACHED_COLUMNS
+from hf_rrd.hub import (
+    CARD,
+    FIGURES,
+    PICTURES,
+    WEIGHTS,
+    PushError,
+    explained_hub_errors,
+    files_in,
+    link,
+    published_files,
+)
 from hf_rrd.model_card import render_card
 from hf_rrd.plots import plot_embeddings, plot_losses, plot_reliability, plot_similarities, save_plots
 from hf_rrd.report import DistillationReport, compare_models, write_json
-from hf_rrd.run_facts import run_facts
+from hf_rrd.run_facts import dataset_facts, run_facts
 
 logger = logging.get_logger(__name__)
 
-CARD = "README.md"
 FACTS_FILE = "model_card.json"
 """The facts of a card, beside it; not pushed."""
 
-FIGURES = "figures"
-"""The folder of a card's pictures, beside it."""
-
-PICTURES = ("losses", "similarities", "embeddings", "reliability")
-
-HUB_ERRORS: tuple[Any, ...] = (OSError, *HfHubHTTPError.__bases__)
-"""What a request may raise; among its bases is the HTTP library's own error, and that library differs by version."""
-
-
-class PushError(OSError):
-    """The Hub could not be reached, or it refused; the student is on disk."""
+HUB = HfApi(library_name="hf_rrd")
+"""One for all pushes: what it does in the background it does in order."""
 
 
 class PublishingMixin:
@@ -61,7 +53,29 @@ class PublishingMixin:
     eval_dataset: Any
     hub_model_id: str | None
     push_in_progress: Any
+    has_own_optimizer: bool
     last_report: DistillationReport | None = None
+    evaluated_on: Mapping[str, dict[str, Any]] = MappingProxyType({})  # by prefix, of which data set and split
+
+    @property
+    def was_resumed(self: Any) -> bool:
+        """Whether the last training went on from a checkpoint."""
+        return bool(self._resuming)
+
+    @property
+    def publishing_processor(self: Any) -> Any:
+        """What is saved beside the student: the processing class, else the collator's tokenizer; or None."""
+        return self.processing_class or getattr(self.data_collator, "tokenizer", None)
+
+    def evaluate(
+        self: Any, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As in `Trainer`; notes which data set the metrics are of, for the card."""
+        on = dataset_facts(self.eval_dataset if eval_dataset is None else eval_dataset)
+        if "split" not in on and metric_key_prefix in ("train", "validation", "test"):
+            on["split"] = metric_key_prefix
+        self.evaluated_on = {**self.evaluated_on, metric_key_prefix: on}
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[misc]
 
     # ---- Report ----
 
@@ -97,7 +111,7 @@ class PublishingMixin:
         collate = self.data_collator
         if self.args.remove_unused_columns:
             self._set_signature_columns_if_needed()
-            if hasattr(dataset, "column_names"):
+            if isinstance(dataset, Dataset):
                 kept = [*self._signature_columns, *CACHED_COLUMNS]  # cached logits are of use, also without kd_weight
                 dataset = dataset.remove_columns([name for name in dataset.column_names if name not in kept])
             else:
@@ -125,17 +139,18 @@ class PublishingMixin:
         tags: str | list[str] | None = None,
         model_name: str | None = None,
         finetuned_from: str | None = None,
-        tasks: str | None = None,
-        dataset_tags: str | None = None,
-        dataset: str | None = None,
-        dataset_args: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
         *,
         teacher_name: str | None = None,
     ) -> None:
         """Write the student's card, `README.md`, into `output_dir`, with its facts in `model_card.json` beside it.
 
         The card says what is known of this run and nothing else; nothing is fetched for it. With `report` called
-        before, it has the comparison with the teacher, and with matplotlib the pictures, in `figures`.
+        before, it has the comparison with the teacher, and with matplotlib the pictures, in `figures`. Of several
+        tasks or data sets it names the first.
 
         Args:
             language: Of the texts, as ISO codes.
@@ -175,8 +190,8 @@ class PublishingMixin:
             names = None if all(name == f"LABEL_{label}" for label, name in names.items()) else names  # made up
             figures = _figures(self.state.log_history, self.last_report, names)
             files = save_plots(figures, folder / FIGURES)
-        except ImportError as error:
-            logger.warning_once(f"The card has no pictures. {error}")
+        except Exception as error:  # whatever it is: a picture must not cost the card and the push
+            logger.warning(f"The card has no pictures. {error}")
             return {}
         return {file.stem: f"{FIGURES}/{file.name}" for file in files}
 
@@ -186,17 +201,23 @@ class PublishingMixin:
         """Create the repository, or find it. A failure is a warning: the training goes on, the push tries again."""
         if not self.is_world_process_zero():
             return
+        validate_repo_id(self._repository_name)  # a ValueError now, not after the training
         try:
             self._create_repository(token, private, "`push_to_hub` is on, and the student has no place on the Hub yet")
         except PushError as error:
             logger.warning(f"{error} Training goes on; the student will be in {self.args.output_dir}.")
 
+    @property
+    def _repository_name(self: Any) -> str:
+        return str(self.args.hub_model_id or Path(self.args.output_dir).absolute().name)
+
     def _create_repository(self: Any, token: str | None, private: bool | None, failure: str) -> None:
-        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         token = self.args.hub_token if token is None else token
         private = self.args.hub_private_repo if private is None else private
         with explained_hub_errors(failure):
-            self.hub_model_id = HfApi().create_repo(name, token=token, private=private, exist_ok=True).repo_id
+            self.hub_model_id = HUB.create_repo(
+                self._repository_name, token=token, private=private, exist_ok=True
+            ).repo_id
         self.push_in_progress = None
 
     def save_model(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -239,20 +260,33 @@ class PublishingMixin:
         self.save_model(_internal_call=True)  # on all processes: each may hold a part of it
         if not self.is_world_process_zero():
             return None
-        failure = f"the student is in {self.args.output_dir}, and not on the Hub"
-        try:
-            if self.hub_model_id is None:
+        folder, failure = self.args.output_dir, f"the student is in {self.args.output_dir}, and not on the Hub"
+        if self.hub_model_id is None:
+            try:
                 self._create_repository(token, private, failure)
-        finally:
-            self.create_model_card(**kwargs)
+            except PushError:
+                self.create_model_card(**kwargs)  # it is to be on disk, too
+                raise
+        self.create_model_card(**kwargs)
         self._finish_current_push()
-        for job in [] if self.push_in_progress is None else self.push_in_progress.jobs:
-            if job.done() and job.exception() is not None:
-                logger.warning(f"An earlier push failed, and this one makes up for it: {job.exception()}")
+        names = published_files(folder, self.publishing_processor, self._adapters)
+        if not any(name.endswith(WEIGHTS) for name in names):
+            raise PushError(f"{failure}: no weights were found there, among {sorted(os.listdir(folder))}.")
         with explained_hub_errors(failure):
-            folder = self.args.output_dir
-            names = published_files(folder, self.processing_class)
             return self._upload(folder, commit_message, token, revision, not blocking, allow_patterns=names)
+
+    @property
+    def _adapters(self: Any) -> list[str]:
+        """The names of the adapters of a PEFT student; warns of a base that nobody else can load."""
+        configs = getattr(self.model, "peft_config", None) or {}
+        bases = {config.base_model_name_or_path for config in configs.values()}
+        for base in bases:
+            if base and os.path.isdir(base):
+                logger.warning_once(
+                    f"The adapter names the folder {base} as its base model: nobody else can load it, and the path is "
+                    "published. Push the base first, and load it by its name."
+                )
+        return list(configs)
 
     def _push_from_checkpoint(self: Any, checkpoint_folder: str) -> None:
         """Push the student of a checkpoint, and with some of the strategies the checkpoint, in the background."""
@@ -265,13 +299,13 @@ class PublishingMixin:
         steps = self.args.save_strategy == SaveStrategy.STEPS
         message = f"Training in progress, {'step' if steps else 'epoch'} "
         message += str(self.state.global_step if steps else int(self.state.epoch))
-        pushes = [
-            self._upload_later(checkpoint_folder, published_files(checkpoint_folder, self.processing_class), message)
-        ]
+        names = published_files(checkpoint_folder, self.publishing_processor, self._adapters, with_card=False)
+        pushes = [self._upload_later(checkpoint_folder, names, message)]
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             last = self.args.hub_strategy == HubStrategy.CHECKPOINT
             place = "last-checkpoint" if last else Path(checkpoint_folder).name
             everything = [str(file.relative_to(checkpoint_folder)) for file in files_in(checkpoint_folder)]
+            everything = [name for name in everything if Path(name).name != CARD]  # PEFT's, with the base's path
             pushes.append(self._upload_later(checkpoint_folder, everything, f"{message}, checkpoint", place))
         if busy:
             self.push_in_progress.jobs.extend(pushes)
@@ -283,9 +317,15 @@ class PublishingMixin:
         links = tempfile.mkdtemp(prefix="_push-", dir=self.args.output_dir)
         for name in names:
             Path(links, name).parent.mkdir(parents=True, exist_ok=True)
-            _link(Path(folder, name), Path(links, name))
+            link(Path(folder, name), Path(links, name))
         job = self._upload(links, message, None, None, True, path_in_repo=place)
-        job.add_done_callback(lambda _: shutil.rmtree(links, ignore_errors=True))
+
+        def end(job: Any) -> None:
+            shutil.rmtree(links, ignore_errors=True)
+            if job.exception() is not None:
+                logger.warning(f"{message!r} was not pushed; a later push makes up for it. {job.exception()}")
+
+        job.add_done_callback(end)
         return job
 
     def _upload(
@@ -299,7 +339,7 @@ class PublishingMixin:
         path_in_repo: str | None = None,
     ) -> Any:
         how: dict[str, Any] = {"run_as_future": run_as_future, "path_in_repo": path_in_repo}
-        return HfApi().upload_folder(
+        return HUB.upload_folder(
             repo_id=self.hub_model_id,
             folder_path=folder,
             commit_message=message,
@@ -328,50 +368,3 @@ def _figures(log_history: list[dict[str, Any]], report: DistillationReport | Non
         others = {"teacher": tensors["teacher_logits"]} if is_rival else None
         figures["reliability"] = plot_reliability(tensors["student_logits"], labels, others=others)
     return figures
-
-
-def model_files(folder: str) -> list[str]:
-    """The files of a student in a folder: config, weights in one file or in shards, adapter."""
-    names = [CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME]
-    index = Path(folder, SAFE_WEIGHTS_INDEX_NAME)
-    if index.is_file():
-        names += [SAFE_WEIGHTS_INDEX_NAME, *sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    config = Path(folder, CONFIG_NAME)
-    if config.is_file() and "auto_map" in json.loads(config.read_text()):  # code of its own
-        names += sorted(file.name for file in Path(folder).glob("*.py"))
-    return [name for name in names if Path(folder, name).is_file()]
-
-
-def files_in(folder: str) -> list[Path]:
-    """All files in a folder and the folders in it."""
-    return [file for file in sorted(Path(folder).rglob("*")) if file.is_file()]
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without links
-        shutil.copy(source, target)
-
-
-def published_files(folder: str, processing_class: Any) -> list[str]:
-    """What of a folder belongs on the Hub: the student, its processing class, the card and its pictures."""
-    names = [*model_files(folder), CARD, *(f"{FIGURES}/{name}.png" for name in PICTURES)]
-    if processing_class is not None:
-        with tempfile.TemporaryDirectory() as saved:  # its files have no fixed names
-            processing_class.save_pretrained(saved)
-            names += [str(file.relative_to(saved)) for file in files_in(saved)]
-    return [name for name in dict.fromkeys(names) if Path(folder, name).is_file()]
-
-
-@contextmanager
-def explained_hub_errors(what: str) -> Iterator[None]:
-    """Say in one sentence what failed on the way to the Hub, and what to do."""
-    try:
-        yield
-    except HUB_ERRORS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise PushError(
-            f"{what}: {reason.rstrip('.')}. See that the Hub can be reached and that you are logged in (`hf auth "
-            "login`, or hub_token=), and call trainer.push_to_hub()."
-        ) from error

@@ -31,7 +31,7 @@ from hf_rrd.data import (
 from hf_rrd.embedding_log import evenly
 from hf_rrd.errors import named_errors
 from hf_rrd.presentation import HEADER, place, rows_of
-from hf_rrd.reliability import calibration_error
+from hf_rrd.reliability import NO_LABEL, calibration_error
 from hf_rrd.student import HEAD
 
 REPORT_FILE = "distillation_report.json"
@@ -43,6 +43,9 @@ LATENCY_BATCHES = (1, 32)
 ALIGNED_EXAMPLES = 4096
 """Alignment is measured on so many examples at most, spread evenly over the data set."""
 
+NEIGHBORS = 10
+"""As `relational_alignment` has it."""
+
 WARM_UP, FEWEST, MOST, SECONDS = 3, 10, 50, 10.0
 """Forwards before the clock, and how many are timed: from 10 to 50, fewer where 10 seconds are over."""
 
@@ -52,9 +55,9 @@ class DistillationReport:
     """What `compare_models` measured.
 
     Attributes:
-        facts: What is saved as JSON: `student` and `teacher` with `parameters`, `bytes` (of the weights), `flops` (of
-            one example's forward; a multiplication and an addition are two), `latency_ms` (by examples in the
-            batch: `median`, `p95`), `examples_per_second` (at the largest batch), `accuracy` and `calibration_error`
+        facts: What is saved as JSON: `student` and `teacher` with `parameters`, `bytes` and `dtype` of the weights,
+            `flops` (of one example's forward; a multiplication and an addition are two), `latency_ms` (by examples in
+            the batch: `median`, `p95`), `examples_per_second` (at the largest batch), `accuracy`, `calibration_error`
             (0 to 1); `agreement` (the share of examples with the same top class); `alignment` (of
             `relational_alignment`); `examples`, `aligned_examples` and `environment`. What could not be measured is
             left out.
@@ -116,7 +119,7 @@ def compare_models(
     Raises:
         ValueError: The data set has no examples, or is a stream.
     """
-    if not hasattr(dataset, "__len__") or len(dataset) == 0:
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or len(dataset) == 0:
         raise ValueError(
             "a report needs a data set with examples and a length, got "
             f"{'none in it' if hasattr(dataset, '__len__') else type(dataset).__name__}. Of a stream take some: "
@@ -144,9 +147,10 @@ def compare_models(
             facts[name] |= {} if flops is None else {"flops": flops}
         for name, speed in _speed(models, inputs_of, timed).items():
             facts[name] |= speed
-    for name, quality in _quality(tensors).items():
+    comparable = _same_classes(student, teacher)
+    for name, quality in _quality(tensors, ["student", "teacher"] if comparable else ["student"]).items():
         facts[name] = facts.get(name, {}) | quality
-    facts |= _likeness(tensors)
+    facts |= _likeness(tensors, comparable and not _is_multiple(student))
     split = getattr(dataset, "split", None)
     facts |= {"examples": len(dataset)} | ({} if split is None else {"split": str(split)})
     return DistillationReport(facts | {"environment": _environment(student)}, tensors)
@@ -173,12 +177,14 @@ def _outputs(
                         f"{name}_{key}": value
                         for key, value in _observe(model, poolings[name], inputs_of[name](batch)).items()
                     }
-            found["labels"] = next((batch[name] for name in label_names if name in batch), None)
-            for name, value in found.items():
-                if isinstance(value, Tensor) and value.dim() == (1 if name == "labels" else 2):
-                    parts.setdefault(name, []).append(
-                        value.detach().float().cpu() if name != "labels" else value.cpu()
-                    )
+            rows = {
+                name: value.float() for name, value in found.items() if isinstance(value, Tensor) and value.dim() == 2
+            }
+            labels = next((batch[name] for name in label_names if name in batch), None)
+            if isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point():
+                rows["labels"] = labels.masked_fill(labels < 0, NO_LABEL)  # GLUE's test sets have -1
+            for name, value in rows.items():
+                parts.setdefault(name, []).append(value.detach().cpu())
     return {name: torch.cat(values) for name, values in parts.items()}
 
 
@@ -198,35 +204,49 @@ def _observe(model: nn.Module, pooling: Any, inputs: dict[str, Any]) -> dict[str
     return {"logits": outputs.get("logits"), "embedding": embedding}
 
 
-def _quality(tensors: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Accuracy and calibration of each model, where there are classes to tell apart."""
+def _is_multiple(model: nn.Module) -> bool:
+    """Whether a model's outputs are not one class of several: of a regression, or several labels at once."""
+    kind = getattr(getattr(unwrapped(model), "config", None), "problem_type", None)
+    return kind in ("regression", "multi_label_classification")
+
+
+def _same_classes(student: nn.Module, teacher: nn.Module | None) -> bool:
+    """Whether the n-th class of both is the same, as far as their configs tell."""
+    names = []
+    for model in (student, teacher):
+        id2label = getattr(getattr(unwrapped(model), "config", None), "id2label", None) or {}
+        made_up = all(name == f"LABEL_{label}" for label, name in id2label.items())
+        names.append(None if made_up else id2label)
+    return None in names or names[0] == names[1]
+
+
+def _quality(tensors: dict[str, Tensor], models: list[str]) -> dict[str, dict[str, float]]:
+    """Accuracy and calibration of models with the same classes, where there are labels of such."""
     labels, quality = tensors.get("labels"), {}
-    for name in ("student", "teacher"):
+    classes = tensors["student_logits"].shape[1] if "student_logits" in tensors else 0
+    for name in models:
         logits = tensors.get(f"{name}_logits")
-        if logits is None or labels is None or labels.is_floating_point() or logits.shape[1] < 2:
+        if logits is None or labels is None or logits.shape[1] != classes or classes < 2:
             continue
-        known = labels != -100
-        if known.any() and int(labels[known].max()) < logits.shape[1]:
+        known = labels != NO_LABEL
+        if known.any() and int(labels[known].max()) < classes and logits[known].isfinite().all():
             right = (logits.argmax(1) == labels)[known].float().mean().item()
             quality[name] = {"accuracy": right, "calibration_error": calibration_error(logits[known], labels[known])}
     return quality
 
 
-def _likeness(tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _likeness(tensors: dict[str, Tensor], same_classes: bool) -> dict[str, Any]:
     """How alike the two are: of classes and of embeddings."""
     likeness: dict[str, Any] = {}
-    logits = [tensors.get(f"{name}_logits") for name in ("student", "teacher")]
-    if (
-        logits[0] is not None
-        and logits[1] is not None
-        and logits[0].shape == logits[1].shape
-        and logits[0].shape[1] > 1
-    ):
+    logits = [tensors[name] for name in ("student_logits", "teacher_logits") if name in tensors]
+    if same_classes and len(logits) == 2 and logits[0].shape == logits[1].shape and logits[0].shape[1] > 1:
         likeness["agreement"] = (logits[0].argmax(1) == logits[1].argmax(1)).float().mean().item()
-    student, teacher = tensors.get("student_embedding"), tensors.get("teacher_embedding")
-    if student is not None and teacher is not None and len(student) > 1:
-        student, teacher = evenly(student, ALIGNED_EXAMPLES), evenly(teacher, ALIGNED_EXAMPLES)
+    rows = [tensors[name] for name in ("student_embedding", "teacher_embedding") if name in tensors]
+    if len(rows) == 2 and len(rows[0]) > 1 and all(each.isfinite().all() for each in rows):
+        student, teacher = (evenly(each, ALIGNED_EXAMPLES) for each in rows)
         alignment = relational_alignment(student, teacher)
+        if len(student) <= NEIGHBORS + 1:  # all the others are near
+            del alignment["neighbor_overlap"]
         likeness["alignment"] = {name: value for name, value in alignment.items() if value == value}
         likeness["aligned_examples"] = len(student)
     return likeness
@@ -236,7 +256,7 @@ def _likeness(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def size_of(model: nn.Module) -> dict[str, Any]:
-    """Class, parameters and bytes of the weights as they are saved: without our head, tied ones once."""
+    """Class, parameters, bytes and dtype of the weights: without our head, tied ones once, an adapter's base too."""
     weights = {name: weight for name, weight in model.named_parameters() if not name.startswith(f"{HEAD}.")}
     saved = model.state_dict().keys()
     buffers = {name: value for name, value in model.named_buffers() if name in saved}
@@ -245,6 +265,7 @@ def size_of(model: nn.Module) -> dict[str, Any]:
         "class": type(unwrapped(model)).__name__,
         "parameters": sum(weight.numel() for weight in weights.values()),
         "bytes": sum(value.numel() * value.element_size() for value in stored),
+        "dtype": next((str(each.dtype).removeprefix("torch.") for each in stored if each.is_floating_point()), "none"),
     }
 
 
@@ -300,9 +321,7 @@ def _environment(model: nn.Module) -> dict[str, Any]:
     device = next(model.parameters()).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     threads = {"threads": torch.get_num_threads()} if device.type == "cpu" else {}
-    weight = next(weight for weight in model.parameters() if weight.is_floating_point())
-    dtype = str(weight.dtype).removeprefix("torch.")
-    return {"device": name, **threads, "dtype": dtype, "torch": torch.__version__, "machine": platform.machine()}
+    return {"device": name, **threads, "torch": torch.__version__, "machine": platform.machine()}
 
 
 # ---- Small things ----
@@ -339,6 +358,7 @@ def write_json(file: Path, facts: dict[str, Any]) -> Path:
     """Write facts as JSON, under a temporary name that is then renamed."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(json.dumps(facts, indent=2, allow_nan=False, sort_keys=False) + "\n", encoding="utf-8")
+    text = json.dumps(facts, indent=2, allow_nan=False, default=lambda value: value.item())  # NumPy's numbers
+    temporary.write_text(text + "\n", encoding="utf-8")
     os.replace(temporary, file)
     return file

@@ -4,11 +4,14 @@ import math
 import os
 import platform
 import re
+import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import transformers
 from huggingface_hub import try_to_load_from_cache
 from transformers.models import auto
 
@@ -16,6 +19,7 @@ from hf_rrd.body import auto_pooling, body_of, is_headless, main_input_of, unwra
 from hf_rrd.config import bank_rows, name_of
 from hf_rrd.objective import TERMS
 from hf_rrd.report import DistillationReport, size_of
+from hf_rrd.teacher import LOADED_FROM
 from hf_rrd.terms import PERPLEXITY
 
 TAGS = ("hf-rrd", "knowledge-distillation", "relational-representation-distillation", "generated_from_trainer")
@@ -59,10 +63,10 @@ def run_facts(
     model_name: str | None = None,
     repository: str | None = None,
     teacher_name: str | None = None,
-    dataset: str | None = None,
-    dataset_tags: str | None = None,
-    dataset_args: str | None = None,
-    tasks: str | None = None,
+    dataset: str | list[str] | None = None,
+    dataset_tags: str | list[str] | None = None,
+    dataset_args: str | list[str] | None = None,
+    tasks: str | list[str] | None = None,
 ) -> dict[str, Any]:
     """All that a card says about a run, as it can be written to JSON.
 
@@ -82,7 +86,7 @@ def run_facts(
     facts: dict[str, Any] = {
         "name": model_name or Path(trainer.args.output_dir).absolute().name,
         "repository": repository,
-        "task": tasks or task,
+        "task": _first(tasks) or task,
         "library": "transformers" if model is trainer.model else "peft",
         "usage": _usage(trainer, model, model_class),
         "student": {**size_of(trainer.model), **_origin(trainer, model)},
@@ -95,8 +99,7 @@ def run_facts(
         "command": command_of(sys.argv, trainer.args.world_size),
         "versions": _versions(() if model is trainer.model else ("peft",)),
     }
-    metrics = _metrics(trainer, facts["report"])
-    facts |= {"metrics": metrics.pop("metrics"), "alignment": metrics.pop("alignment")}
+    facts["metrics"], facts["alignment"] = _metrics(trainer, facts["report"], hub_name(_first(dataset_tags)))
     return {name: value for name, value in facts.items() if value not in (None, {}, [])}
 
 
@@ -120,41 +123,65 @@ def hub_name(name: Any) -> str | None:
 
 
 def command_of(arguments: list[str], processes: int = 1) -> str | None:
-    """The command that started this process, without absolute paths and tokens; None where it was no script."""
+    """The command that started this process; None where it was no script.
+
+    What may be private is replaced by `...`: the values of flags that have a secret, and all that is neither a word, a
+    number nor a path in this folder. Of an absolute path its last part is left.
+    """
     script = arguments[0] if arguments else ""
     if not script.endswith(".py") or not os.path.exists(script) or "site-packages" in script:
         return None
-    shown = [_shown_path(script)]
-    secret = False
+    if processes > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:  # by what else is not known
+        return None
+    shown, secret = [], False
     for argument in arguments[1:]:
-        flag, _, value = argument.partition("=")
-        if secret and not argument.startswith("--"):
-            secret = False
-        elif "token" in flag.replace("tokenizer", "") and flag.startswith("--"):
-            secret = not value
-        elif re.search(r"[\"']token[\"']|hf_\w{20}", argument):
-            shown = shown[:-1] if shown[-1].startswith("--") else shown
+        name, equals, value = argument.partition("=")
+        is_flag = argument.startswith("--")
+        if secret and not is_flag:
+            shown.append(HIDDEN)
+        elif equals and re.fullmatch(r"(--)?\w[\w.-]*", name):
+            shown.append(f"{name}={HIDDEN if _is_secret(name) else _shown(value)}")
         else:
-            shown.append("=".join(_shown_path(part) for part in argument.split("=", 1)))
-    launcher = "python" if processes == 1 else f"accelerate launch --num_processes {processes}"
-    return " ".join([launcher, *(f"'{part}'" if re.search(r"[^\w./=,:+@%-]", part) else part for part in shown)])
+            shown.append(argument if is_flag and re.fullmatch(r"--\w[\w-]*", argument) else _shown(argument))
+        secret = is_flag and not equals and _is_secret(name)
+    launcher = ["python"] if processes == 1 else ["accelerate", "launch", "--num_processes", str(processes)]
+    words = [part if HIDDEN in part else shlex.quote(part) for part in (_shown(script), *shown)]
+    return " ".join([*launcher, *words])
 
 
-def _shown_path(text: str) -> str:
-    if not os.path.isabs(text) and not text.startswith(("~", "..")):
-        return text
-    relative = os.path.relpath(os.path.expanduser(text))
-    return os.path.basename(text.rstrip("/")) if relative.startswith("..") else relative
+HIDDEN = "..."
+_SECRETS = {"token", "key", "secret", "password", "passwd", "credential", "credentials", "auth"}
+
+
+def _is_secret(flag: str) -> bool:
+    return not _SECRETS.isdisjoint(re.split(r"[-_.]", flag.lower()))
+
+
+def _shown(value: str) -> str:
+    """A value as it may be published."""
+    if re.match(r"[/~]|[A-Za-z]:[\\/]", value) and not re.search(r"[,;:=]\s*[/~]", value):
+        relative = os.path.relpath(os.path.expanduser(value))
+        value = os.path.basename(value.rstrip("/")) if relative.startswith("..") else relative
+    outside = re.search(r"(^|[^\w.-])[/~]|//|\.\.|\\|^-[A-Za-z].|@|hf_\w{20}", value)
+    plain = re.fullmatch(r"[\w .,:;=+%'()/-]*", value)
+    return value if plain and not outside else HIDDEN
 
 
 def _usage(trainer: Any, model: Any, model_class: str) -> dict[str, str]:
-    """What a reader needs to load the student: classes, what goes in, and what comes out."""
-    bases = [base.__name__ for base in type(trainer.processing_class).__mro__]
+    """What a reader needs to load the student: classes, what goes in and what comes out."""
+    if not hasattr(transformers, model_class):  # a class of the user's own
+        return {}
+    bases = [base.__name__ for base in type(trainer.publishing_processor).__mro__]
     kind = next((loader for name, loader in _PROCESSORS.items() if name in bases), None)
     usage = {"model_class": model_class, "input": main_input_of(model)}
     if is_headless(model):
         pooling = trainer.args.student_pooling
-        usage["pooling"] = auto_pooling(body_of(model)) if pooling == "auto" else name_of(pooling)
+        name = auto_pooling(body_of(model)) if pooling == "auto" else pooling
+        usage |= {"pooling": name} if isinstance(name, str) else {}
+    elif task_of(model)[0] is not None:
+        usage["output"] = "logits"
+        if model is not trainer.model and "Classification" in model_class:  # the base has classes of its own
+            usage["num_labels"] = str(model.config.num_labels)
     return usage if kind is None else {**usage, "processor_class": kind}
 
 
@@ -169,70 +196,90 @@ def _origin(trainer: Any, model: Any) -> dict[str, Any]:
             "from_teacher": {"layers": model.initialization.layers}
             | {part: len(getattr(model.initialization, part)) for part in parts}
         }
-    name = hub_name(model.config._name_or_path)
-    return origin if name is None else origin | _named(name, model.config, {})
+    return origin | _named(model.config._name_or_path, model.config)
 
 
 def _teacher(trainer: Any, teacher_name: str | None) -> dict[str, Any]:
     if trainer.teacher is None:
         return {} if teacher_name is None else {"description": teacher_name}
-    teacher = unwrapped(trainer.teacher)
-    facts = size_of(trainer.teacher)
-    config = getattr(teacher, "config", None)
+    teacher, facts = unwrapped(trainer.teacher), size_of(trainer.teacher)
     if teacher_name is not None:
         return facts | {"description": teacher_name}
-    name = hub_name(getattr(config, "_name_or_path", None))
-    return facts if name is None else facts | _named(name, config, trainer.args.teacher_model_init_kwargs or {})
+    name, revision = trainer.teacher.__dict__.get(LOADED_FROM, (None, None))
+    if revision is not None:
+        return facts | {"name": name, "revision": revision}
+    config = getattr(teacher, "config", None)
+    return facts | _named(getattr(config, "_name_or_path", None), config)
 
 
-def _named(name: str, config: Any, loaded_with: dict[str, Any]) -> dict[str, Any]:
-    """A name on the Hub and the commit that was loaded, as the local cache knows it."""
-    revision = getattr(config, "_commit_hash", None)  # gone in transformers 5.23
-    if revision is None:
-        where = {key: loaded_with[key] for key in ("revision", "cache_dir") if loaded_with.get(key)}
-        file = try_to_load_from_cache(name, "config.json", **where)
-        revision = Path(file).parent.name if isinstance(file, str) else None  # snapshots/<commit>/config.json
+def _named(name: Any, config: Any) -> dict[str, Any]:
+    """The name of a model on the Hub, if it is in the local cache of it, and its commit, if that is beyond doubt."""
+    if hub_name(name) is None:
+        return {}
+    file = try_to_load_from_cache(name, "config.json")
+    if not isinstance(file, str):
+        return {}
+    commit = Path(file).parent  # snapshots/<commit>
+    only = [commit.name] if len(list(commit.parent.iterdir())) == 1 else [None]  # or it may have been another
+    revision = getattr(config, "_commit_hash", None) or only[0]  # transformers 5.23 does not say
     return {"name": name} | ({} if revision is None else {"revision": revision})
 
 
-def _dataset(trainer: Any, title: str | None, name: str | None, configuration: str | None) -> dict[str, Any]:
-    """Its name on the Hub, as given or as `datasets` had it from there, and how many examples were trained on."""
-    info: Any = getattr(trainer.train_dataset, "info", None)
-    sources = [
-        re.match(r"hf://datasets/([^/@]+/[^/@]+)@", each) for each in getattr(info, "download_checksums", None) or ()
-    ]
-    found = next((source[1] for source in sources if source), None)
-    name = hub_name(name) or found
-    if name == found and configuration is None and found is not None:
-        configuration = None if info.config_name == "default" else info.config_name
-    facts = {"id": name, "title": title or name, "config": configuration}
-    if hasattr(trainer.train_dataset, "__len__"):
-        facts["train_examples"] = len(trainer.train_dataset)
+def dataset_facts(dataset: Any) -> dict[str, Any]:
+    """What `datasets` knows of where a data set is from: its name on the Hub, configuration and split."""
+    info: Any = getattr(dataset, "info", None)
+    sources = getattr(info, "download_checksums", None) or ()
+    names = [re.match(r"hf://datasets/([^/@]+/[^/@]+)@", source) for source in sources]
+    found = next((name[1] for name in names if name), None)
+    configuration = info.config_name if found is not None and info.config_name != "default" else None
+    split = getattr(dataset, "split", None)
+    facts = {"id": found, "config": configuration, "split": None if split is None else str(split)}
     return {key: value for key, value in facts.items() if value}
 
 
-def _metrics(trainer: Any, report: dict[str, Any] | None) -> dict[str, Any]:
-    """Metrics and alignment of the final student from the log, by split; without any, the report's accuracy."""
-    metrics: dict[tuple[str, str], float] = {}
-    alignment = {}
+def _dataset(trainer: Any, title: Any, name: Any, configuration: Any) -> dict[str, Any]:
+    """Its name on the Hub, as given or as `datasets` had it from there, and how many examples were trained on."""
+    facts = {key: value for key, value in dataset_facts(trainer.train_dataset).items() if key != "split"}
+    name, title, configuration = _first(name), _first(title), _first(configuration)
+    if hub_name(name) and name != facts.get("id"):
+        facts = {"id": name}
+    facts |= {"config": configuration} if configuration else {}
+    facts |= {"title": title or facts["id"]} if title or "id" in facts else {}
+    if hasattr(trainer.train_dataset, "__len__") and trainer.state.global_step > 0:
+        facts["train_examples"] = len(trainer.train_dataset)
+    return facts
+
+
+def _first(value: Any) -> Any:
+    """Of several, as the Trainer's own card may have them, the first."""
+    return (value[0] if value else None) if isinstance(value, list | tuple) else value
+
+
+def _metrics(
+    trainer: Any, report: dict[str, Any] | None, given: str | None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Metrics and alignment of the final student from the log, by split; without any, the report's accuracy.
+
+    Each is of the data set that was evaluated: its own name on the Hub, or the one that the user gave.
+    """
+    metrics: dict[tuple[str, str], dict[str, Any]] = {}
+    alignment: dict[str, Any] = {}
     for prefix, entry in _final_evaluations(trainer).items():
-        own = {key.removeprefix(f"{prefix}_"): value for key, value in entry.items() if key.startswith(f"{prefix}_")}
-        split = str(getattr(trainer.eval_dataset, "split", None) or "") if prefix == "eval" else prefix
-        for name, value in own.items():
-            if not isinstance(value, int | float) or not math.isfinite(value) or name in _NOT_METRICS:
+        on = ({"id": given} if given else {}) | trainer.evaluated_on.get(prefix, {})
+        for key, value in entry.items():
+            name = " ".join(key.removeprefix(f"{prefix}_").split())
+            is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+            if name in _NOT_METRICS or not key.startswith(f"{prefix}_") or not is_number or not math.isfinite(value):
                 continue
             if name.startswith("alignment_"):
-                alignment[name.removeprefix("alignment_")] = value
+                alignment |= {name.removeprefix("alignment_"): value} | on
             else:
-                metrics[split, name] = value
+                metrics[name, str(on)] = {"name": name, "value": value} | on
     accuracy = (report or {}).get("student", {}).get("accuracy")
     if not metrics and accuracy is not None and report is not None:
-        metrics[report.get("split", ""), "accuracy"] = accuracy
-    shown = [
-        {"name": name, "value": value} | ({"split": split} if split else {})
-        for (split, name), value in metrics.items()
-    ]
-    return {"metrics": shown, "alignment": alignment}
+        on = ({"id": given} if given else {}) | ({"split": report["split"]} if "split" in report else {})
+        metrics["accuracy", ""] = {"name": "accuracy", "value": accuracy} | on
+    return list(metrics.values()), alignment
 
 
 def _final_evaluations(trainer: Any) -> dict[str, dict[str, Any]]:
@@ -243,11 +290,10 @@ def _final_evaluations(trainer: Any) -> dict[str, dict[str, Any]]:
     step = trainer.state.global_step if best is None else best
     found = {}
     for place, entry in enumerate(history):
-        for key in entry:
-            prefix = key.removesuffix("_runtime")
-            after = bool(ends) and place > ends[-1]
-            if prefix not in (key, "train") and (after or entry.get("step") == step):
-                found[prefix] = entry
+        prefixes = [key.removesuffix("_runtime") for key in entry if key.endswith("_runtime")]
+        after = bool(ends) and place > ends[-1]
+        if prefixes and "train" not in prefixes and (after or entry.get("step") == step):
+            found[min(prefixes, key=len)] = entry  # a metric may end like that, too
     return found
 
 
@@ -272,22 +318,27 @@ def _settings(trainer: Any) -> dict[str, Any]:
 
 def _training(trainer: Any) -> dict[str, Any]:
     args, state = trainer.args, trainer.state
-    together = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    batch = getattr(trainer, "_train_batch_size", None) or args.train_batch_size  # smaller after a want of memory
     end: dict[str, Any] = next((entry for entry in reversed(state.log_history) if "train_runtime" in entry), {})
-    scheduler = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    weights = size_of(trainer.model)["dtype"]
     facts = {
         "steps": state.global_step,
         "epochs": round(state.epoch, 2) if state.epoch is not None else None,
-        "examples_per_step": together,
+        "examples_per_step": batch * args.gradient_accumulation_steps * args.world_size,
         "processes": args.world_size if args.world_size > 1 else None,
-        "optimizer": getattr(args.optim, "value", args.optim),
-        "learning_rate": args.learning_rate,
-        "scheduler": f"{scheduler}, {args.warmup_steps:g} warm-up steps" if args.warmup_steps else scheduler,
-        "weight_decay": args.weight_decay or None,
-        "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+        "precision": "bfloat16" if args.bf16 else "float16" if args.fp16 else weights,
         "seed": args.seed,
-        "seconds": end.get("train_runtime"),
+        "seconds": None if trainer.was_resumed else end.get("train_runtime"),  # of the last part alone
     }
+    if not trainer.has_own_optimizer:
+        warm_up = args.get_warmup_steps(state.max_steps)
+        scheduler = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+        facts |= {
+            "optimizer": getattr(args.optim, "value", args.optim),
+            "learning_rate": args.learning_rate,
+            "scheduler": f"{scheduler}, {warm_up:,} warm-up steps" if warm_up else scheduler,
+            "weight_decay": args.weight_decay or None,
+        }
     return {name: value for name, value in facts.items() if value is not None}
 
 

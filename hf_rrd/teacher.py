@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from hf_rrd.body import (
@@ -35,6 +36,9 @@ MEASURED_PROJECTIONS = ("center", "pca", "centered_orthogonal")
 TEACHER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """The values of `teacher_dtype=`."""
 
+
+LOADED_FROM = "_hf_rrd_loaded_from"
+"""On a teacher that was loaded here: the name that it was loaded by, and the commit of it on the Hub, or None."""
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -380,4 +384,14 @@ def _loaded(teacher: str | os.PathLike[str], kwargs: dict[str, Any]) -> Any:
     architecture = (getattr(config, "architectures", None) or [""])[0]
     remote_classes = [name for name in getattr(config, "auto_map", None) or {} if name.startswith("AutoModel")]
     name = architecture if hasattr(transformers, architecture or "-") else next(iter(remote_classes), "AutoModel")
-    return getattr(transformers, name, transformers.AutoModel).from_pretrained(teacher, **kwargs)
+    model = getattr(transformers, name, transformers.AutoModel).from_pretrained(teacher, **kwargs)
+    model.__dict__[LOADED_FROM] = (str(teacher), revision_of(teacher, kwargs.get("revision"), kwargs.get("cache_dir")))
+    return model
+
+
+def revision_of(name: Any, revision: str | None = None, cache_dir: Any = None) -> str | None:
+    """The commit of a model of the Hub, as the local cache has just resolved it; None of a folder."""
+    if os.path.isdir(name):
+        return None
+    file = try_to_load_from_cache(str(name), "config.json", revision=revision, cache_dir=cache_dir)
+    return os.path.basename(os.path.dirname(file)) if isinstance(file, str) else None  # snapshots/<commit>/config.json

@@ -167,6 +167,7 @@ class RelationalDistillationTrainer(PublishingMixin, Trainer):
         # the Trainer has to divide by the accumulation steps. transformers 5.0 does not where there is a
         # `compute_loss_func`.
         self.model_accepts_loss_kwargs = False
+        self.has_own_optimizer = optimizers != (None, None) or optimizer_cls_and_kwargs is not None
         self._trainer_divides = compute_loss_func is None or hasattr(Trainer, "loss_is_scaled_for_ga")
         self.loss_is_scaled_for_ga = False
         self._student_columns = forward_columns(self.model)

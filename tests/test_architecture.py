@@ -52,9 +52,10 @@ ALLOWED: dict[str, set[str]] = {
         "reliability",
         "student",
     },
-    "run_facts": {"body", "config", "objective", "report", "terms"},
+    "run_facts": {"body", "config", "objective", "report", "teacher", "terms"},
     "model_card": {"presentation", "run_facts"},
-    "publishing": {"data", "model_card", "plots", "report", "run_facts"},
+    "hub": set(),
+    "publishing": {"data", "hub", "model_card", "plots", "report", "run_facts"},
     "trainer": {
         "body",
         "calibration",

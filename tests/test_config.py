@@ -197,6 +197,12 @@ def test_a_number_in_yaml_may_have_an_exponent_and_no_point(tmp_path: Path, name
         ({"teacher_projection": "lda"}, "`teacher_projection` must be one of .*'none', 'center'.*got 'lda'"),
         ({"teacher_projection": "pca"}, "'pca' needs a `projection_dim`, got None"),
         ({"teacher_projection": "center", "calibration_examples": 0}, "'center' is measured .*`calibration_examples`"),
+        ({"alignment_examples": 1}, "`alignment_examples` must be 0, or 2 or more to compare, got 1"),
+        ({"alignment_examples": -1}, "`alignment_examples` must be 0 or more, got -1"),
+        (
+            {"alignment_examples": 9, "relational_weight": 0},
+            "`alignment_examples` is 9, and without a relational loss",
+        ),
         ({"calibration_examples": -1}, "`calibration_examples` must be 0 or more, got -1"),
         ({"calibration_examples": 1.5}, "`calibration_examples` must be a whole number, got 1.5"),
         ({"teacher_perplexity": 1.0}, "`teacher_perplexity` must be above 1 and finite, got 1.0"),

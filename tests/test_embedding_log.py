@@ -44,6 +44,16 @@ def test_of_many_examples_some_are_compared_that_lie_evenly(tmp_path: Path) -> N
     assert reported(run.evaluate()) == pytest.approx(expected(run.model, teacher, some), abs=1e-5)
 
 
+def test_memory_does_not_grow_with_the_evaluation() -> None:
+    log, rows = EmbeddingLog(10), torch.arange(1000.0).unsqueeze(1)
+    for batch in rows.split(7):
+        log.add(batch, batch.expand(-1, 3), lambda rows: rows)
+        assert len(log._student) == len(log._teacher) <= 20
+    kept = log._student[:, 0]
+    assert kept[0] == 0 and len(set(kept.diff().tolist())) == 1, "evenly spread"
+    assert log._teacher.shape == (len(kept), 3) and torch.equal(log._teacher[:, 2], kept)
+
+
 def test_cached_outputs_stand_in_for_the_teacher(tmp_path: Path) -> None:
     data, teacher = Images(24), tiny_vit(width=24, seed=1)
     rows = datasets.Dataset.from_dict({"pixel_values": data.pixels.numpy(), "labels": data.labels.numpy()})

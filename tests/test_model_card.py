@@ -169,19 +169,32 @@ def test_what_is_unknown_is_absent(tmp_path: Path) -> None:
     assert "\n\n\n" not in page
 
 
-def test_only_the_names_of_models_on_the_hub_are_named(tmp_path: Path) -> None:
+def test_only_the_names_of_models_on_the_hub_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commits = {"org/teacher": ["0123456789abcdef0123"], "org/small": ["aaaa", "bbbb"]}
+
+    def cached(name: str, file: str) -> str | None:
+        for commit in commits.get(name, []):
+            (tmp_path / "cache" / name / "snapshots" / commit).mkdir(parents=True, exist_ok=True)
+        return str(tmp_path / "cache" / name / "snapshots" / commits[name][0] / file) if name in commits else None
+
+    monkeypatch.setattr("hf_rrd.run_facts.try_to_load_from_cache", cached)
     teacher, student = tiny_vit(width=24, seed=1), tiny_vit()
-    teacher.config._name_or_path, teacher.config._commit_hash = "org/teacher", "0123456789abcdef0123"
+    teacher.config._name_or_path = "org/teacher"
     run = trainer(tmp_path, teacher=teacher, model=student)
     card = card_of(run)
     assert card.data.base_model == "org/teacher" and card.data.distilled_from == "org/teacher"
     assert "[org/teacher](https://huggingface.co/org/teacher) at revision `0123456789ab`" in card.text
     student.config._name_or_path = "org/small"
-    assert card_of(run).data.base_model == "org/small"
+    card = card_of(run)
+    assert card.data.base_model == "org/small"
+    assert "It started from [org/small](https://huggingface.co/org/small)." in card.text, (
+        "one of two commits: not said"
+    )
     assert card_of(run, finetuned_from="org/other").data.base_model == "org/other"
-    teacher.config._name_or_path = student.config._name_or_path = str(tmp_path)
-    data = card_of(run).data.to_dict()
-    assert "base_model" not in data and "distilled_from" not in data
+    for name in (str(tmp_path), "runs/moved_since", ""):
+        teacher.config._name_or_path = student.config._name_or_path = name
+        data = card_of(run, finetuned_from="/home/someone/model").data.to_dict()
+        assert "base_model" not in data and "distilled_from" not in data
 
 
 def test_a_student_of_its_teachers_layers_says_so(tmp_path: Path) -> None:
@@ -208,41 +221,59 @@ def test_no_path_no_token_and_no_home_is_on_a_card(tmp_path: Path, monkeypatch: 
         assert not any(
             hidden in text for hidden in (str(tmp_path), secret, os.path.expanduser("~"), socket.gethostname())
         )
-    assert "--output_dir student --seed 3" in facts_of(run)["command"]
+    assert facts_of(run)["command"].endswith("--output_dir student --hub_token ... --seed 3")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "command"),
+    ("arguments", "shown"),
     [
-        (["examples/quickstart.py", "--seed", "1"], "python examples/quickstart.py --seed 1"),
-        (["examples/quickstart.py", "--name", "two words"], "python examples/quickstart.py --name 'two words'"),
-        (["examples/quickstart.py", "--hub_token=x", "--seed=1"], "python examples/quickstart.py --seed=1"),
-        (["examples/quickstart.py", "--push_to_hub_token", "x"], "python examples/quickstart.py"),
-        (["examples/quickstart.py", "--tokenizer_name", "x"], "python examples/quickstart.py --tokenizer_name x"),
-        (["examples/quickstart.py", "--kwargs", '{"token": "x"}'], "python examples/quickstart.py"),
-        (["examples/quickstart.py", "--x", "hf_" + "a" * 30], "python examples/quickstart.py"),
-        (
-            ["examples/quickstart.py", "--train_file", "/data/of/me/a.csv"],
-            "python examples/quickstart.py --train_file a.csv",
-        ),
-        (["examples/quickstart.py", "--f=/data/of/me/a.csv"], "python examples/quickstart.py --f=a.csv"),
-        (["examples/quickstart.py", "~/a.yaml"], "python examples/quickstart.py a.yaml"),
-        (["-c"], None),
-        ([""], None),
-        (["no/such/script.py"], None),
-        ([pytest.__file__], None),
+        (["--seed", "1"], "--seed 1"),
+        (["--name", "two words"], "--name 'two words'"),
+        (["--text", "it's"], """--text 'it'"'"'s'"""),
+        (["--empty", ""], "--empty ''"),
+        (["--overrides", "hidden_size=128,num_layers=2"], "--overrides hidden_size=128,num_layers=2"),
+        (["--train_file", "data/train.csv"], "--train_file data/train.csv"),
+        (["--lr", "-1e-3", "--max_new_tokens", "128"], "--lr -1e-3 --max_new_tokens 128"),
+        (["--tokenizer_name", "x"], "--tokenizer_name x"),
+        (["--train_file", "/data/of/me/a.csv"], "--train_file a.csv"),
+        (["--f=/data/of/me/a.csv"], "--f=a.csv"),
+        (["~/a.yaml"], "a.yaml"),
+        # What may be private is not shown.
+        (["--hub_token", "abc", "--seed", "1"], "--hub_token ... --seed 1"),
+        (["--hub_token=abc"], "--hub_token=..."),
+        (["hub_token=abc"], "hub_token=..."),
+        (["--api_key", "sk-123"], "--api_key ..."),
+        (["--wandb-key=abc"], "--wandb-key=..."),
+        (["--password", "hunter2"], "--password ..."),
+        (["--x", "hf_" + "a" * 30], "--x ..."),
+        (["--kwargs", '{"token": "x"}'], "--kwargs ..."),
+        (["--kwargs", '{"cache_dir": "/home/alice/cache"}'], "--kwargs ..."),
+        (["--files", "a.csv,/home/alice/b.csv"], "--files ..."),
+        (["--data_files=train=/home/alice/t.csv"], "--data_files=..."),
+        (["file:///home/alice/y"], "..."),
+        (["--x", "./../../home/alice"], "--x ..."),
+        (["-o/home/alice/o"], "..."),
+        (["https://user:pw@host/x"], "..."),
+        (["--x", "C:\\Users\\alice"], "--x ..."),
     ],
 )
-def test_the_command_is_that_of_a_script_without_paths_and_tokens(
-    arguments: list[str], command: str | None, monkeypatch: pytest.MonkeyPatch
+def test_a_command_shows_words_numbers_and_paths_in_its_folder(
+    arguments: list[str], shown: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(Path(__file__).parents[1])
-    assert command_of(arguments) == command
+    assert command_of(["examples/quickstart.py", *arguments]) == f"python examples/quickstart.py {shown}"
+
+
+@pytest.mark.parametrize("arguments", [["-c"], [""], [], ["no/such/script.py"], [pytest.__file__]])
+def test_what_is_no_script_has_no_command(arguments: list[str]) -> None:
+    assert command_of(arguments) is None
 
 
 def test_the_command_names_the_launcher_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[1])
     script = str(Path("examples/quickstart.py").absolute())
+    assert command_of([script], 2) is None, "by what else is not known"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert command_of([script], 2) == "accelerate launch --num_processes 2 examples/quickstart.py"
 
 
@@ -325,12 +356,11 @@ def test_metrics_of_an_earlier_step_are_not_those_of_the_student(tmp_path: Path)
 
 
 def test_an_adapter_is_a_card_of_peft(tmp_path: Path) -> None:
-    base = tiny_bert()
-    base.config._name_or_path = "org/base"
-    student = get_peft_model(base, LoraConfig(target_modules=["query", "value"], task_type="SEQ_CLS"))
+    student = get_peft_model(tiny_bert(), LoraConfig(target_modules=["query", "value"], task_type="SEQ_CLS"))
     run = trainer(tmp_path, model=student, teacher=tiny_bert(width=24), train_dataset=Texts())
-    card = card_of(run)
+    card = card_of(run, finetuned_from="org/base")
     assert card.data.library_name == "peft" and card.data.base_model == "org/base"
+    assert ", num_labels=4)" in usage_of(card), "the base has classes of its own"
     assert "peft" in facts_of(run)["versions"]
 
 
@@ -341,12 +371,9 @@ def test_a_data_set_from_the_hub_names_itself(tmp_path: Path) -> None:
     rows.info.config_name = "plain"
     run = trainer(tmp_path, train_dataset=rows.with_format("torch"))
     assert card_of(run).data.datasets == ["org/images"]
-    assert facts_of(run)["dataset"] == {
-        "id": "org/images",
-        "title": "org/images",
-        "config": "plain",
-        "train_examples": 16,
-    }
+    assert facts_of(run)["dataset"] == {"id": "org/images", "title": "org/images", "config": "plain"}
+    run.train()
+    assert card_of(run) and facts_of(run)["dataset"]["train_examples"] == 16
 
 
 def test_nothing_is_fetched_for_a_card(run: RelationalDistillationTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,3 +412,91 @@ def test_the_task_is_that_of_the_models_class(model: Any, task: tuple[str | None
 def test_the_template_has_no_fact_of_its_own() -> None:
     text = TEMPLATE.read_text().split("## Citation")[0]
     assert re.findall(r"\d", text) == []
+
+
+def test_metrics_are_of_the_data_that_was_evaluated(tmp_path: Path) -> None:
+    def rows(name: str | None, split: str) -> datasets.Dataset:
+        data = Images(16)
+        columns = {"pixel_values": data.pixels.numpy(), "labels": data.labels.numpy()}
+        made = datasets.Dataset.from_dict(columns, split=split).with_format("torch")
+        made.info.download_checksums = {f"hf://datasets/{name}@0123abc/a.parquet": {}} if name else None
+        return made
+
+    run = trainer(
+        tmp_path, train_dataset=rows("org/one", "train"), eval_dataset=rows("org/one", "dev"), compute_metrics=accuracy
+    )
+    run.train()
+    run.evaluate()
+    run.evaluate(rows("org/two", "test"), metric_key_prefix="other")
+    run.evaluate(rows(None, "mine"), metric_key_prefix="local")
+    run.evaluate(Images(8), metric_key_prefix="plain")
+    found = [(result.dataset_type, result.dataset_split) for result in card_of(run).data.eval_results]
+    assert found == [("org/one", "dev"), ("org/two", "test")], "others are in the text alone"
+    shown = [(metric.get("id"), metric.get("split")) for metric in facts_of(run)["metrics"]]
+    assert shown == [("org/one", "dev"), ("org/two", "test"), (None, "mine"), (None, None)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {"optimizer": "adamw_torch_fused", "learning_rate": 0.01, "precision": "float32"}),
+        ({"warmup_steps": 0.34}, {"scheduler": "linear, 2 warm-up steps"}),
+        ({"bf16": True}, {"precision": "bfloat16"}),
+        ({"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.5})}, {"optimizer": None, "learning_rate": None}),
+        ({"model": tiny_vit().to(torch.bfloat16)}, {"precision": "bfloat16"}),
+        ({"gradient_accumulation_steps": 2}, {"examples_per_step": 16}),
+        ({"learning_rate": np.float32(1e-3)}, {"learning_rate": pytest.approx(1e-3)}),
+    ],
+)
+def test_the_training_is_told_as_it_was(tmp_path: Path, settings: dict[str, Any], expected: dict[str, Any]) -> None:
+    run = trainer(tmp_path, **settings)
+    run.train()
+    run.create_model_card()
+    assert {name: facts_of(run)["training"].get(name) for name in expected} == expected
+
+
+def test_a_resumed_run_does_not_tell_the_time_of_its_last_part(tmp_path: Path) -> None:
+    run = trainer(tmp_path, save_strategy="steps", save_steps=2)
+    run.train()
+    run.create_model_card()
+    assert "seconds" in facts_of(run)["training"]
+    run = trainer(tmp_path, save_strategy="steps", save_steps=2)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    run.create_model_card()
+    assert "seconds" not in facts_of(run)["training"]
+
+
+def test_a_student_without_a_teacher_is_not_called_distilled(tmp_path: Path) -> None:
+    card = card_of(trainer(tmp_path, relational_weight=0.0, teacher=None))
+    assert "distilled from" not in card.text and "without a teacher" in card.text
+
+
+def test_lists_are_taken_as_the_trainers_own_card_takes_them(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    lists = {
+        "tasks": ["image-classification"],
+        "dataset": ["Images"],
+        "dataset_tags": ["org/images"],
+        "tags": ["a", "b"],
+    }
+    card = card_of(run, dataset_args=["plain"], **lists)
+    assert card.data.datasets == ["org/images"] and {"a", "b"} <= set(card.data.tags)
+    assert "[Images](https://huggingface.co/datasets/org/images)" in card.text
+
+
+def test_names_cannot_break_a_table(tmp_path: Path) -> None:
+    run = trainer(tmp_path, eval_dataset=Images(8), compute_metrics=lambda _: {"a|b\nc <i>": 0.5, "flag": True})
+    run.train()
+    run.evaluate()
+    card = card_of(run)
+    assert "| a&#124;b c &lt;i> | 0.5000 |" in card.text and "flag" not in card.text
+
+
+def test_a_picture_that_fails_costs_no_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr("hf_rrd.publishing.plot_losses", fail)
+    run = trainer(tmp_path)
+    run.train()
+    assert "![" not in card_of(run).text

@@ -9,7 +9,8 @@ import pytest
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from hf_rrd.publishing import published_files
+from hf_rrd import hub as hub_files
+from hf_rrd.hub import model_files, published_files
 from tests.builders import tiny_vit
 from tests.loopback_hub import LoopbackHub, header_errors, run_script
 
@@ -153,7 +154,7 @@ for strategy in ("every_save", "checkpoint", "all_checkpoints"):
         every = hub.files("tester/every_save")
         assert every.keys() == WEIGHTS | {"preprocessor_config.json"}
         progress = [f"Training in progress, step {step}" for step in (1, 2, 3)]
-        assert sorted(hub.commits("tester/every_save")) == sorted(["initial commit", *progress])
+        assert hub.commits("tester/every_save") == ["initial commit", *progress]
         last = hub.files("tester/checkpoint")
         inside = {name.removeprefix("last-checkpoint/") for name in last if name.startswith("last-checkpoint/")}
         assert {"optimizer.pt", "trainer_state.json", "_relational_distillation.safetensors"} | WEIGHTS <= inside
@@ -214,6 +215,7 @@ assert torch.equal(logits(loaded), logits(run.model)) and os.path.exists("studen
             assert 0 <= float(accuracy) <= 1
             assert failure.startswith("the student is in student, and not on the Hub: ")
             assert failure.endswith("(`hf auth login`, or hub_token=), and call trainer.push_to_hub().")
+            assert "\n" not in failure
             assert hub.token not in failure
             warned = "`push_to_hub` is on, and the student has no place on the Hub yet" in done.stderr
             assert warned == (switch == "on")
@@ -276,3 +278,78 @@ def test_shards_and_code_of_its_own_are_published(tmp_path: Path) -> None:
     shards = {file.name for file in tmp_path.glob("model-*.safetensors")}
     assert len(shards) > 1 and found == shards | {"config.json", "model.safetensors.index.json", "code.py"}
     assert sum(len(load_file(tmp_path / shard)) for shard in shards) == len(tiny_vit().state_dict())
+
+
+def test_a_push_has_links_of_a_checkpoint_or_copies_where_there_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "model.safetensors"
+    source.write_bytes(b"weights")
+    hub_files.link(source, tmp_path / "linked")
+    assert (tmp_path / "linked").stat().st_ino == source.stat().st_ino
+
+    def refuse(*paths: Path) -> None:
+        raise OSError("no links here")
+
+    monkeypatch.setattr(hub_files.os, "link", refuse)
+    hub_files.link(source, tmp_path / "copied")
+    assert (tmp_path / "copied").read_bytes() == b"weights"
+    assert (tmp_path / "copied").stat().st_ino != source.stat().st_ino
+
+
+def test_adapters_are_published_without_a_base_that_lies_beside_them(tmp_path: Path) -> None:
+    tiny_vit().save_pretrained(tmp_path)
+    for name in ("adapter_config.json", "adapter_model.safetensors", "lora/adapter_config.json", "lora/README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert model_files(str(tmp_path), ["default"]) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert model_files(str(tmp_path), ["lora"]) == ["lora/adapter_config.json"]
+
+
+def test_an_index_of_an_earlier_run_is_not_published(tmp_path: Path) -> None:
+    tiny_vit().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    assert set(model_files(str(tmp_path))) == WEIGHTS
+
+
+def test_any_failure_on_the_way_is_one_sentence_with_its_cause_and_what_to_do() -> None:
+    cause = ValueError("Invalid metadata:\n- bad")
+    failures = [
+        (ConnectionError("refused"), "refused. See that"),
+        (RuntimeError("upload"), "upload: Invalid metadata: - bad. Then"),
+    ]
+    for error, expected in failures:
+        error.__cause__ = cause if isinstance(error, RuntimeError) else None
+        with (
+            pytest.raises(hub_files.PushError, match=re.escape(f"it failed: {expected}")),
+            hub_files.explained_hub_errors("it failed"),
+        ):
+            raise error
+    with pytest.raises(KeyError), hub_files.explained_hub_errors("it failed"):
+        raise KeyError("a bug is a bug")
+
+
+@pytest.mark.slow
+def test_an_upload_that_the_hub_refuses_is_a_push_error_and_a_warning_while_saving(tmp_path: Path) -> None:
+    with LoopbackHub() as hub:
+        said = run(
+            hub,
+            """
+import hf_rrd.hub
+run = new_trainer("student", push_to_hub=True, max_steps=1)
+run.train()
+for refused in ({"language": "no language"}, {"tags": "fine"}):
+    try:
+        run.push_to_hub(**refused)
+    except hf_rrd.hub.PushError as error:
+        print(error, file=sys.stderr)
+try:
+    new_trainer("a name with spaces", push_to_hub=True)
+except ValueError as error:
+    print("at construction:", error, file=sys.stderr)
+""",
+            tmp_path,
+        )
+        assert hub.files("tester/student").keys() >= WEIGHTS
+    assert "the student is in student, and not on the Hub: " in said and "language" in said
+    assert "at construction: Repo id must" in said

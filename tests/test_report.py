@@ -46,7 +46,7 @@ def test_half_precision_has_half_the_bytes() -> None:
         compare_models(tiny_vit().to(dtype), None, Images(8)).facts for dtype in (torch.float32, torch.half)
     )
     assert half["student"]["bytes"] * 2 == whole["student"]["bytes"]
-    assert (whole["environment"]["dtype"], half["environment"]["dtype"]) == ("float32", "float16")
+    assert (whole["student"]["dtype"], half["student"]["dtype"]) == ("float32", "float16")
 
 
 def test_flops_are_those_of_the_formula() -> None:
@@ -185,7 +185,7 @@ def test_the_table_has_a_row_for_each_measure_and_the_ratio() -> None:
     report = compare_models(tiny_vit(), tiny_vit(width=24, seed=1), Images(40))
     table = report.table()
     assert [column.header for column in table.columns] == ["", "teacher", "student", "student / teacher"]
-    assert table.row_count == 14
+    assert table.row_count == 15
     sizes = [report.facts[name]["parameters"] for name in ("teacher", "student")]
     assert [list(column.cells)[0] for column in table.columns] == [
         "parameters",
@@ -236,3 +236,44 @@ def test_a_teacher_may_be_given_to_the_report_alone(tmp_path: Path) -> None:
     assert run.report().facts["teacher"].keys() == {"accuracy", "calibration_error"}  # type: ignore[union-attr]
     facts = run.report(teacher=teacher).facts  # type: ignore[union-attr]
     assert {"parameters", "latency_ms", "accuracy"} <= facts["teacher"].keys()
+
+
+def test_a_teacher_of_other_classes_has_no_accuracy() -> None:
+    named = tiny_vit(width=24, seed=1)
+    named.config.id2label = {0: "d", 1: "c", 2: "b", 3: "a"}
+    student = tiny_vit()
+    for teacher in (tiny_vit(width=24, classes=7), named):
+        student.config.id2label = {0: "a", 1: "b", 2: "c", 3: "d"}
+        facts = compare_models(student, teacher, Images(20)).facts
+        assert "accuracy" in facts["student"] and "alignment" in facts
+        assert "accuracy" not in facts["teacher"] and "agreement" not in facts
+    named.config.id2label = dict(student.config.id2label)
+    assert {"accuracy"} <= compare_models(student, named, Images(20)).facts["teacher"].keys()
+
+
+def test_labels_below_zero_are_unknown_and_outputs_that_are_not_finite_are_no_quality() -> None:
+    data = Images(20)
+    data.labels[:] = -1
+    assert "accuracy" not in compare_models(tiny_vit(), None, data).facts["student"]
+    broken = tiny_vit()
+    broken.classifier.weight.data[:] = torch.nan
+    facts = compare_models(broken, tiny_vit(width=24, seed=1), Images(20)).facts
+    assert "accuracy" not in facts["student"] and "latency_ms" in facts["student"] and "alignment" in facts
+
+
+def test_several_labels_at_once_have_no_top_class() -> None:
+    student = tiny_vit()
+    student.config.problem_type = "multi_label_classification"
+    assert "agreement" not in compare_models(student, tiny_vit(width=24, seed=1), Images(20, labels=False)).facts
+
+
+def test_of_few_examples_all_are_neighbors_and_that_is_not_told() -> None:
+    for count, told in ((11, False), (12, True)):
+        alignment = compare_models(tiny_vit(), tiny_vit(width=24, seed=1), Images(count)).facts["alignment"]
+        assert ("neighbor_overlap" in alignment) == told
+
+
+def test_a_stream_of_datasets_is_refused_by_name(tmp_path: Path) -> None:
+    stream = datasets.Dataset.from_dict({"labels": [1, 2]}).to_iterable_dataset()
+    with pytest.raises(ValueError, match="needs a data set with examples and a length, got IterableDataset"):
+        trainer(tmp_path).report(stream)

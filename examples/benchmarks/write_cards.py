@@ -25,7 +25,7 @@ from hf_rrd.presentation import decimal, percent, whole
 ROOT = Path(__file__).resolve().parents[2]
 SST2 = (
     "--train_file data/sst2/train.csv --validation_file data/sst2/validation.csv --text_column_name sentence "
-    "--card_dataset stanfordnlp/sst2 --max_length 64 --save_strategy no --report"
+    "--card_dataset stanfordnlp/sst2 --max_length 64 --save_strategy no --logging_steps 20 --report"
 )
 MINILM = "--teacher_model_name_or_path out/minilm --card_teacher 'all-MiniLM-L6-v2{}'"
 CIFAR10_TEACHER = Path("out/cards/cifar10-teacher")
@@ -47,7 +47,7 @@ RUNS = {
     "--student_config_name vit --student_config_overrides "
     "patch_size=8,hidden_size=128,num_hidden_layers=4,num_attention_heads=4,intermediate_size=256 "
     "--num_train_epochs 5 --per_device_train_batch_size 64 --learning_rate 1e-3 --warmup_steps 200 --save_strategy no "
-    "--max_train_samples 10000 --max_eval_samples 2000 --report",
+    "--logging_steps 20 --max_train_samples 10000 --max_eval_samples 2000 --report",
 }
 """The commands by the name of the student."""
 
