@@ -253,6 +253,7 @@ def plot_embeddings(
             about = about if method == "pca" else f"t-SNE axis {axis + 1} (no unit)"
             axes.set(**{name: f"turned {about}" if turned else about})
         _draw_classes(axes, plane, ids, names)
+        axes.locator_params(nbins=6)  # or the numbers of a wide scale touch
         _style(axes)
     _explain_classes(figure, panels, ids)
     return _laid_out(figure)
