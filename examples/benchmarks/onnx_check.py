@@ -25,7 +25,10 @@ TEXTS = ["a film that is as warm as it is bright", "dull from its first scene to
 
 
 def inputs_of(folder: str) -> dict[str, torch.Tensor]:
-    """Three texts, or three images of random pixels, as the student's processor gives them."""
+    """Three texts, or three images of random pixels, as the student's processor gives them, where it has one."""
+    config = AutoConfig.from_pretrained(folder)
+    if not Path(folder, "preprocessor_config.json").is_file() and hasattr(config, "num_channels"):
+        return {"pixel_values": torch.randn(3, config.num_channels, config.image_size, config.image_size)}
     if Path(folder, "preprocessor_config.json").is_file():
         pixels = np.random.default_rng(0).integers(0, 256, (3, 48, 40, 3), dtype=np.uint8)
         return dict(
