@@ -315,7 +315,11 @@ def _cached(dataset: Dataset, reader: _Reader, root: Path) -> Dataset:
             "Set `cache_dir` to a folder that all processes share."
         )
     outputs = datasets.concatenate_datasets([Dataset.from_file(str(folder / name)) for name in names])
-    return _formatted(datasets.concatenate_datasets([dataset.with_format(None), outputs], axis=1), dataset)
+    both = [dataset.with_format(None), outputs]
+    result = datasets.concatenate_datasets(both, axis=1, split=dataset.split)
+    # Where it is from, for the model card.
+    result.info.download_checksums, result.info.config_name = dataset.info.download_checksums, dataset.info.config_name
+    return _formatted(result, dataset)
 
 
 def _progress(reader: _Reader, total: int, title: str) -> Any:

@@ -17,10 +17,10 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import BertTokenizer
 
-from hf_rrd import RelationalDistillationTrainer, student_from_teacher
+from hf_rrd import RelationalDistillationTrainer, cache_teacher_outputs, student_from_teacher
 from hf_rrd.model_card import TEMPLATE, render_card
 from hf_rrd.publishing import FACTS_FILE
-from hf_rrd.run_facts import command_of, hub_name, task_of
+from hf_rrd.run_facts import command_of, dataset_facts, hub_name, task_of
 from tests.builders import Images, Texts, tiny_bert, tiny_vit, trainer
 
 DATASET = {"dataset_tags": "org/images", "dataset": "Images"}
@@ -374,6 +374,15 @@ def test_a_data_set_from_the_hub_names_itself(tmp_path: Path) -> None:
     assert facts_of(run)["dataset"] == {"id": "org/images", "title": "org/images", "config": "plain"}
     run.train()
     assert card_of(run) and facts_of(run)["dataset"]["train_examples"] == 16
+
+
+def test_a_cached_data_set_is_still_from_where_it_was() -> None:
+    data = Images(16)
+    rows = datasets.Dataset.from_dict({"pixel_values": data.pixels.numpy()}, split="train").with_format("torch")
+    rows.info.download_checksums = {"hf://datasets/org/images@0123abc/a.parquet": {}}
+    rows.info.config_name = "plain"
+    cached = cache_teacher_outputs(rows, tiny_vit())
+    assert dataset_facts(cached) == {"id": "org/images", "config": "plain", "split": "train"}
 
 
 def test_nothing_is_fetched_for_a_card(run: RelationalDistillationTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
