@@ -8,7 +8,7 @@
 `accelerate launch` instead of `python` runs it on several devices, and `--mixed_precision bf16` there does what it
 says. The labels are whole numbers from 0. Instead of flags one YAML or JSON file will do.
 
-Needs `pip install 'hf_rrd[demo]'`.
+Needs `pip install 'hf_rrd[demo,plots]'`.
 """
 
 import json
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import load_dataset
+from huggingface_hub import create_repo, upload_folder
 from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import (
@@ -33,7 +34,13 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from hf_rrd import FeatureBank, compare_models, logit_loss, relational_loss, student_from_teacher
+from hf_rrd.hub import published_files
+from hf_rrd.model_card import render_card
+from hf_rrd.plots import save_plots
 from hf_rrd.pooling import mean_pool
+from hf_rrd.publishing import figures_of
+from hf_rrd.report import size_of
+from hf_rrd.run_facts import command_of, versions_in_use
 
 
 @dataclass
@@ -61,9 +68,11 @@ class Arguments:
     kd_weight: float = field(default=0.0, metadata={"help": "Weight of distillation on logits; 0 leaves it out."})
     bank_size: int = field(default=4096, metadata={"help": "Teacher embeddings to compare with."})
     seed: int = field(default=0, metadata={"help": "Of new weights and of the order of batches."})
-    push_to_hub: bool = field(default=False, metadata={"help": "Push student and tokenizer at the end."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Push student, tokenizer and card at the end."})
     hub_model_id: str | None = field(default=None, metadata={"help": "Their name there. Default: the folder's."})
-    report: bool = field(default=False, metadata={"help": "Compare student and teacher at the end, also in speed."})
+    report: bool = field(default=False, metadata={"help": "Compare student and teacher at the end, and write a card."})
+    card_dataset: str | None = field(default=None, metadata={"help": "For the card: the Hub name of files' data set."})
+    card_teacher: str | None = field(default=None, metadata={"help": "For the card: what to call the teacher."})
 
 
 def parse() -> Arguments:
@@ -79,6 +88,50 @@ def embed_and_classify(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torc
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     outputs = model(**inputs, output_hidden_states=True)
     return mean_pool(BaseModelOutput(outputs.hidden_states[-1]), batch["attention_mask"]), outputs.logits
+
+
+def describe(args: Arguments, student: Any, teacher: Any, tokenizer: Any, rows: Any, collate: Any) -> None:
+    """Compare with the teacher, write the card of the facts, push if asked. In a Trainer's run this is one call."""
+    report = compare_models(student, teacher, rows, collate)
+    Console().print(report.table())
+    report.save(args.output_dir)
+    name = args.hub_model_id or Path(args.output_dir).name
+    facts = {
+        "name": name.split("/")[-1],
+        "repository": args.hub_model_id,
+        "task": "text-classification",
+        "library": "transformers",
+        "usage": {
+            "model_class": "AutoModelForSequenceClassification",
+            "processor_class": "AutoTokenizer",
+            "input": "input_ids",
+            "output": "logits",
+        },
+        "student": size_of(student),
+        "teacher": size_of(teacher) | ({"description": args.card_teacher} if args.card_teacher else {}),
+        "dataset": {"id": args.card_dataset, "title": args.card_dataset} if args.card_dataset else {},
+        "settings": {
+            "task_weight": 1.0,
+            "relational_weight": args.relational_weight,
+            "kd_weight": args.kd_weight,
+            "bank_size": args.bank_size,
+        },
+        "training": {"epochs": args.num_train_epochs, "learning_rate": args.learning_rate, "seed": args.seed},
+        "metrics": [{"name": "accuracy", "value": report.facts["student"]["accuracy"], "split": "validation"}],
+        "report": report.facts,
+        "command": command_of(sys.argv),
+        "versions": versions_in_use(),
+    }
+    if args.card_dataset:
+        facts["metrics"][0]["id"] = args.card_dataset
+    files = save_plots(figures_of([], report, None), Path(args.output_dir, "figures"))
+    card = render_card(facts, {file.stem: f"figures/{file.name}" for file in files})
+    card.save(Path(args.output_dir, "README.md"))
+    Path(args.output_dir, "model_card.json").write_text(json.dumps(facts, indent=2) + "\n")
+    if args.push_to_hub:
+        repository = create_repo(name, exist_ok=True).repo_id
+        names = published_files(args.output_dir, tokenizer)
+        upload_folder(repo_id=repository, folder_path=args.output_dir, allow_patterns=names)
 
 
 def main() -> None:
@@ -165,18 +218,11 @@ def main() -> None:
         accelerator.unwrap_model(student).save_pretrained(args.output_dir)
         tokenizer.save_pretrained(args.output_dir)
         Path(args.output_dir, "results.json").write_text(json.dumps(accuracy, indent=2))
-        if args.push_to_hub:
-            name = args.hub_model_id or Path(args.output_dir).name
-            tags = ["hf-rrd", "knowledge-distillation", "relational-representation-distillation"]
-            accelerator.unwrap_model(student).push_to_hub(name, tags=tags)
-            tokenizer.push_to_hub(name)
     accelerator.print(
         f"accuracy: student {100 * accuracy['student']:.1f} %, teacher {100 * accuracy['teacher']:.1f} %"
     )
-    if args.report and accelerator.is_main_process:
-        report = compare_models(accelerator.unwrap_model(student), teacher, data["validation"], collate)
-        report.save(args.output_dir)
-        Console().print(report.table())
+    if accelerator.is_main_process and (args.report or args.push_to_hub):
+        describe(args, accelerator.unwrap_model(student), teacher, tokenizer, data["validation"], collate)
     accelerator.wait_for_everyone()  # torch 2.13 may hang where the group ends right after a gather
     accelerator.end_training()
 

@@ -188,7 +188,7 @@ class PublishingMixin:
         try:
             names = getattr(self.model.config, "id2label", None) or {}
             names = None if all(name == f"LABEL_{label}" for label, name in names.items()) else names  # made up
-            figures = _figures(self.state.log_history, self.last_report, names)
+            figures = figures_of(self.state.log_history, self.last_report, names)
             files = save_plots(figures, folder / FIGURES)
         except Exception as error:  # whatever it is: a picture must not cost the card and the push
             logger.warning(f"The card has no pictures. {error}")
@@ -350,7 +350,7 @@ class PublishingMixin:
         )
 
 
-def _figures(log_history: list[dict[str, Any]], report: DistillationReport | None, names: Any) -> dict[str, Any]:
+def figures_of(log_history: list[dict[str, Any]], report: DistillationReport | None, names: Any) -> dict[str, Any]:
     """What there is to draw of a run and its report, of `PICTURES`."""
     figures: dict[str, Any] = {}
     if any("loss" in entry and "step" in entry for entry in log_history):

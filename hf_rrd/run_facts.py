@@ -97,7 +97,7 @@ def run_facts(
         "losses": _losses(trainer.state.log_history),
         "report": None if report is None else report.facts,
         "command": command_of(sys.argv, trainer.args.world_size),
-        "versions": _versions(() if model is trainer.model else ("peft",)),
+        "versions": versions_in_use(() if model is trainer.model else ("peft",)),
     }
     facts["metrics"], facts["alignment"] = _metrics(trainer, facts["report"], hub_name(_first(dataset_tags)))
     return {name: value for name, value in facts.items() if value not in (None, {}, [])}
@@ -356,7 +356,8 @@ def _losses(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return losses
 
 
-def _versions(more: tuple[str, ...]) -> dict[str, str]:
+def versions_in_use(more: tuple[str, ...] = ()) -> dict[str, str]:
+    """Exact versions of Python and of the packages in use."""
     versions = {"python": platform.python_version()}
     for package in (*PACKAGES, *more):
         if package in sys.modules:

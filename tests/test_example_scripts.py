@@ -396,7 +396,7 @@ def test_a_script_reports_and_pushes_by_flags(
     pictures = {
         "quickstart": "similarities embeddings reliability",  # its tiny run ends before its first log line
         "text_embeddings": "losses similarities embeddings",  # without classes
-        "own_training_loop": "",
+        "own_training_loop": "similarities embeddings reliability",
     }.get(name, "losses similarities embeddings reliability")
     assert files.keys() == stock | {f"figures/{picture}.png" for picture in pictures.split()}
     card = files["README.md"].decode()
