@@ -22,6 +22,7 @@ from hf_rrd.model_card import TEMPLATE, render_card
 from hf_rrd.publishing import FACTS_FILE
 from hf_rrd.run_facts import command_of, dataset_facts, hub_name, task_of
 from tests.builders import Images, Texts, tiny_bert, tiny_vit, trainer
+from tests.loopback_hub import header_errors
 
 DATASET = {"dataset_tags": "org/images", "dataset": "Images"}
 
@@ -119,7 +120,7 @@ def _flat(facts: dict[str, Any], prefix: str = "") -> dict[str, float]:
 def test_every_number_of_a_card_is_among_the_facts_of_the_run(run: RelationalDistillationTrainer) -> None:
     card = str(card_of(run, **DATASET))
     assert len(numbers_shown(card)) > 60
-    assert unsaid(card, facts_of(run)) == []
+    assert unsaid(card, facts_of(run)) == [] and header_errors(card) == []
     wrong = card.replace("| accuracy | ", "| accuracy | 99.87 % ", 1)
     assert unsaid(wrong, facts_of(run)) == ["99.87"], "the check sees a number that is not among them"
 
@@ -130,6 +131,7 @@ def test_the_cards_of_our_own_students_say_the_facts_beside_them() -> None:
     for folder in folders:
         card, facts = ModelCard.load(folder / "README.md"), json.loads((folder / FACTS_FILE).read_text())
         assert unsaid(str(card), facts) == [], folder.name
+        assert header_errors(str(card)) == [], folder.name
         pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", card.text)
         assert len(pictures) >= 3 and all((folder / picture).is_file() for picture in pictures)
         again = render_card(facts, {Path(picture).stem: picture for picture in pictures})
