@@ -30,7 +30,7 @@ from hf_rrd.hub import (
 )
 from hf_rrd.model_card import render_card
 from hf_rrd.plots import plot_embeddings, plot_losses, plot_reliability, plot_similarities, save_plots
-from hf_rrd.report import DistillationReport, compare_models, write_json
+from hf_rrd.report import DistillationReport, class_names, compare_models, write_json
 from hf_rrd.run_facts import dataset_facts, run_facts
 
 logger = logging.get_logger(__name__)
@@ -186,9 +186,7 @@ class PublishingMixin:
         for name in PICTURES:  # of an earlier run
             (folder / FIGURES / f"{name}.png").unlink(missing_ok=True)
         try:
-            names = getattr(self.model.config, "id2label", None) or {}
-            names = None if all(name == f"LABEL_{label}" for label, name in names.items()) else names  # made up
-            figures = figures_of(self.state.log_history, self.last_report, names)
+            figures = figures_of(self.state.log_history, self.last_report, class_names(self.model))
             files = save_plots(figures, folder / FIGURES)
         except Exception as error:  # whatever it is: a picture must not cost the card and the push
             logger.warning(f"The card has no pictures. {error}")

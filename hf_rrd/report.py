@@ -212,12 +212,14 @@ def _is_multiple(model: nn.Module) -> bool:
 
 def _same_classes(student: nn.Module, teacher: nn.Module | None) -> bool:
     """Whether the n-th class of both is the same, as far as their configs tell."""
-    names = []
-    for model in (student, teacher):
-        id2label = getattr(getattr(unwrapped(model), "config", None), "id2label", None) or {}
-        made_up = all(name == f"LABEL_{label}" for label, name in id2label.items())
-        names.append(None if made_up else id2label)
+    names = [class_names(student), class_names(teacher)]
     return None in names or names[0] == names[1]
+
+
+def class_names(model: nn.Module | None) -> dict[int, str] | None:
+    """A model's classes by number; None where its config only numbers them."""
+    names = getattr(getattr(unwrapped(model), "config", None), "id2label", None) or {}
+    return None if all(name == f"LABEL_{label}" for label, name in names.items()) else names
 
 
 def _quality(tensors: dict[str, Tensor], models: list[str]) -> dict[str, dict[str, float]]:
