@@ -20,7 +20,7 @@ test-oldest: $(OLDEST)/ready ## Run the tests with transformers 5.0, in an envir
 	$(OLDEST)/bin/python -m pytest
 
 test-deepspeed: $(DEEPSPEED)/ready ## Run the tests of DeepSpeed and of quantised teachers, in an environment of its own
-	$(DEEPSPEED)/bin/python -m pytest tests/test_deepspeed.py tests/test_placement.py
+	$(DEEPSPEED)/bin/python -m pytest tests/training/test_distributed_deepspeed.py tests/models/test_teacher_placement.py
 
 check: $(VENV)/ready ## Lint, formatting and types
 	$(BIN)/ruff check .

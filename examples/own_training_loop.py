@@ -34,13 +34,13 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from hf_rrd import FeatureBank, compare_models, logit_loss, relational_loss, student_from_teacher
-from hf_rrd.hub import published_files
-from hf_rrd.model_card import render_card
-from hf_rrd.plots import save_plots
-from hf_rrd.pooling import mean_pool
-from hf_rrd.publishing import figures_of
-from hf_rrd.report import size_of
-from hf_rrd.run_facts import command_of, versions_in_use
+from hf_rrd.models.pooling import mean_pool
+from hf_rrd.results.card import render_card
+from hf_rrd.results.facts import command_of, versions_in_use
+from hf_rrd.results.hub import published_files
+from hf_rrd.results.plots import save_plots
+from hf_rrd.results.publishing import figures_of
+from hf_rrd.results.report import size_of
 
 
 @dataclass

@@ -41,7 +41,7 @@ from hf_rrd import (
     cache_teacher_outputs,
     student_from_teacher,
 )
-from hf_rrd.pooling import POOLERS
+from hf_rrd.models.pooling import POOLERS
 
 
 @dataclass

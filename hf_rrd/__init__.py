@@ -1,7 +1,8 @@
 """Relational Representation Distillation (arXiv:2407.12073) for the Hugging Face Trainer."""
 
-from hf_rrd.alignment import relational_alignment
-from hf_rrd.batch_losses import (
+from hf_rrd.config import RelationalDistillationConfig
+from hf_rrd.losses.bank import FeatureBank
+from hf_rrd.losses.in_batch import (
     correlation_congruence_loss,
     cosine_loss,
     mse_loss,
@@ -10,14 +11,13 @@ from hf_rrd.batch_losses import (
     rkd_distance_loss,
     similarity_preserving_loss,
 )
-from hf_rrd.caching import cache_teacher_outputs, with_views
-from hf_rrd.config import RelationalDistillationConfig
-from hf_rrd.data import DataCollatorForDistillation
-from hf_rrd.feature_bank import FeatureBank
-from hf_rrd.initialization import Initialization, student_from_teacher
-from hf_rrd.losses import infonce_loss, logit_loss, relational_loss
-from hf_rrd.report import DistillationReport, compare_models
+from hf_rrd.losses.relational import infonce_loss, logit_loss, relational_loss
+from hf_rrd.models.initialization import Initialization, student_from_teacher
+from hf_rrd.results.alignment import relational_alignment
+from hf_rrd.results.report import DistillationReport, compare_models
 from hf_rrd.trainer import RelationalDistillationTrainer
+from hf_rrd.training.caching import cache_teacher_outputs, with_views
+from hf_rrd.training.data import DataCollatorForDistillation
 
 __version__ = "0.1.0"
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from hf_rrd.batch_losses import BATCH_LOSSES
-from hf_rrd.objective import RELATIONAL_LOSSES
-from hf_rrd.pooling import POOLERS
-from hf_rrd.student import STUDENT_PROJECTIONS
-from hf_rrd.teacher import MEASURED_PROJECTIONS, TEACHER_DTYPES, TEACHER_PROJECTIONS
+from hf_rrd.losses.in_batch import BATCH_LOSSES
+from hf_rrd.models.head import STUDENT_PROJECTIONS
+from hf_rrd.models.pooling import POOLERS
+from hf_rrd.models.teacher import MEASURED_PROJECTIONS, TEACHER_DTYPES, TEACHER_PROJECTIONS
+from hf_rrd.training.objective import RELATIONAL_LOSSES
 
 AUTO_BANK_SIZE = 4096
 """What `bank_size="auto"` comes to, or the size of the training set where that is smaller."""

@@ -13,9 +13,23 @@ from transformers.trainer_pt_utils import find_batch_size, nested_detach
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction
 from transformers.utils import find_labels, logging
 
-from hf_rrd.body import unwrapped
-from hf_rrd.calibration import calibrate, preserved_randomness
-from hf_rrd.checkpoint import (
+from hf_rrd.config import RelationalDistillationConfig, bank_rows
+from hf_rrd.errors import named_errors
+from hf_rrd.losses.bank import FeatureBank
+from hf_rrd.models.body import unwrapped
+from hf_rrd.models.head import HEAD, WITH_EMBEDDING, attach_head, check_student, detach_head, head_of, split_embedding
+from hf_rrd.models.teacher import (
+    Teacher,
+    TeacherOutputs,
+    TeacherProjection,
+    check_teacher,
+    load_teacher,
+    teacher_outputs,
+)
+from hf_rrd.results.embedding_log import EmbeddingLog
+from hf_rrd.results.publishing import PublishingMixin
+from hf_rrd.training.calibration import calibrate, preserved_randomness
+from hf_rrd.training.checkpoint import (
     checkpoint_to_resume,
     explained_write_errors,
     has_sidecar,
@@ -25,9 +39,8 @@ from hf_rrd.checkpoint import (
     save_sidecar,
     sizes_of,
 )
-from hf_rrd.comparison import bank_of, comparison_state, restore_comparison
-from hf_rrd.config import RelationalDistillationConfig, bank_rows
-from hf_rrd.data import (
+from hf_rrd.training.comparison import bank_of, comparison_state, restore_comparison
+from hf_rrd.training.data import (
     TEACHER_PREFIX,
     DataCollatorForDistillation,
     cached_embeddings,
@@ -42,24 +55,11 @@ from hf_rrd.data import (
     warn_of_shared_tokens,
     with_cached_arrays,
 )
-from hf_rrd.distributed import StepExamples, every_example, gather_rows, mend_wrap_policy, place_teacher
-from hf_rrd.embedding_log import EmbeddingLog
-from hf_rrd.errors import named_errors
-from hf_rrd.feature_bank import FeatureBank
-from hf_rrd.finite import FiniteCheck, check_weights
-from hf_rrd.identity import is_of_teacher, teacher_identity
-from hf_rrd.objective import RAW_LOSSES, DistillationObjective, settings_of
-from hf_rrd.publishing import PublishingMixin
-from hf_rrd.student import HEAD, WITH_EMBEDDING, attach_head, check_student, detach_head, head_of, split_embedding
-from hf_rrd.teacher import (
-    Teacher,
-    TeacherOutputs,
-    TeacherProjection,
-    check_teacher,
-    load_teacher,
-    teacher_outputs,
-)
-from hf_rrd.terms import TermLog
+from hf_rrd.training.distributed import StepExamples, every_example, gather_rows, mend_wrap_policy, place_teacher
+from hf_rrd.training.finite import FiniteCheck, check_weights
+from hf_rrd.training.identity import is_of_teacher, teacher_identity
+from hf_rrd.training.objective import RAW_LOSSES, DistillationObjective, settings_of
+from hf_rrd.training.terms import TermLog
 
 logger = logging.get_logger(__name__)
 

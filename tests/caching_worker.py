@@ -7,7 +7,7 @@ import datasets
 import torch
 import transformers
 
-from hf_rrd import caching
+from hf_rrd.training import caching
 from tests.builders import Images, be_process, tiny_vit
 
 EXAMPLES = 61

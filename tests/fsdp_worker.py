@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from hf_rrd.student import HEAD
+from hf_rrd.models.head import HEAD
 from tests import fsdp_on_cpu
 from tests.builders import Images, Texts, be_process, tiny_bert, tiny_vit, trainer
 

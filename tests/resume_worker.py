@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from hf_rrd.checkpoint import last_complete_checkpoint
+from hf_rrd.training.checkpoint import last_complete_checkpoint
 from tests.builders import Images, Texts, be_process, tiny_bert, tiny_vit, trainer
 
 STEPS = 14

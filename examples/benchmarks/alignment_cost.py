@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import HfArgumentParser
 
-from hf_rrd import alignment
+from hf_rrd.results import alignment
 
 SIZES = (1000, 4096, 10_000, 50_000)
 COMPARED = (1000, 4096, 10_000)

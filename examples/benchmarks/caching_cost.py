@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from hf_rrd import cache_teacher_outputs
-from hf_rrd.caching import SHARD_EXAMPLES
+from hf_rrd.training.caching import SHARD_EXAMPLES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

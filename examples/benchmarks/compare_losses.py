@@ -36,7 +36,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from hf_rrd import RelationalDistillationConfig, RelationalDistillationTrainer, relational_alignment
-from hf_rrd.pooling import cls_pool, mean_pool
+from hf_rrd.models.pooling import cls_pool, mean_pool
 
 REGIMES = {"all": "all labels", "few": f"{LABELED} labels", "none": "no labels"}
 

@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import HfArgumentParser, ViTConfig, ViTForImageClassification
 
-import hf_rrd.losses
+import hf_rrd.losses.relational
 from hf_rrd import RelationalDistillationConfig, RelationalDistillationTrainer, cache_teacher_outputs, relational_loss
-from hf_rrd.losses import relational_terms
+from hf_rrd.losses.relational import relational_terms
 
 PRELOADED = ["hf_rrd", "hf_rrd.trainer", "transformers.models.vit.modeling_vit"]
 """What a process need not import again."""
@@ -61,7 +61,7 @@ def loss_errors(slice_rows: int, own: bool) -> tuple[float, float]:
     """Largest errors of loss and gradient in float64, batch 6, bank 37, dim 5."""
     torch.manual_seed(0)
     student, teacher, bank = (F.normalize(torch.randn(n, 5, dtype=torch.float64), dim=-1) for n in (6, 6, 37))
-    hf_rrd.losses.SLICE_ROWS = slice_rows
+    hf_rrd.losses.relational.SLICE_ROWS = slice_rows
     student.requires_grad_()
     value = relational_loss(student, teacher, bank, include_own=own)
     value.backward()
@@ -182,13 +182,13 @@ def main() -> None:
     """Compute, print, and end with 1 where a bound is missed."""
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     rows: list[tuple[str, float, float]] = []
-    slice_rows = hf_rrd.losses.SLICE_ROWS
+    slice_rows = hf_rrd.losses.relational.SLICE_ROWS
     for read_at_a_time in (slice_rows, 8):
         for own in (False, True):
             errors = loss_errors(read_at_a_time, own)
             name = f"{read_at_a_time} rows at a time, own key {'in' if own else 'out'}"
             rows += [(f"{name}: loss or gradient against the loop", max(errors), 1e-9)]
-    hf_rrd.losses.SLICE_ROWS = slice_rows
+    hf_rrd.losses.relational.SLICE_ROWS = slice_rows
     info_nce, divergence = limit_errors()
     rows += [("teacher_temperature 1e-6, own key in: against InfoNCE", info_nce, 1e-9)]
     rows += [("KL of identical inputs", divergence, 0.0)]

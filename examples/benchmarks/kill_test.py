@@ -43,8 +43,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import HfArgumentParser, PrinterCallback, TrainerCallback, ViTConfig, ViTForImageClassification
 
-from hf_rrd import RelationalDistillationConfig, RelationalDistillationTrainer, cache_teacher_outputs, caching
-from hf_rrd.checkpoint import SIDECAR, is_complete, last_complete_checkpoint
+from hf_rrd import RelationalDistillationConfig, RelationalDistillationTrainer, cache_teacher_outputs
+from hf_rrd.training import caching
+from hf_rrd.training.checkpoint import SIDECAR, is_complete, last_complete_checkpoint
 
 PHASES = (
     "start-up",

@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import HfArgumentParser
 
-from hf_rrd.losses import relational_terms
+from hf_rrd.losses.relational import relational_terms
 
 SHAPES = (
     (64, 4096, 384),

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
-from hf_rrd.export import export_onnx
+from hf_rrd.results.export import export_onnx
 
 TEXTS = ["a film that is as warm as it is bright", "dull from its first scene to its ending, and too long", "fine"]
 

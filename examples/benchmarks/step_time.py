@@ -36,7 +36,7 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_rrd import RelationalDistillationConfig, RelationalDistillationTrainer
-from hf_rrd.losses import relational_loss
+from hf_rrd.losses.relational import relational_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_rrd.model_card import markdown
-from hf_rrd.presentation import decimal, percent, whole
+from hf_rrd.results.card import markdown
+from hf_rrd.results.table import decimal, percent, whole
 
 ROOT = Path(__file__).resolve().parents[2]
 SST2 = (

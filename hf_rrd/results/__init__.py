@@ -1,0 +1,1 @@
+"""After the run: measures, report, pictures, card, push and export."""

@@ -1,0 +1,142 @@
+"""A model as one ONNX file that needs neither hf_rrd nor torch, checked against the model itself."""
+
+import contextlib
+import copy
+import importlib.util
+import io
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_rrd.errors import described
+from hf_rrd.models.body import main_input_of
+from hf_rrd.models.head import detach_head
+
+_PACKAGES = ("transformers.exporters", "onnx", "onnxruntime", "onnxscript")
+_PLAIN_OUTPUT = {"use_cache": False, "output_hidden_states": False, "output_attentions": False, "return_dict": True}
+
+
+def export_onnx(model: PreTrainedModel, path: str | Path, inputs: Mapping[str, Tensor], atol: float = 1e-4) -> float:
+    """Write a model to one ONNX file by transformers' own exporter, and compare the two by `check_onnx`.
+
+    The file takes any number of examples, and texts and sound of any length that the model takes; images keep their
+    size. It gives what the model gives in eval mode, computed in float32, without hidden states, attentions and
+    caches. What is exported is a copy without the relational head: the model stays as it was.
+
+    Args:
+        model: A transformers model, with a trainer's head or none, its adapters merged, of less than 2 GiB in float32.
+        path: The file; an older one is replaced once the new one has passed.
+        inputs: What the model's forward takes, without labels, (batch, ...) each; texts of 2 tokens or more.
+        atol: The largest absolute difference to accept.
+
+    Returns:
+        The largest absolute difference of an output.
+
+    Raises:
+        ImportError: A package of the extra `onnx` is missing, or transformers is older than 5.13.
+        TypeError: `model` is not a transformers model.
+        ValueError: `inputs` do not suit, the model is too large, or the file differs from it.
+    """
+    if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
+        raise ImportError(
+            f"`export_onnx` needs transformers 5.13 or newer, got {transformers.__version__}, and ONNX. Missing: "
+            f"{', '.join(missing)}. Try: pip install -U 'hf_rrd[onnx]'"
+        )
+    import onnx_ir
+    from transformers.exporters import OnnxConfig, OnnxExporter
+
+    plain = _plain_copy(model)
+    given, free = _plain_inputs(plain, inputs)
+    # Twice the examples: torch.export takes a size of 1 for a constant.
+    traced = {name: torch.cat([value, value]) for name, value in given.items()}
+    shapes = {name: dict.fromkeys(dims, torch.export.Dim.AUTO) for name, dims in free.items()}
+    with contextlib.redirect_stdout(io.StringIO()):  # torch.onnx prints how far it is
+        exported = OnnxExporter().export(plain, traced, OnnxConfig(dynamic=True, dynamic_shapes=shapes))
+    # Before 5.23 the exporter returned a class of torch.
+    program = exported.model if isinstance(exported, torch.onnx.ONNXProgram) else exported.program
+    os.makedirs(Path(path).parent, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=Path(path).parent) as folder:
+        temporary = Path(folder, Path(path).name)
+        onnx_ir.save(program, temporary)
+        difference = check_onnx(temporary, model, inputs, atol)
+        os.replace(temporary, path)
+    return difference
+
+
+def check_onnx(path: str | Path, model: PreTrainedModel, inputs: Mapping[str, Tensor], atol: float = 1e-4) -> float:
+    """Compare an ONNX file with its model, on `inputs` and on their first example, a text without its first token.
+
+    Arguments, result and errors are those of `export_onnx`; nothing is written.
+    """
+    plain = _plain_copy(model)
+    given, free = _plain_inputs(plain, inputs)
+    # The last token stays: BART's classifier needs it.
+    shorter = {name: value[:1, 1:] if 1 in free[name] else value[:1] for name, value in given.items()}
+    if "attention_mask" in shorter:  # the mean over no token at all is no number
+        shorter["attention_mask"] = torch.ones_like(shorter["attention_mask"])
+    differences = torch.tensor([_difference(path, plain, batch) for batch in (given, shorter)], dtype=torch.float64)
+    if not (differences <= atol).all():  # NaN is no pass
+        raise ValueError(
+            f"the ONNX file must give what {type(model).__name__} gives to {atol:g}, got differences up to "
+            f"{differences.max():.3g}. Export it again, or raise `atol` where the outputs are large."
+        )
+    return differences.max().item()
+
+
+def _plain_copy(model: Any) -> Any:
+    name, limit = type(model).__name__, 2**31 - 2**25  # protobuf ends at 2 GiB, and the graph itself needs some
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"`model` must be a PreTrainedModel, got {name}. Merge adapters: `model.merge_and_unload()`.")
+    if (size := 4 * sum(weight.numel() for weight in model.parameters())) > limit:
+        raise ValueError(f"`model` must have less than 2 GiB of weights in float32, got {size / 2**30:.1f} in {name}.")
+    plain: Any = copy.deepcopy(model)
+    detach_head(plain)
+    plain = extract_model_from_parallel(plain, keep_fp32_wrapper=False)  # without the autocast of a trainer with bf16
+    for field, value in _PLAIN_OUTPUT.items():
+        setattr(plain.config, field, value)
+    if plain.config._attn_implementation not in ("eager", "sdpa"):  # kernels that ONNX does not know
+        plain.set_attn_implementation("eager")
+    return plain.cpu().float().eval()
+
+
+def _plain_inputs(model: Any, inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    """The inputs in float32 on the CPU, and which dimensions of each are free: the batch, and the length of a text."""
+    main = inputs.get(main_input_of(model))
+    sizes = {len(value) if isinstance(value, Tensor) and value.dim() else 0 for value in inputs.values()}
+    if main is None or "labels" in inputs or len(sizes) != 1 or 0 in sizes or (main.dim() == 2 and main.shape[1] < 2):
+        raise ValueError(
+            f"`inputs` must be tensors of as many examples, without labels, among them `{main_input_of(model)}`, a "
+            f"text of 2 tokens or more, got {described(inputs)}."
+        )
+    tensors = {name: value.detach().cpu() for name, value in inputs.items()}
+    plain = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+    lengths = (2, main.shape)  # images and spectrograms keep their size
+    return plain, {name: [0, 1] if (value.dim(), value.shape) == lengths else [0] for name, value in plain.items()}
+
+
+def _difference(path: str | Path, plain: Any, inputs: dict[str, Tensor]) -> float:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        values = session.run(None, {spec.name: inputs[spec.name].numpy() for spec in session.get_inputs()})
+    except Exception as error:  # its classes have no base of their own
+        raise ValueError(f"the ONNX file does not run on {described(inputs)}: {error}") from error
+    found = {spec.name: torch.from_numpy(value) for spec, value in zip(session.get_outputs(), values, strict=True)}
+    with torch.no_grad():
+        wanted = {name: value for name, value in plain(**inputs).items() if isinstance(value, Tensor)}
+    if any(name not in found or found[name].shape != value.shape for name, value in wanted.items()):
+        raise ValueError(
+            f"the ONNX file must give {described(wanted)} for {described(inputs)}, got {described(found)}."
+        )
+    return torch.stack([(found[name] - wanted[name]).abs().max() for name in wanted]).max().item()

@@ -1,0 +1,1 @@
+"""What a run needs: the comparison, the data, checkpoints and several processes."""

@@ -1,0 +1,405 @@
+"""The teacher's outputs computed once, as columns of the data set that stand in for the teacher."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar, cast
+from uuid import uuid4
+
+import datasets
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, parse_flag_from_env, send_to_device
+from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Sequence, Value
+from datasets.arrow_writer import ArrowWriter
+from datasets.fingerprint import Hasher
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from hf_rrd.models.body import is_headless, main_input_of, unwrapped
+from hf_rrd.models.teacher import TEACHER_DTYPES, Teacher, TeacherProjection, load_teacher
+from hf_rrd.training.calibration import sample_of
+from hf_rrd.training.data import CACHED_COLUMNS, TEACHER_PREFIX, collator_of, teacher_inputs
+from hf_rrd.training.identity import weights_hash
+
+SHARD_EXAMPLES = 8192
+"""Examples in a file of the cache: what a killed call loses at most, for each process."""
+
+CALIBRATION_EXAMPLES = 4096
+"""Examples that a projection is measured on."""
+
+KEPT_DTYPES = ("float16", "float32")
+"""The values of `dtype=`; Arrow has no bfloat16."""
+
+AnyDataset = TypeVar("AnyDataset", bound=Dataset | DatasetDict | IterableDataset | IterableDatasetDict)
+Columns = dict[str, np.ndarray[Any, Any]]
+
+
+def cache_teacher_outputs(
+    dataset: AnyDataset,
+    teacher: nn.Module | str | os.PathLike[str],
+    batch_size: int = 32,
+    data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    *,
+    processing_class: Any = None,
+    pooling: str | Callable[..., Any] = "auto",
+    with_logits: bool | None = None,
+    teacher_projection: str = "none",
+    projection_dim: int | None = None,
+    dtype: str = "float16",
+    teacher_dtype: str | None = None,
+    num_workers: int = 0,
+    cache_dir: str | os.PathLike[str] | None = None,
+    teacher_model_init_kwargs: dict[str, Any] | None = None,
+) -> AnyDataset:
+    """The data set with the columns `teacher_embedding` and, where wanted, `teacher_logits`.
+
+    The trainer finds them by their names and then needs no teacher. Works on tokenized or transformed examples: on
+    what the teacher would see in training, its `teacher_` columns or those that it shares with the student.
+
+    The outputs lie in Arrow files of `SHARD_EXAMPLES` examples, each written under a temporary name and renamed; what
+    is there is taken up again, so a call after a kill finishes the work. Their folder is named by a hash of the data
+    set with its preprocessing, the teacher's class, config and weights, and all that is said here about reading it: a
+    changed teacher never meets an old cache. Under `accelerate launch` the processes share the files among them, and
+    each returns the whole data set; the folder has to be one that all of them see. A stream is computed as it is
+    read, and nothing is kept.
+
+    Args:
+        dataset: Map-style or streamed, one or a dict of them.
+        teacher: A transformers model, or a Hub name or folder of one. It is frozen, set to evaluation mode and moved
+            to the process's device.
+        batch_size: Examples of one forward, on each process. Texts are sorted by length within a file first.
+        data_collator: From whole examples to a batch, as in training. Default: pads and stacks the teacher's columns.
+        processing_class: The teacher's tokenizer or feature extractor, for the default.
+        pooling: As `teacher_pooling` in `RelationalDistillationConfig`.
+        with_logits: Whether to keep logits, (classes,) for each example; None keeps those of a classifier.
+        teacher_projection, projection_dim: As in `RelationalDistillationConfig`, to keep narrower embeddings; the
+            trainer then takes them as they are. Measured on `CALIBRATION_EXAMPLES` examples, of a dict those of its
+            first data set, so pass training and evaluation sets together.
+        dtype: "float16" or "float32", of what is kept.
+        teacher_dtype: The autocast dtype of the forward, "bfloat16", "float16" or "float32"; None: no autocast.
+        num_workers: Processes that read and collate ahead.
+        cache_dir: Default: `teacher_outputs` in the cache folder of datasets.
+        teacher_model_init_kwargs: For `from_pretrained`, of a teacher given by name: `revision`, `dtype` and so on.
+
+    Returns:
+        The data set, of the same kind and format, with the columns. `teacher_embedding` has the teacher's width or
+        the projection's.
+
+    Raises:
+        ValueError: A setting is out of its range, there are such columns already, the teacher lacks an input, or an
+            output is not finite in `dtype`.
+        FileNotFoundError: The processes do not share the folder.
+
+    Example:
+
+    ```python
+    train = cache_teacher_outputs(train, "google/vit-base-patch16-224", batch_size=64)
+    trainer = RelationalDistillationTrainer(model=student, args=args, train_dataset=train)
+    ```
+    """
+    if dtype not in KEPT_DTYPES:
+        raise ValueError(f"`dtype` must be one of {list(KEPT_DTYPES)}, got {dtype!r}.")
+    if teacher_dtype is not None and teacher_dtype not in TEACHER_DTYPES:
+        raise ValueError(f"`teacher_dtype` must be one of {list(TEACHER_DTYPES)}, got {teacher_dtype!r}.")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be 1 or more, got {batch_size}.")
+    model = load_teacher(teacher, **(teacher_model_init_kwargs or {}))
+    is_classifier = "Classification" in type(unwrapped(model)).__name__
+    with_logits = is_classifier if with_logits is None else with_logits
+    if with_logits and is_headless(model):
+        raise ValueError(f"`with_logits` needs a teacher with a head, got {type(model).__name__}.")
+    reader = _Reader(
+        teacher=Teacher(model, pooling, wants_embedding=True, dtype=teacher_dtype),
+        collate=data_collator,
+        processing_class=processing_class,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        with_logits=with_logits,
+        dtype=dtype,
+        settings={"weights": weights_hash(model), "pooling": pooling, "teacher_dtype": teacher_dtype},
+    )
+    root = Path(cache_dir) if cache_dir is not None else Path(datasets.config.HF_DATASETS_CACHE) / "teacher_outputs"
+    parts: dict[str, Any] = dict(dataset) if isinstance(dataset, dict) else {"": dataset}
+    for name, part in parts.items():
+        _check_part(name, part)
+    if teacher_projection != "none":
+        reader.projection = _projection(next(iter(parts.values())), reader, teacher_projection, projection_dim, root)
+    elif projection_dim is not None:
+        raise ValueError(f"`projection_dim` needs a `teacher_projection`, got {projection_dim} and 'none'. Try 'pca'.")
+    parts = {
+        name: _streamed(part, reader) if isinstance(part, IterableDataset) else _cached(part, reader, root)
+        for name, part in parts.items()
+    }
+    return cast(AnyDataset, type(dataset)(parts) if isinstance(dataset, dict) else parts[""])
+
+
+def with_views(dataset: Dataset, views: int) -> Dataset:
+    """Each example several times, with a column `view_seed`, so that an augmentation can be cached.
+
+    A transform that draws its random numbers from `view_seed` alone gives the same view each time it is asked: teacher
+    and student see one and the same. One epoch is then `views` passes over the examples. Each example is stored once;
+    a shuffled or selected set is first written out in its order.
+
+    Args:
+        dataset: Map-style.
+        views: How many times, 1 or more.
+
+    Returns:
+        `views * len(dataset)` examples.
+
+    Raises:
+        ValueError: `views` is below 1.
+
+    Example:
+
+    ```python
+    def augment(batch):
+        generators = [torch.Generator().manual_seed(seed) for seed in batch["view_seed"]]
+        images = [random_crop(image, generator) for image, generator in zip(batch["image"], generators)]
+        return {"pixel_values": list(processor(images, return_tensors="pt")["pixel_values"]), "labels": batch["label"]}
+
+
+    train = cache_teacher_outputs(with_views(train, 4).with_transform(augment), teacher)
+    ```
+    """
+    if views < 1:
+        raise ValueError(f"`views` must be 1 or more, got {views}.")
+    count = len(dataset)
+    seeds = np.arange(views * count).reshape(views, count)
+    return datasets.concatenate_datasets([dataset.add_column("view_seed", row) for row in seeds])
+
+
+@dataclass
+class _Reader:
+    """A teacher, and how it reads examples. `settings` say which teacher it is, and how it is asked."""
+
+    teacher: Teacher
+    collate: Callable[[list[Any]], Mapping[str, Any]] | None
+    processing_class: Any
+    batch_size: int
+    num_workers: int
+    with_logits: bool
+    dtype: str
+    settings: dict[str, Any]
+    projection: TeacherProjection | None = None
+    # `accelerate launch --cpu` says it in the environment, which PartialState alone does not read.
+    state: PartialState = field(default_factory=lambda: PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")))
+
+    def __post_init__(self) -> None:
+        self.teacher.place(self.state.device)
+
+    def fingerprint(self) -> str:
+        """Of all that decides what comes out of an example."""
+        processor = self.processing_class
+        names = ("padding_side", "pad_token_id", "pad_token_type_id", "padding_value", "model_input_names")
+        padding = [type(processor).__name__, *(getattr(processor, name, None) for name in names)]
+        projection = None if self.projection is None else (self.projection.kind, self.projection.state_dict())
+        reading = self.collate if self.collate is not None else padding
+        about = [self.settings, self.with_logits, self.dtype, reading, projection]
+        return str(Hasher.hash(about))
+
+    def columns(self, names: list[str]) -> dict[str, str]:
+        """Of an example's columns those that the teacher reads, with their names in its forward."""
+        chosen = teacher_inputs(dict.fromkeys(names), self.teacher.columns)
+        prefixed = {f"{TEACHER_PREFIX}{name}": name for name in chosen}
+        own = {name: prefixed[name] for name in names if name in prefixed}
+        return own or {name: name for name in chosen}
+
+    def batch(self, examples: list[Any]) -> dict[str, Any]:
+        """The teacher's inputs for some examples."""
+        if self.collate is not None:
+            return teacher_inputs(self.collate(examples), self.teacher.columns)
+        columns = self.columns(list(examples[0]))
+        if not columns:
+            wanted = main_input_of(self.teacher.body)
+            raise ValueError(
+                f"the teacher needs `{wanted}`, the examples offer it {sorted(examples[0])}. Tokenize or transform "
+                f"them first, with a column `{wanted}` or `{TEACHER_PREFIX}{wanted}`."
+            )
+        own = [{columns[name]: example[name] for name in columns} for example in examples]
+        return dict(collator_of(self.processing_class)(own))
+
+    def outputs(self, inputs: dict[str, Any]) -> Columns:
+        """The columns of one batch, (batch, width) and (batch, classes)."""
+        embedding, logits = self.teacher(send_to_device(inputs, self.state.device))
+        assert embedding is not None
+        outputs = {"teacher_embedding": embedding if self.projection is None else self.projection(embedding)}
+        if self.with_logits:
+            if logits is None or logits.dim() != 2:
+                shape = None if logits is None else tuple(logits.shape)
+                raise ValueError(
+                    f"`with_logits` keeps logits of the shape (batch, classes), this teacher gives {shape}. Set "
+                    "with_logits=False; distillation on logits per token needs the teacher in training."
+                )
+            outputs["teacher_logits"] = logits
+        return {name: self._kept(name, value) for name, value in outputs.items()}
+
+    def _kept(self, name: str, value: Tensor) -> np.ndarray[Any, Any]:
+        kept = value.float().to(getattr(torch, self.dtype)).cpu()
+        if not kept.isfinite().all():
+            raise ValueError(
+                f"{name} is not finite (nan or inf) in {self.dtype}: the largest value is "
+                f"{value.abs().max().item():g}. Check the inputs, load the teacher in bfloat16 or float32, and set "
+                "dtype='float32' for values beyond 65,504."
+            )
+        return cast(np.ndarray[Any, Any], kept.numpy())
+
+    def features(self, widths: dict[str, int]) -> Features:
+        """Of the columns, by their widths."""
+        return Features({name: Sequence(Value(self.dtype), length=width) for name, width in widths.items()})
+
+
+def _check_part(name: str, part: Any) -> None:
+    """Raise a ValueError for a data set that cannot be given the columns."""
+    which = f"dataset[{name!r}]" if name else "`dataset`"
+    if not isinstance(part, Dataset | IterableDataset):
+        raise ValueError(
+            f"{which} must be a data set of the library datasets, got {type(part).__name__}. Dataset.from_list or "
+            "Dataset.from_generator make one."
+        )
+    present = [column for column in CACHED_COLUMNS if column in (part.column_names or [])]
+    if present:
+        raise ValueError(f"{which} has the columns {present} already. Take them out with remove_columns first.")
+    if isinstance(part, Dataset) and len(part) == 0:
+        raise ValueError(f"{which} is empty, got 0 examples.")
+
+
+def _projection(dataset: Any, reader: _Reader, kind: str, dim: int | None, root: Path) -> TeacherProjection:
+    """Measured by the main process on examples of a data set, and kept in a file of its own."""
+    assert reader.teacher.width is not None
+    projection = TeacherProjection(reader.teacher.width, dim, kind, seed=0, unit=False)
+    if projection.is_ready:
+        return projection
+    sample = sample_of(dataset, CALIBRATION_EXAMPLES, seed=0)
+    if isinstance(sample, IterableDataset):
+        sample = Dataset.from_list(list(sample))
+    measuring = replace(reader, with_logits=False, dtype="float32")
+    (name,) = broadcast_object_list([Hasher.hash([sample._fingerprint, measuring.fingerprint(), kind, dim])])
+    path = root / f"projection-{name}.safetensors"
+    if reader.state.is_main_process and not path.is_file():
+        with _progress(reader, len(sample), f"teacher_projection={kind!r}") as bar:
+            projection.fit(torch.from_numpy(_outputs(sample, measuring, bar)["teacher_embedding"]))
+        root.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{uuid4().hex}.tmp")
+        save_file(projection.state_dict(), temporary)
+        os.replace(temporary, path)
+    reader.state.wait_for_everyone()
+    projection.load_state_dict(load_file(path))
+    return projection
+
+
+def _cached(dataset: Dataset, reader: _Reader, root: Path) -> Dataset:
+    """A map-style data set with the columns, from files that are there or are written now."""
+    folder = root / Hasher.hash([dataset._fingerprint, reader.fingerprint()])
+    stops = [min(start + SHARD_EXAMPLES, len(dataset)) for start in range(0, len(dataset), SHARD_EXAMPLES)]
+    names = [f"{start:012d}-{stop:012d}.arrow" for start, stop in zip([0, *stops], stops, strict=False)]
+    missing = [name for name in names if not (folder / name).is_file()]
+    # The main process decides, or a late one would no longer see what is missing.
+    folder, missing = broadcast_object_list([folder, missing])
+    own = missing[reader.state.process_index :: reader.state.num_processes]
+    shards = {name: range(*(int(number) for number in name.removesuffix(".arrow").split("-"))) for name in own}
+    folder.mkdir(parents=True, exist_ok=True)
+    with _progress(reader, sum(map(len, shards.values())), "teacher outputs") as bar:
+        for name, rows in shards.items():
+            _write(_outputs(dataset.select(rows), reader, bar), reader, folder / name)
+    reader.state.wait_for_everyone()
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise FileNotFoundError(
+            f"{len(absent)} files of {folder} are not there, {absent[0]} first: another process wrote them elsewhere. "
+            "Set `cache_dir` to a folder that all processes share."
+        )
+    outputs = datasets.concatenate_datasets([Dataset.from_file(str(folder / name)) for name in names])
+    both = [dataset.with_format(None), outputs]
+    result = datasets.concatenate_datasets(both, axis=1, split=dataset.split)
+    # Where it is from, for the model card.
+    result.info.download_checksums, result.info.config_name = dataset.info.download_checksums, dataset.info.config_name
+    return _formatted(result, dataset)
+
+
+def _progress(reader: _Reader, total: int, title: str) -> Any:
+    quiet = total == 0 or not reader.state.is_local_main_process
+    return logging.tqdm(total=total, desc=title, unit=" examples", disable=quiet)
+
+
+def _outputs(dataset: Dataset, reader: _Reader, bar: Any) -> Columns:
+    """All columns of a data set, in its order."""
+    if dataset.format["type"] != "custom" and reader.collate is None:
+        columns = list(reader.columns(dataset.column_names)) or dataset.column_names
+        dataset = dataset.with_format(None).select_columns(columns).with_format("numpy")
+    order = _longest_first(dataset, reader)
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=[order[start : start + reader.batch_size] for start in range(0, len(order), reader.batch_size)],
+        collate_fn=reader.batch,
+        num_workers=reader.num_workers,
+    )
+    parts = []
+    for inputs in loader:
+        parts.append(reader.outputs(inputs))
+        bar.update(len(parts[-1]["teacher_embedding"]))
+    back = np.argsort(order)
+    return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
+
+
+def _longest_first(dataset: Dataset, reader: _Reader) -> Any:
+    """The order of reading: texts of one length together, so that little is padded, the longest first.
+
+    Of images a range: Arrow reads its parts as slices, without gathering rows.
+    """
+    main_input = main_input_of(reader.teacher.body)
+    column = next((name for name in (TEACHER_PREFIX + main_input, main_input) if name in dataset.column_names), None)
+    if column is None or main_input == "pixel_values" or dataset.format["type"] == "custom":
+        return range(len(dataset))
+    lengths = np.array([len(value) for value in dataset.with_format("numpy")[column][:]])
+    return np.argsort(-lengths, kind="stable").tolist()
+
+
+def _write(columns: Columns, reader: _Reader, path: Path) -> None:
+    """One Arrow file, whole or not at all."""
+    features = reader.features({name: values.shape[1] for name, values in columns.items()})
+    arrays = {
+        name: pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+        for name, values in columns.items()
+    }
+    temporary = path.with_suffix(f".{uuid4().hex}.tmp")
+    with ArrowWriter(features=features, path=str(temporary)) as writer:
+        writer.write_table(pa.table(arrays))
+        writer.finalize()
+    os.replace(temporary, path)
+
+
+def _formatted(result: Dataset, original: Dataset) -> Dataset:
+    """With examples as the original gives them, and the new columns beside them."""
+    style = original.format
+    if style["type"] is None:
+        return result
+    new = [name for name in CACHED_COLUMNS if name in result.column_names]
+    is_custom = style["type"] == "custom"  # a transform sees its own columns alone
+    return result.with_format(
+        style["type"],
+        columns=style["columns"] if is_custom else style["columns"] + new,
+        output_all_columns=is_custom or style["output_all_columns"],
+        **style["format_kwargs"],
+    )
+
+
+def _streamed(dataset: IterableDataset, reader: _Reader) -> IterableDataset:
+    """The columns computed as the stream is read."""
+
+    def outputs(batch: dict[str, list[Any]]) -> Columns:
+        examples = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        return reader.outputs(reader.batch(examples))
+
+    features = None
+    if dataset.features is not None:
+        widths = {"teacher_embedding": reader.teacher.width if reader.projection is None else reader.projection.dim}
+        if reader.with_logits:
+            widths["teacher_logits"] = unwrapped(reader.teacher.model).config.num_labels
+        features = Features({**dataset.features, **reader.features(cast(dict[str, int], widths))})
+    return dataset.map(outputs, batched=True, batch_size=reader.batch_size, features=features)

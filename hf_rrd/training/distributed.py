@@ -1,0 +1,173 @@
+"""Several processes: who has how many examples, everybody's rows, and a teacher that is shared out among them."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+from hf_rrd.models.teacher import Teacher
+
+
+class StepExamples:
+    """How many examples an optimizer step has, on this process and on all of them.
+
+    The processes tell each other when the step begins, and the numbers are on the host by the time it ends: nobody
+    waits for the device.
+
+    Args:
+        accelerator: Of the trainer.
+        micro_batches: The number of examples in each micro-batch of this process.
+    """
+
+    def __init__(self, accelerator: Accelerator, micro_batches: list[int]) -> None:
+        self.micro_batches = len(micro_batches)
+        self.processes = accelerator.num_processes
+        self.total: int | Tensor = sum(micro_batches)  # of all processes; on the device where there are several
+        self._counts = torch.tensor(micro_batches).unsqueeze(0)  # (processes, micro-batches), on the host
+        self._copied: torch.cuda.Event | None = None
+        if self.processes > 1:
+            # Filled one by one: a copy to the device would wait for it.
+            own = [torch.full((1,), count, device=accelerator.device) for count in micro_batches]
+            counts = accelerator.gather(torch.cat(own)).view(self.processes, -1)
+            self.total = counts.sum()
+            self._counts = counts
+            if counts.is_cuda:
+                self._counts = torch.empty_like(counts, device="cpu", pin_memory=True)
+                self._counts.copy_(counts, non_blocking=True)
+                self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                self._copied.record()
+
+    def share(self, examples: int) -> float | Tensor:
+        """A micro-batch's part of the step, times the processes, because gradients are averaged over them."""
+        return examples * self.processes / self.total
+
+    def counts(self) -> list[list[int]]:
+        """The examples in each micro-batch of each process."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._counts.tolist()
+
+
+def gather_rows(accelerator: Accelerator, rows: Tensor, counts: list[list[int]]) -> Tensor:
+    """The rows of all processes, by one all-gather, in the order in which one process would have had them.
+
+    That is the first micro-batch of each process, then the second of each, and so on.
+
+    Args:
+        accelerator: Of the trainer.
+        rows: Of this process, (own, dim).
+        counts: How many each process has in each of its micro-batches.
+
+    Returns:
+        (sum of counts, dim). Each process sends as many rows as the one that has the most.
+
+    Raises:
+        ValueError: There are not as many rows as this process said it has.
+    """
+    if len(counts) == 1:
+        return rows
+    totals = [sum(micro_batches) for micro_batches in counts]
+    if len(rows) != totals[accelerator.process_index]:
+        raise ValueError(
+            f"the teacher gave {len(rows)} embeddings for {totals[accelerator.process_index]} examples: a pooling or "
+            "a collator changes their number. It has to be one for each row of the batch's first tensor."
+        )
+    longest = max(totals)
+    if len(rows) < longest:
+        rows = torch.cat([rows, rows.new_zeros(longest - len(rows), rows.shape[1])])
+    gathered = accelerator.gather(rows.contiguous()).split(longest)
+    # By micro-batch: [process][micro-batch], of unequal lengths, turned round.
+    parts = [part[:total].split(own) for part, total, own in zip(gathered, totals, counts, strict=True)]
+    return torch.cat([part for micro_batch in zip(*parts, strict=True) for part in micro_batch])
+
+
+@contextmanager
+def every_example(accelerator: Accelerator, args: TrainingArguments) -> Iterator[None]:
+    """Loaders made meanwhile give each process as many batches and leave no example out, unlike a training's may."""
+    settings = accelerator.dataloader_config
+    even_batches, drop_last = settings.even_batches, args.dataloader_drop_last
+    settings.even_batches, args.dataloader_drop_last = True, False
+    try:
+        yield
+    finally:
+        settings.even_batches, args.dataloader_drop_last = even_batches, drop_last
+
+
+def place_teacher(teacher: Teacher | None, accelerator: Accelerator) -> None:
+    """Move the teacher to the process's device, or share it out as the student is.
+
+    A teacher that `device_map`, offloading or quantisation has placed stays where it is, whole on each process.
+    """
+    if teacher is None or teacher.is_placed:
+        return
+    state = accelerator.state
+    if accelerator.is_fsdp2:
+        _shard(teacher.model, accelerator)
+    elif getattr(state, "deepspeed_plugin", None) is not None and state.deepspeed_plugin.zero_stage == 3:
+        teacher.run_through(_partitioned(teacher.model, state.deepspeed_plugin, state.mixed_precision))
+    else:
+        teacher.place(accelerator.device)
+
+
+def mend_wrap_policy(model: nn.Module, accelerator: Accelerator) -> None:
+    """Leave a model's input embedding out of what FSDP2 wraps; without FSDP2 there is nothing to do.
+
+    accelerate shards it on its own, and then fails on one that is in a wrapped module already, as with ViT's and
+    BERT's `_no_split_modules`, which are its default: `TypeError: Invariant encountered` (accelerate 1.15).
+    """
+    if not accelerator.is_fsdp2:
+        return
+    plugin = accelerator.state.fsdp_plugin
+    names = plugin.transformer_cls_names_to_wrap
+    if names is None:
+        names = list(getattr(model, "_no_split_modules", None) or [])
+    plugin.transformer_cls_names_to_wrap = _without_embedding(model, names)
+
+
+def _without_embedding(model: nn.Module, names: list[str]) -> list[str]:
+    """The class names whose modules do not hold the input embedding."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    holders = {type(module).__name__ for module in model.modules() if embedding in list(module.modules())}
+    return [name for name in names if name not in holders]
+
+
+def _shard(model: nn.Module, accelerator: Accelerator) -> None:
+    """Shard a model in place by the student's FSDP2 settings, but by its own layers."""
+    from accelerate.utils import fsdp2_prepare_model
+
+    student_plugin = accelerator.state.fsdp_plugin
+    plugin = copy.copy(student_plugin)
+    present = {type(module).__name__ for module in model.modules()}
+    layers = [name for name in getattr(model, "_no_split_modules", None) or [] if name in present]
+    plugin.transformer_cls_names_to_wrap = _without_embedding(model, layers)
+    accelerator.state.fsdp_plugin = plugin
+    try:
+        sharded: Any = fsdp2_prepare_model(accelerator, model)
+    finally:
+        accelerator.state.fsdp_plugin = student_plugin
+    sharded.set_reshard_after_forward(True)  # root and tail would stay whole for a backward pass, which never comes
+
+
+def _partitioned(model: nn.Module, plugin: Any, mixed_precision: str) -> nn.Module:
+    """A ZeRO-3 engine around a model that is not trained: its weights are fetched layer by layer."""
+    import deepspeed
+
+    zero = {
+        name: value
+        for name, value in plugin.deepspeed_config["zero_optimization"].items()
+        if name != "offload_optimizer" and value != "auto"
+    }
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants one; nothing depends on it
+        "zero_optimization": zero,
+        "bf16": {"enabled": mixed_precision == "bf16"},
+        "fp16": {"enabled": mixed_precision == "fp16"},
+    }
+    engine: nn.Module = deepspeed.initialize(model=model, config=settings)[0]
+    engine.eval()  # which returns nothing there
+    return engine

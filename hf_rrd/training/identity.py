@@ -1,0 +1,181 @@
+"""Which model this is, and whether a checkpoint was written with the same teacher."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_rrd.errors import named_errors
+from hf_rrd.models.body import unwrapped
+from hf_rrd.training.data import cached_embeddings, has_cached_embeddings
+
+SAMPLED = 1024
+"""Values of each weight in a `weights_sample`."""
+
+SAMPLED_ROWS = 64
+"""Rows of a cached column that stand for all of them."""
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Of a model's class, config, adapters and weights: equal where two models give equal outputs.
+
+    Where the weights lie does not matter, so a moved branch on the Hub is noticed, and a new revision with the same
+    weights is not computed again. The class of remote code has its revision in its name.
+    """
+    tensors = sorted(unwrapped(model).state_dict().items())
+    return _hash_of(model, ((name, tensor) for name, tensor in tensors if isinstance(tensor, Tensor)))
+
+
+def weights_sample(model: nn.Module) -> str:
+    """The same of `SAMPLED` values of each weight, spread over it: enough to tell two trainings apart, in no time.
+
+    Of weights that are not in memory (offloaded to disk) and of packed quantised ones the shapes have to do. Where
+    DeepSpeed has partitioned the weights, all processes have to call it.
+    """
+    return _hash_of(model, _samples(unwrapped(model)))
+
+
+def teacher_identity(
+    teacher: nn.Module | None, pooling: Any, dataset: Any, wants_embedding: bool, wants_logits: bool
+) -> dict[str, str]:
+    """Where the embeddings and the logits come from that a run learns: a teacher, or a cached column of its data set.
+
+    Args:
+        teacher: The model, where there is one.
+        pooling: How its embedding is pooled.
+        dataset: The training set. Of a stream's cached columns only the name is known.
+        wants_embedding: Whether the run learns embeddings.
+        wants_logits: Whether it learns logits.
+
+    Returns:
+        By the name of the column: what stands for its source.
+    """
+    name = pooling if isinstance(pooling, str) else getattr(pooling, "__qualname__", type(pooling).__qualname__)
+    identity, model = {}, ""
+    for column, wanted, how in (
+        ("teacher_embedding", wants_embedding, f", pooling {name}"),
+        ("teacher_logits", wants_logits, ""),
+    ):
+        if wanted and (teacher is None or _has_column(dataset, column)):
+            identity[column] = f"cached outputs {_column_sample(dataset, column)}"
+        elif wanted and teacher is not None:
+            model = model or f"{type(unwrapped(teacher)).__name__} {weights_sample(teacher)[:16]}"
+            identity[column] = model + how
+    return identity
+
+
+def is_of_teacher(about: dict[str, str], identity: dict[str, str], checkpoint: str, ignore_change: bool) -> bool:
+    """Whether a checkpoint was written with this teacher.
+
+    Args:
+        about: What its sidecar says.
+        identity: `teacher_identity` of this run.
+        checkpoint: Its folder, for the message.
+        ignore_change: Whether another teacher is what the user wants.
+
+    Raises:
+        ValueError: It was another, and that is not wanted.
+    """
+    known = identity.keys() & about.keys()  # a term that was off then has no source to compare
+    changed = sorted(column for column in known or identity if about.get(column) != identity[column])
+    if changed and not ignore_change:
+        there = ", ".join(f"{column} from {about.get(column, 'one that it does not name')}" for column in changed)
+        here = ", ".join(f"{column} from {identity[column]}" for column in changed)
+        raise ValueError(
+            f"{checkpoint} was written with another teacher: {there}; this run has {here}. Pass the same teacher, or "
+            "set ignore_teacher_change=True to go on with this one: the student and its head are kept, the projection "
+            "and the bank are measured anew."
+        )
+    return not changed
+
+
+def _has_column(dataset: Any, column: str) -> bool:
+    if getattr(dataset, "column_names", None) is not None:
+        return column in dataset.column_names
+    example = dataset[0] if _is_map_style(dataset) else None  # a stream may be one that can be read once
+    return isinstance(example, Mapping) and column in example
+
+
+def _is_map_style(dataset: Any) -> bool:
+    return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+
+
+def _column_sample(dataset: Any, column: str) -> str:
+    """Of some rows of a cached column, or of one where each would have to be made."""
+    digest = hashlib.sha256(column.encode())
+    if column == "teacher_embedding" and has_cached_embeddings(dataset) and _is_map_style(dataset):
+        rows = dataset.select(range(0, len(dataset), max(1, len(dataset) // SAMPLED_ROWS)))
+        digest.update(cached_embeddings(rows).numpy().tobytes())
+    elif _is_map_style(dataset) and _has_column(dataset, column):
+        with named_errors(f"reading the column `{column}`"):
+            digest.update(repr(torch.as_tensor(dataset[0][column]).flatten().tolist()).encode())
+    return digest.hexdigest()[:16]
+
+
+def _samples(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda named: named[0]):
+        with _gathered(tensor):
+            values = None
+            if type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta:
+                count = min(SAMPLED, tensor.numel())
+                places = torch.linspace(0, tensor.numel() - 1, count, dtype=torch.float64, device=tensor.device).long()
+                values = tensor.detach().reshape(-1)[places]
+            yield f"{name} {tuple(tensor.shape)}", values
+
+
+def _gathered(tensor: Tensor) -> Any:
+    """The whole of a weight that ZeRO-3 has partitioned."""
+    if not hasattr(tensor, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([tensor])
+
+
+def _hash_of(model: nn.Module, tensors: Iterator[tuple[str, Any]]) -> str:
+    plain = unwrapped(model)
+    digest = hashlib.sha256(f"{type(plain).__module__}.{type(plain).__qualname__}".encode())
+    config = getattr(plain, "config", None)
+    about = [_facts(config, _NO_PART_OF_OUTPUTS) if config is not None else {}, _adapters(model)]
+    digest.update(json.dumps(about, sort_keys=True, default=str).encode())
+    for name, tensor in tensors:
+        digest.update(name.encode())
+        if isinstance(tensor, Tensor):
+            digest.update(f" {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _facts(config: Any, without: tuple[str, ...]) -> dict[str, Any]:
+    # By way of JSON, as in a file: there keys are strings, and loading sorts them.
+    return {str(name): value for name, value in config.to_dict().items() if name not in without}
+
+
+def _adapters(model: nn.Module) -> list[Any]:
+    """What decides how a PEFT model uses its adapters, beside their weights."""
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        return []
+    active = model.active_adapters
+    states = {
+        (getattr(module, "_disable_adapters", False), *getattr(module, "merged_adapters", []))
+        for module in model.modules()
+        if hasattr(module, "_disable_adapters")
+    }
+    described = {name: _facts(config, _PATHS) for name, config in configs.items()}
+    return [described, active() if callable(active) else active, sorted(map(str, states))]
+
+
+_PATHS = ("base_model_name_or_path", "revision", "inference_mode")
+"""Fields of an adapter's config that say where it came from."""
+
+_NO_PART_OF_OUTPUTS = (
+    *("_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype"),
+    *("problem_type", "use_cache", "output_hidden_states", "output_attentions", "return_dict"),
+    *("id2label", "label2id"),
+)
+"""Fields of a config that say nothing about a model's outputs beside its weights."""

@@ -1,0 +1,531 @@
+"""The losses against loops over their formulas, whatever the slices in which the bank is read."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_rrd import FeatureBank, logit_loss, relational_loss
+from hf_rrd.losses import relational as losses
+from hf_rrd.losses.relational import logit_terms, relational_terms
+
+DIM = 4
+WHOLE = 4096
+SLICES = [WHOLE, 1, 3, 7]
+"""Rows of the bank that are read at a time."""
+
+
+def unit_rows(count: int, dim: int = DIM, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(count, dim, generator=generator, dtype=dtype), dim=-1)
+
+
+def naive_relational(
+    student: Tensor,
+    teacher: Tensor,
+    bank: Tensor,
+    student_temperature: float,
+    teacher_temperature: float,
+    include_own: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Cross-entropy and divergence of each example: loops over examples, keys and dimensions; autograd works."""
+    cross_entropies, divergences = [], []
+    for i in range(len(student)):
+        keys = [*bank, teacher[i]] if include_own else [*bank]
+        student_exp, teacher_exp = [], []
+        for key in keys:
+            student_dot, teacher_dot = torch.zeros(()).double(), torch.zeros(()).double()
+            for d in range(student.shape[1]):
+                student_dot = student_dot + student[i, d] * key[d].detach()
+                teacher_dot = teacher_dot + teacher[i, d].detach() * key[d].detach()
+            student_exp.append((student_dot / student_temperature).exp())
+            teacher_exp.append((teacher_dot / teacher_temperature).exp())
+        cross_entropy, divergence = torch.zeros(()).double(), torch.zeros(()).double()
+        for k in range(len(keys)):
+            student_prob, teacher_prob = student_exp[k] / sum(student_exp), teacher_exp[k] / sum(teacher_exp)
+            cross_entropy = cross_entropy - teacher_prob * student_prob.log()
+            divergence = divergence + teacher_prob * (teacher_prob.log() - student_prob.log())
+        cross_entropies.append(cross_entropy)
+        divergences.append(divergence)
+    return cross_entropies, divergences
+
+
+def gradient_of(function: Callable[[Tensor], Tensor], at: Tensor) -> tuple[Tensor, Tensor]:
+    """The value of a function of the student, and its gradient."""
+    student = at.clone().requires_grad_()
+    value = function(student)
+    value.backward()
+    assert student.grad is not None
+    return value.detach(), student.grad
+
+
+@pytest.mark.parametrize("slice_rows", SLICES)
+@pytest.mark.parametrize("include_own", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "bank_rows", "temperatures"),
+    [
+        (1, 1, (0.1, 0.02)),
+        (1, 5, (0.1, 0.02)),
+        (4, 1, (0.1, 0.02)),
+        (5, 13, (0.1, 0.02)),
+        (9, 4, (0.1, 0.02)),
+        (3, 7, (0.05, 0.3)),
+    ],
+)
+def test_relational_loss_and_its_gradient_equal_a_triple_loop_over_the_formula(
+    monkeypatch: pytest.MonkeyPatch,
+    batch: int,
+    bank_rows: int,
+    temperatures: tuple[float, float],
+    include_own: bool,
+    slice_rows: int,
+) -> None:
+    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
+    student, teacher, bank = unit_rows(batch, seed=1), unit_rows(batch, seed=2), unit_rows(bank_rows, seed=3)
+    expected, expected_gradient = gradient_of(
+        lambda rows: sum(naive_relational(rows, teacher, bank, *temperatures, include_own)[0]) / batch, student
+    )
+    loss, gradient = gradient_of(
+        lambda rows: relational_loss(rows, teacher, bank, *temperatures, include_own=include_own), student
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("slice_rows", SLICES)
+@pytest.mark.parametrize("include_own", [False, True])
+def test_each_examples_loss_and_divergence_and_a_mix_of_their_gradients_equal_the_loop(
+    monkeypatch: pytest.MonkeyPatch, include_own: bool, slice_rows: int
+) -> None:
+    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
+    student, teacher, bank = unit_rows(4, seed=1), unit_rows(4, seed=2), unit_rows(10, seed=3)
+    weights = torch.tensor([[0.5, -1.0, 2.0, 0.0], [3.0, 0.25, 0.0, -2.0]], dtype=torch.float64)
+
+    def mixed(terms: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
+        def value(rows: Tensor) -> Tensor:
+            cross_entropy, divergence = terms(rows, teacher, bank, 0.1, 0.05, include_own)
+            return (weights[0] * as_row(cross_entropy) + weights[1] * as_row(divergence)).sum()
+
+        return value
+
+    def as_row(values: Any) -> Tensor:
+        return values if isinstance(values, Tensor) else torch.stack(values)
+
+    for got, expected in zip(
+        relational_terms(student, teacher, bank, 0.1, 0.05, include_own),
+        naive_relational(student, teacher, bank, 0.1, 0.05, include_own),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, torch.stack(expected), rtol=1e-9, atol=1e-9)
+    expected_gradient = gradient_of(mixed(naive_relational), student)[1]
+    gradient = gradient_of(mixed(relational_terms), student)[1]
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("slice_rows", SLICES)
+def test_the_gradient_equals_central_differences_of_the_loss(monkeypatch: pytest.MonkeyPatch, slice_rows: int) -> None:
+    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
+    student, teacher, bank = unit_rows(2, seed=1), unit_rows(2, seed=2), unit_rows(8, seed=3)
+    gradient = gradient_of(lambda rows: relational_loss(rows, teacher, bank, include_own=True), student)[1]
+    step = 1e-5
+    for i in range(2):
+        for d in range(DIM):
+            shift = torch.zeros_like(student)
+            shift[i, d] = step
+            above = relational_loss(student + shift, teacher, bank, include_own=True)
+            below = relational_loss(student - shift, teacher, bank, include_own=True)
+            assert float(gradient[i, d]) == pytest.approx(float(above - below) / (2 * step), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("slice_rows", SLICES)
+def test_with_the_own_key_and_a_teacher_temperature_near_0_the_loss_is_info_nce(
+    monkeypatch: pytest.MonkeyPatch, slice_rows: int
+) -> None:
+    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
+    student, teacher, bank = unit_rows(6, 16, seed=1), unit_rows(6, 16, seed=2), unit_rows(40, 16, seed=3)
+
+    def info_nce(rows: Tensor) -> Tensor:
+        logits = torch.cat([(rows * teacher).sum(-1, keepdim=True), rows @ bank.T], dim=1) / 0.1
+        return F.cross_entropy(logits, torch.zeros(len(rows), dtype=torch.long))
+
+    expected, expected_gradient = gradient_of(info_nce, student)
+    loss, gradient = gradient_of(
+        lambda rows: relational_loss(rows, teacher, bank, 0.1, teacher_temperature=1e-4, include_own=True), student
+    )
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("slice_rows", SLICES)
+@pytest.mark.parametrize("include_own", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_divergence_is_exactly_0_for_equal_embeddings_and_temperatures(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, include_own: bool, slice_rows: int
+) -> None:
+    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
+    rows, bank = unit_rows(5, seed=1, dtype=dtype), unit_rows(11, seed=2, dtype=dtype)
+    cross_entropy, divergence = relational_terms(rows, rows.clone(), bank, 0.07, 0.07, include_own)
+    assert divergence.tolist() == [0.0] * 5
+    assert cross_entropy.min() > 0  # what is left is the teacher's entropy
+
+
+@pytest.mark.parametrize("slice_rows", [WHOLE, 7])
+@pytest.mark.parametrize("include_own", [False, True])
+def test_temperatures_of_a_ten_thousandth_stay_finite_in_float32(
+    monkeypatch: pytest.MonkeyPatch, include_own: bool, slice_rows: int
+) -> None:
+    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
+    student, teacher, bank = (unit_rows(n, seed=s, dtype=torch.float32) for n, s in ((6, 1), (6, 2), (20, 3)))
+    bank = torch.cat([-student, bank, student])  # similarities of -10,000 in one slice and of 10,000 in a later one
+    loss, gradient = gradient_of(lambda rows: relational_loss(rows, teacher, bank, 1e-4, 1e-4, include_own), student)
+    assert math.isfinite(loss)
+    assert gradient.isfinite().all()
+
+
+def softmax_terms(student: Tensor, teacher: Tensor, bank: Tensor, include_own: bool) -> Tensor:
+    """The loss from both (batch, candidates) matrices, at temperatures of 0.1 and 0.02."""
+    logits = []
+    for query in (student, teacher):
+        own = (query * teacher).sum(-1, keepdim=True)
+        logits.append(torch.cat([query @ bank.T, own], dim=1) if include_own else query @ bank.T)
+    return -((logits[1] / 0.02).softmax(-1) * (logits[0] / 0.1).log_softmax(-1)).sum(-1).mean()
+
+
+@pytest.mark.parametrize("include_own", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_in_float32_the_loss_is_that_of_float64_to_5e_6_for_64_examples_and_a_bank_of_20_000(
+    include_own: bool, dtype: torch.dtype
+) -> None:
+    student, teacher, bank = (unit_rows(n, 32, seed=n, dtype=torch.float32) for n in (64, 63, 20_000))
+    teacher, bank = F.normalize(torch.cat([teacher, student[:1]]) + student, dim=-1), bank.to(dtype)
+    loss, gradient = gradient_of(lambda rows: relational_loss(rows, teacher, bank, include_own=include_own), student)
+    expected, expected_gradient = gradient_of(
+        lambda rows: softmax_terms(rows, teacher.double(), bank.double(), include_own), student.double()
+    )
+    assert float((loss - expected).abs() / expected) <= 5e-6
+    assert float((gradient - expected_gradient).abs().max() / expected_gradient.abs().max()) <= 5e-6
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many elements the largest result of an operation has that is no view of an input."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        inputs = {each.untyped_storage().data_ptr() for each in args if isinstance(each, Tensor)}
+        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in inputs:
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tensor_grows_with_the_bank(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(losses, "SLICE_ROWS", 64)
+    student, teacher = (unit_rows(8, 16, seed=n, dtype=torch.float32).requires_grad_() for n in (1, 2))
+    for rows in (100, 10_000):
+        bank = unit_rows(rows, 16, seed=3).to(dtype)
+        with LargestTensor() as largest:
+            relational_loss(student, teacher, bank, include_own=True).backward()
+            losses.infonce_loss(student, teacher, bank).backward()
+        assert largest.elements == 64 * 16  # a slice: of its logits for 16 queries, or of its rows
+
+
+@pytest.mark.parametrize("slice_rows", [WHOLE, 3])
+@pytest.mark.parametrize("include_own", [False, True])
+def test_only_the_student_gets_a_gradient(monkeypatch: pytest.MonkeyPatch, include_own: bool, slice_rows: int) -> None:
+    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
+    student, teacher, bank = (unit_rows(n, seed=n).requires_grad_() for n in (5, 5, 8))
+    teacher = unit_rows(5, seed=99).requires_grad_()
+    relational_loss(student, teacher, bank, include_own=include_own).backward()
+    assert float(student.grad.norm()) > 0
+    assert teacher.grad is None
+    assert bank.grad is None
+
+
+@pytest.mark.parametrize("slice_rows", [WHOLE, 7])
+@pytest.mark.parametrize("include_own", [False, True])
+def test_an_empty_bank_gives_a_loss_and_a_gradient_of_0(
+    monkeypatch: pytest.MonkeyPatch, include_own: bool, slice_rows: int
+) -> None:
+    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
+    loss, gradient = gradient_of(
+        lambda rows: relational_loss(rows, unit_rows(3, seed=2), torch.empty(0, DIM), include_own=include_own),
+        unit_rows(3, seed=1, dtype=torch.float32),
+    )
+    assert float(loss) == 0.0
+    assert gradient.tolist() == [[0.0] * DIM] * 3
+
+
+@pytest.mark.parametrize("slice_rows", [WHOLE, 7])
+@pytest.mark.parametrize("include_own", [False, True])
+def test_bfloat16_autocast_changes_no_bit_of_the_loss_and_its_gradient(
+    monkeypatch: pytest.MonkeyPatch, include_own: bool, slice_rows: int
+) -> None:
+    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
+    student, teacher, bank = (unit_rows(n, 16, seed=s, dtype=torch.float32) for n, s in ((6, 1), (6, 2), (20, 3)))
+    loss, gradient = gradient_of(lambda rows: relational_loss(rows, teacher, bank, 0.1, 0.02, include_own), student)
+
+    def under_autocast(rows: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (rows @ bank.T).dtype == torch.bfloat16
+            return relational_loss(rows, teacher, bank, 0.1, 0.02, include_own)
+
+    cast_loss, cast_gradient = gradient_of(under_autocast, student)
+    assert cast_loss.dtype == torch.float32
+    assert float(cast_loss) == float(loss)
+    assert torch.equal(cast_gradient, gradient)
+
+
+@pytest.mark.parametrize("slice_rows", [WHOLE, 7])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_are_compared_in_float32(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, slice_rows: int
+) -> None:
+    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
+    student, teacher, bank = (unit_rows(n, 16, seed=s).to(dtype) for n, s in ((6, 1), (6, 2), (20, 3)))
+    loss, gradient = gradient_of(lambda rows: relational_loss(rows, teacher, bank, include_own=True), student)
+    expected, expected_gradient = gradient_of(
+        lambda rows: relational_loss(rows, teacher.float(), bank.float(), include_own=True), student.float()
+    )
+    assert loss.dtype == torch.float32
+    assert float(loss) == float(expected)
+    assert torch.equal(gradient, expected_gradient.to(dtype))
+
+
+@pytest.mark.parametrize("slice_rows", [WHOLE, 3])
+def test_a_bank_written_between_loss_and_backward_leaves_the_gradient_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, slice_rows: int
+) -> None:
+    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
+    start, teacher = unit_rows(4, seed=1), unit_rows(4, seed=2)
+    bank = FeatureBank(6, DIM, dtype=torch.float64)
+    bank.enqueue(unit_rows(6, seed=3))
+    expected = gradient_of(lambda rows: relational_loss(rows, teacher, bank.filled), start)[1]
+    student = start.clone().requires_grad_()
+    loss = relational_loss(student, teacher, bank.filled)
+    bank.enqueue(teacher)
+    loss.backward()
+    assert torch.equal(student.grad, expected)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.1, float("nan")])
+@pytest.mark.parametrize("name", ["student_temperature", "teacher_temperature"])
+def test_relational_loss_names_a_temperature_that_is_not_positive(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` must be positive, got {value}"):
+        relational_loss(unit_rows(2), unit_rows(2), unit_rows(3), **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "bank", "message"),
+    [
+        ((2, 4), (2, 5), (3, 4), r"rows of one shape \(batch, dim\), got \(2, 4\) and \(2, 5\)"),
+        ((2, 4), (3, 4), (3, 4), r"rows of one shape \(batch, dim\), got \(2, 4\) and \(3, 4\)"),
+        ((4,), (4,), (3, 4), r"rows of one shape \(batch, dim\), got \(4,\) and \(4,\)"),
+        ((2, 4), (2, 4), (3, 5), r"bank must have the shape \(bank, 4\), got \(3, 5\)"),
+        ((2, 4), (2, 4), (4,), r"bank must have the shape \(bank, 4\), got \(4,\)"),
+    ],
+)
+def test_relational_loss_names_the_shapes_that_do_not_agree(
+    student: tuple[int, ...], teacher: tuple[int, ...], bank: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        relational_loss(torch.randn(student), torch.randn(teacher), torch.randn(bank))
+
+
+def naive_logit_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    total = torch.zeros(()).double()
+    for i in range(len(student_logits)):
+        student_exp = [(z / temperature).exp() for z in student_logits[i]]
+        teacher_exp = [(z / temperature).exp() for z in teacher_logits[i]]
+        for k in range(student_logits.shape[1]):
+            student_prob, teacher_prob = student_exp[k] / sum(student_exp), teacher_exp[k] / sum(teacher_exp)
+            total = total + teacher_prob * (teacher_prob.log() - student_prob.log())
+    return temperature**2 * total / len(student_logits)
+
+
+def logits(*shape: int, seed: int) -> Tensor:
+    return 3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize(("batch", "classes"), [(1, 2), (5, 3), (3, 11)])
+def test_logit_loss_and_its_gradient_equal_a_loop_over_the_formula(
+    batch: int, classes: int, temperature: float
+) -> None:
+    student, teacher = logits(batch, classes, seed=1), logits(batch, classes, seed=2)
+    expected, expected_gradient = gradient_of(lambda rows: naive_logit_loss(rows, teacher, temperature), student)
+    loss, gradient = gradient_of(lambda rows: logit_loss(rows, teacher, temperature), student)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-9)
+
+
+def test_logit_terms_of_a_sequence_equal_those_of_its_tokens_one_by_one() -> None:
+    student, teacher = logits(2, 3, 5, seed=1), logits(2, 3, 5, seed=2)
+    terms = logit_terms(student, teacher, 2.0)
+    assert terms.shape == (2, 3)
+    for i in range(2):
+        for token in range(3):
+            expected = naive_logit_loss(student[i, token : token + 1], teacher[i, token : token + 1], 2.0)
+            assert float(terms[i, token]) == pytest.approx(float(expected), rel=1e-9)
+    assert float(logit_loss(student, teacher, 2.0)) == pytest.approx(float(terms.mean()), rel=1e-12)
+
+
+def test_the_squared_temperature_keeps_the_gradient_at_the_scale_of_centred_logits() -> None:
+    student, teacher = logits(6, 10, seed=1), logits(6, 10, seed=2)
+    difference = student - teacher
+    limit = (difference - difference.mean(-1, keepdim=True)) / (10 * 6)  # of the gradient, as temperature grows
+    for temperature in (1e3, 1e4):
+        gradient = gradient_of(lambda rows, t=temperature: logit_loss(rows, teacher, t), student)[1]
+        assert float((gradient - limit).norm() / limit.norm()) < 20 / temperature
+
+
+def test_logit_loss_is_exactly_0_at_equal_logits() -> None:
+    student = logits(5, 7, seed=1).float()
+    loss, gradient = gradient_of(lambda rows: logit_loss(rows, student.clone()), student)
+    assert float(loss) == 0.0
+    assert float(gradient.abs().max()) < 1e-6
+
+
+def test_logit_loss_gives_the_teacher_no_gradient() -> None:
+    student, teacher = logits(3, 4, seed=1).requires_grad_(), logits(3, 4, seed=2).requires_grad_()
+    logit_loss(student, teacher).backward()
+    assert float(student.grad.norm()) > 0
+    assert teacher.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_logit_loss_is_computed_in_float32_also_under_autocast(dtype: torch.dtype) -> None:
+    student, teacher = logits(5, 7, seed=1).to(dtype), logits(5, 7, seed=2).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = logit_loss(student, teacher)
+    assert loss.dtype == torch.float32
+    assert float(loss) == float(logit_loss(student.float(), teacher.float()))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "temperature", "message"),
+    [
+        ((2, 3), (2, 4), 4.0, r"same classes on both sides, got student logits of shape \(2, 3\) and .* \(2, 4\)"),
+        ((2, 3), (3, 3), 4.0, r"student logits of shape \(2, 3\) and teacher logits of shape \(3, 3\)"),
+        ((2, 1), (2, 1), 4.0, "at least 2 classes, got 1"),
+        ((2, 3), (2, 3), 0.0, "`temperature` must be positive, got 0.0"),
+        ((2, 3), (2, 3), -1.0, "`temperature` must be positive, got -1.0"),
+    ],
+)
+def test_logit_loss_says_what_is_wrong_with_its_arguments(
+    student: tuple[int, ...], teacher: tuple[int, ...], temperature: float, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        logit_loss(torch.randn(student), torch.randn(teacher), temperature)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("include_own", [False, True])
+@pytest.mark.parametrize("slice_rows", [WHOLE, 7])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_relational_loss_gives_on_cuda_what_they_give_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float, slice_rows: int, include_own: bool
+) -> None:
+    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
+    student, teacher, bank = (unit_rows(n, 16, seed=s, dtype=dtype) for n, s in ((9, 1), (9, 2), (50, 3)))
+    loss, gradient = gradient_of(lambda rows: relational_loss(rows, teacher, bank, 0.1, 0.05, include_own), student)
+
+    def on_cuda(rows: Tensor) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            return relational_loss(rows, teacher.cuda(), bank.cuda(), 0.1, 0.05, include_own)
+
+    cuda_loss, cuda_gradient = gradient_of(on_cuda, student.cuda())
+    torch.testing.assert_close(cuda_loss.cpu(), loss, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(cuda_gradient.cpu(), gradient, rtol=tolerance, atol=tolerance)
+
+
+# ---- The temperature of a perplexity, and InfoNCE ----
+
+
+def naive_perplexity(teacher: Tensor, bank: Tensor, temperature: Tensor) -> list[float]:
+    """From the definition: the exponential of the entropy of each row's softmax."""
+    values = []
+    for row, scale in zip(teacher.tolist(), temperature.flatten().tolist(), strict=True):
+        logits = [sum(a * b for a, b in zip(row, key, strict=True)) / scale for key in bank.tolist()]
+        weights = [math.exp(logit - max(logits)) for logit in logits]
+        probabilities = [weight / sum(weights) for weight in weights]
+        values.append(math.exp(-sum(p * math.log(p) for p in probabilities if p > 0)))
+    return values
+
+
+@pytest.mark.parametrize("perplexity", [1.01, 2.0, 20.0, 49.0])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-3)])
+def test_the_temperature_gives_each_row_the_perplexity(
+    perplexity: float, dtype: torch.dtype, tolerance: float
+) -> None:
+    teacher, bank = unit_rows(7, 5, 0, dtype), unit_rows(50, 5, 1, dtype)
+    temperature = losses.temperature_of_perplexity(teacher, bank, perplexity)
+    assert temperature.shape == (7, 1)
+    assert naive_perplexity(teacher, bank, temperature) == pytest.approx([perplexity] * 7, rel=tolerance)
+
+
+def test_a_perplexity_above_the_banks_rows_means_all_of_them_alike() -> None:
+    teacher, bank = unit_rows(3, 5, 0), unit_rows(4, 5, 1)
+    temperature = losses.temperature_of_perplexity(teacher, bank, 20.0)
+    assert naive_perplexity(teacher, bank, temperature) == pytest.approx([4.0] * 3, rel=1e-3)
+
+
+@pytest.mark.parametrize("include_own", [False, True])
+@pytest.mark.parametrize("slice_rows", [WHOLE, 6])
+def test_with_a_perplexity_the_target_is_half_own_key_and_half_neighbours(
+    include_own: bool, slice_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
+    student, teacher, bank = unit_rows(5, 4, 0).requires_grad_(), unit_rows(5, 4, 1), unit_rows(17, 4, 2)
+    cross_entropy, divergence = losses.relational_terms(
+        student, teacher, bank, 0.1, include_own=include_own, teacher_perplexity=6.0
+    )
+    temperature = losses.temperature_of_perplexity(teacher, bank, 6.0)
+    for index in range(5):
+        target = F.softmax(bank @ teacher[index] / temperature[index], dim=0)
+        keys = bank
+        if include_own:
+            target = torch.cat([target / 2, torch.tensor([0.5], dtype=torch.float64)])
+            keys = torch.cat([bank, teacher[index : index + 1]])
+        log_probs = F.log_softmax(keys @ student[index] / 0.1, dim=0)
+        expected = -(target * log_probs).sum()
+        assert abs(cross_entropy[index] - expected) < 1e-9
+        assert abs(divergence[index] - (expected + (target * target.log()).sum())) < 1e-9
+        (gradient,) = torch.autograd.grad(expected, student)
+        (found,) = torch.autograd.grad(cross_entropy[index], student, retain_graph=True)
+        assert (gradient - found).abs().max() < 1e-9
+
+
+def test_a_perplexity_of_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="`teacher_perplexity` must be above 1, got 1"):
+        relational_loss(unit_rows(2, 4, 0), unit_rows(2, 4, 1), unit_rows(3, 4, 2), teacher_perplexity=1)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 17])
+@pytest.mark.parametrize("slice_rows", [WHOLE, 6])
+def test_infonce_is_the_loop_over_its_formula(rows: int, slice_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
+    student, teacher, bank = unit_rows(5, 4, 0).requires_grad_(), unit_rows(5, 4, 1), unit_rows(rows, 4, 2)
+    expected = torch.stack(
+        [
+            -((s @ t) / 0.2) + torch.stack([(s @ key) / 0.2 for key in [*bank, t]]).exp().sum().log()
+            for s, t in zip(student, teacher, strict=True)
+        ]
+    ).mean()
+    found = losses.infonce_loss(student, teacher, bank, 0.2)
+    assert abs(found - expected) < 1e-9
+    (gradient,) = torch.autograd.grad(expected, student)
+    (ours,) = torch.autograd.grad(found, student)
+    assert (gradient - ours).abs().max() < 1e-9
+
+
+def test_infonce_within_a_batch_is_cross_entropy_on_the_diagonal() -> None:
+    student, teacher = unit_rows(6, 4, 0), unit_rows(6, 4, 1)
+    expected = F.cross_entropy(student @ teacher.T / 0.1, torch.arange(6))
+    assert abs(losses.infonce_loss(student, teacher, teacher, include_own=False) - expected) < 1e-9

@@ -1,0 +1,279 @@
+"""The report against plain counts and loops, and what it leaves as it was."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from hf_rrd import cache_teacher_outputs, compare_models, relational_alignment
+from hf_rrd.models.head import attach_head
+from hf_rrd.results.report import REPORT_FILE
+from tests.builders import CLASSES, Images, Texts, tiny_bert, tiny_vit, trainer
+
+
+@pytest.fixture(autouse=True)
+def few_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_rrd.results.report.MOST", 3)
+
+
+def logits_of(model: Any, data: Images) -> torch.Tensor:
+    with torch.no_grad():
+        return model(pixel_values=data.pixels).logits
+
+
+def embedding_of(model: Any, data: Images) -> torch.Tensor:
+    with torch.no_grad():
+        return model.vit(data.pixels).last_hidden_state[:, 0]
+
+
+def test_parameters_and_bytes_are_those_of_the_saved_file_without_our_head(tmp_path: Path) -> None:
+    student = tiny_vit()
+    attach_head(student, 24)
+    student.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors").values()
+    facts = compare_models(student, None, Images(8)).facts["student"]
+    assert facts["parameters"] == sum(weight.numel() for weight in saved)
+    assert facts["bytes"] == sum(weight.numel() * weight.element_size() for weight in saved)
+
+
+def test_half_precision_has_half_the_bytes() -> None:
+    whole, half = (
+        compare_models(tiny_vit().to(dtype), None, Images(8)).facts for dtype in (torch.float32, torch.half)
+    )
+    assert half["student"]["bytes"] * 2 == whole["student"]["bytes"]
+    assert (whole["student"]["dtype"], half["student"]["dtype"]) == ("float32", "float16")
+
+
+def test_flops_are_those_of_the_formula() -> None:
+    width, length = 16, 9
+    layer = 4 * 2 * length * width * width  # queries, keys, values, output
+    layer += 2 * 2 * length * length * width  # scores, and their weighted sum
+    layer += 2 * 2 * length * width * 2 * width  # the two of the feed-forward part
+    head = 2 * width * width + 2 * width * CLASSES  # pooler and classifier
+    assert compare_models(tiny_bert(), None, Texts(8)).facts["student"]["flops"] == 2 * layer + head
+
+
+def test_quality_and_agreement_are_shares_of_the_examples() -> None:
+    data, student, teacher = Images(50), tiny_vit(), tiny_vit(width=24, seed=1)
+    facts = compare_models(student, teacher, data, batch_size=7).facts
+    found = {
+        name: logits_of(model.eval(), data).argmax(1) for name, model in (("student", student), ("teacher", teacher))
+    }
+    for name, classes in found.items():
+        right = sum(int(guess == label) for guess, label in zip(classes, data.labels, strict=True))
+        assert facts[name]["accuracy"] == pytest.approx(right / 50)
+    same = sum(int(a == b) for a, b in zip(found["student"], found["teacher"], strict=True))
+    assert facts["agreement"] == pytest.approx(same / 50)
+    probabilities = logits_of(student, data).softmax(1).amax(1)
+    error = 0.0
+    for low in range(15):
+        inside = (probabilities > low / 15) & (probabilities <= (low + 1) / 15)
+        if inside.any():
+            right = (found["student"] == data.labels)[inside].float().mean()
+            error += float(inside.float().mean() * (right - probabilities[inside].mean()).abs())
+    assert facts["student"]["calibration_error"] == pytest.approx(error, abs=1e-6)
+
+
+def test_alignment_is_that_of_the_two_pooled_embeddings() -> None:
+    data, student, teacher = Images(50), tiny_vit().eval(), tiny_vit(width=24, seed=1).eval()
+    report = compare_models(student, teacher, data, batch_size=7)
+    rows = embedding_of(student, data), embedding_of(teacher, data)
+    torch.testing.assert_close(report.tensors["student_embedding"], rows[0])
+    assert report.facts["alignment"] == pytest.approx(relational_alignment(*rows), abs=1e-5)
+    assert report.facts["aligned_examples"] == 50
+
+
+def test_examples_without_a_label_do_not_count() -> None:
+    data = Images(20)
+    data.labels[5:] = -100
+    facts = compare_models(tiny_vit(), None, data).facts["student"]
+    right = (logits_of(tiny_vit().eval(), data).argmax(1) == data.labels)[:5].float().mean()
+    assert facts["accuracy"] == pytest.approx(float(right))
+
+
+def test_without_labels_or_classes_there_is_no_accuracy() -> None:
+    regression = tiny_vit(classes=1)
+    for student, data in ((tiny_vit(), Images(8, labels=False)), (regression, Images(8)), (tiny_vit().vit, Images(8))):
+        facts = compare_models(student, tiny_vit(width=24, seed=1), data).facts
+        assert facts["student"].keys() & {"accuracy", "calibration_error"} == set()
+        assert facts["alignment"]["cka"] == facts["alignment"]["cka"]
+
+
+def test_latency_is_of_one_example_and_of_32_or_all() -> None:
+    data = Images(40)
+    for count, largest in ((40, "32"), (20, "20"), (2, "2")):
+        few = torch.utils.data.Subset(data, range(count))
+        facts = compare_models(tiny_vit(), tiny_vit(width=24, seed=1), few).facts
+        for name in ("student", "teacher"):
+            latency = facts[name]["latency_ms"]
+            assert list(latency) == ["1", largest]
+            assert all(0 < each["median"] <= each["p95"] for each in latency.values())
+            expected = 1000 * int(largest) / latency[largest]["median"]
+            assert facts[name]["examples_per_second"] == pytest.approx(expected)
+
+
+def test_cached_outputs_stand_in_for_a_teacher() -> None:
+    data, teacher = Images(40), tiny_vit(width=24, seed=1)
+    rows = datasets.Dataset.from_dict({"pixel_values": data.pixels.numpy(), "labels": data.labels.numpy()})
+    rows = rows.with_format("torch")
+    online = compare_models(tiny_vit(), teacher, rows).facts
+    cached_rows = cache_teacher_outputs(rows, teacher, dtype="float32")
+    cached = compare_models(tiny_vit(), None, cached_rows).facts
+    assert cached["alignment"] == pytest.approx(online["alignment"], abs=1e-4)
+    assert cached["agreement"] == online["agreement"]
+    assert cached["teacher"] == pytest.approx(
+        {name: online["teacher"][name] for name in ("accuracy", "calibration_error")}, abs=1e-4
+    )
+
+
+def test_a_teacher_reads_its_own_columns() -> None:
+    class Both(Texts):
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            example = super().__getitem__(index)
+            teacher = {"teacher_input_ids": self.tokens[index].flip(0), "teacher_attention_mask": torch.ones(9).long()}
+            return example | teacher
+
+    student, teacher = tiny_bert(), tiny_bert(width=24, seed=1).eval()
+    data = Both(12)
+    report = compare_models(student, teacher, data)
+    with torch.no_grad():
+        expected = teacher.bert(data.tokens.flip(1)).last_hidden_state.mean(1)
+    torch.testing.assert_close(report.tensors["teacher_embedding"], expected)
+
+
+def test_models_randomness_and_modes_are_as_they_were() -> None:
+    student, teacher = tiny_vit(dropout=0.5), tiny_vit(width=24, seed=1)
+    student.train()
+    student.vit.layernorm.eval()
+    teacher.requires_grad_(True)
+    before = torch.random.get_rng_state()
+    first = compare_models(student, teacher, Images(8)).facts
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert student.training and not student.vit.layernorm.training and student.vit.training
+    assert all(weight.requires_grad for model in (student, teacher) for weight in model.parameters())
+    assert not student.vit._forward_hooks and not teacher.vit._forward_hooks
+    again = compare_models(student, teacher, Images(8)).facts
+    assert first["alignment"] == again["alignment"], "dropout was off"
+
+
+def test_a_module_that_is_no_transformers_model_is_compared_by_its_logits() -> None:
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3 * 16 * 16, CLASSES)
+
+        def forward(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"logits": self.linear(pixel_values.flatten(1))}
+
+    facts = compare_models(tiny_vit(), Classifier(), Images(8)).facts
+    assert "agreement" in facts and "alignment" not in facts
+    assert facts["teacher"]["parameters"] == 3 * 16 * 16 * CLASSES + CLASSES
+
+
+@pytest.mark.parametrize(("data", "came"), [(Images(0), "none in it"), (iter(()), "got \\w*iterator")])
+def test_nothing_to_measure_on_is_an_error(data: Any, came: str) -> None:
+    with pytest.raises(ValueError, match=f"needs a data set with examples and a length.*{came}"):
+        compare_models(tiny_vit(), None, data)
+
+
+def test_the_table_has_a_row_for_each_measure_and_the_ratio() -> None:
+    report = compare_models(tiny_vit(), tiny_vit(width=24, seed=1), Images(40))
+    table = report.table()
+    assert [column.header for column in table.columns] == ["", "teacher", "student", "student / teacher"]
+    assert table.row_count == 15
+    sizes = [report.facts[name]["parameters"] for name in ("teacher", "student")]
+    assert [list(column.cells)[0] for column in table.columns] == [
+        "parameters",
+        f"{sizes[0]:,}",
+        f"{sizes[1]:,}",
+        f"{sizes[1] / sizes[0]:.3g}",
+    ]
+
+
+def test_the_trainers_report_is_written_as_json_and_is_of_its_evaluation_set(tmp_path: Path) -> None:
+    data = Images(40, seed=3)
+    run = trainer(tmp_path, eval_dataset=data)
+    run.train()
+    report = run.report()
+    assert report is run.last_report is not None
+    assert json.loads((tmp_path / REPORT_FILE).read_text()) == report.facts
+    expected = (logits_of(run.model.eval(), data).argmax(1) == data.labels).float().mean()
+    assert report.facts["student"]["accuracy"] == pytest.approx(float(expected))
+    run.train()
+    assert run.last_report is None, "it is of another student now"
+
+
+def test_one_of_several_evaluation_sets_is_named(tmp_path: Path) -> None:
+    run = trainer(tmp_path, eval_dataset={"first": Images(8), "second": Images(9)})
+    assert run.report("second").facts["examples"] == 9  # type: ignore[union-attr]
+    for dataset in (None, "third"):
+        with pytest.raises(ValueError, match=r"`dataset` must be one of \['first', 'second'\]"):
+            run.report(dataset)
+    with pytest.raises(ValueError, match="`dataset` must be a data set, got none"):
+        trainer(tmp_path).report()
+    with pytest.raises(ValueError, match=r"`dataset` must be a data set, got several, \['test', 'train'\]"):
+        trainer(tmp_path).report({"train": Images(8), "test": Images(8)})
+
+
+def test_columns_that_no_model_reads_do_not_matter(tmp_path: Path) -> None:
+    data = Images(8)
+    rows = datasets.Dataset.from_dict(
+        {"pixel_values": data.pixels.numpy(), "labels": data.labels.numpy(), "note": ["a text"] * 8}
+    ).with_format("torch")
+    assert trainer(tmp_path, eval_dataset=rows).report().facts["examples"] == 8  # type: ignore[union-attr]
+
+
+def test_a_teacher_may_be_given_to_the_report_alone(tmp_path: Path) -> None:
+    data, teacher = Images(24), tiny_vit(width=24, seed=1)
+    rows = datasets.Dataset.from_dict({"pixel_values": data.pixels.numpy(), "labels": data.labels.numpy()})
+    rows = cache_teacher_outputs(rows.with_format("torch"), teacher)
+    run = trainer(tmp_path, teacher=None, train_dataset=rows, eval_dataset=rows)
+    assert run.report().facts["teacher"].keys() == {"accuracy", "calibration_error"}  # type: ignore[union-attr]
+    facts = run.report(teacher=teacher).facts  # type: ignore[union-attr]
+    assert {"parameters", "latency_ms", "accuracy"} <= facts["teacher"].keys()
+
+
+def test_a_teacher_of_other_classes_has_no_accuracy() -> None:
+    named = tiny_vit(width=24, seed=1)
+    named.config.id2label = {0: "d", 1: "c", 2: "b", 3: "a"}
+    student = tiny_vit()
+    for teacher in (tiny_vit(width=24, classes=7), named):
+        student.config.id2label = {0: "a", 1: "b", 2: "c", 3: "d"}
+        facts = compare_models(student, teacher, Images(20)).facts
+        assert "accuracy" in facts["student"] and "alignment" in facts
+        assert "accuracy" not in facts["teacher"] and "agreement" not in facts
+    named.config.id2label = dict(student.config.id2label)
+    assert {"accuracy"} <= compare_models(student, named, Images(20)).facts["teacher"].keys()
+
+
+def test_labels_below_zero_are_unknown_and_outputs_that_are_not_finite_are_no_quality() -> None:
+    data = Images(20)
+    data.labels[:] = -1
+    assert "accuracy" not in compare_models(tiny_vit(), None, data).facts["student"]
+    broken = tiny_vit()
+    broken.classifier.weight.data[:] = torch.nan
+    facts = compare_models(broken, tiny_vit(width=24, seed=1), Images(20)).facts
+    assert "accuracy" not in facts["student"] and "latency_ms" in facts["student"] and "alignment" in facts
+
+
+def test_several_labels_at_once_have_no_top_class() -> None:
+    student = tiny_vit()
+    student.config.problem_type = "multi_label_classification"
+    assert "agreement" not in compare_models(student, tiny_vit(width=24, seed=1), Images(20, labels=False)).facts
+
+
+def test_of_few_examples_all_are_neighbors_and_that_is_not_told() -> None:
+    for count, told in ((11, False), (12, True)):
+        alignment = compare_models(tiny_vit(), tiny_vit(width=24, seed=1), Images(count)).facts["alignment"]
+        assert ("neighbor_overlap" in alignment) == told
+
+
+def test_a_stream_of_datasets_is_refused_by_name(tmp_path: Path) -> None:
+    stream = datasets.Dataset.from_dict({"labels": [1, 2]}).to_iterable_dataset()
+    with pytest.raises(ValueError, match="needs a data set with examples and a length, got IterableDataset"):
+        trainer(tmp_path).report(stream)

@@ -1,0 +1,224 @@
+"""Unusual models, settings and orders of calls: each works, or is refused in one sentence."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertModel,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+from hf_rrd.models.head import HEAD
+from hf_rrd.models.pooling import mean_pool
+from hf_rrd.training.checkpoint import load_student
+from tests.builders import Images, Texts, log_of, tiny_bert, tiny_vit, trainer
+
+EVALUATED: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+
+
+def opt(width: int = 16, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    size = {"hidden_size": width, "word_embed_proj_dim": width, "ffn_dim": 32, "num_attention_heads": 2}
+    return OPTForCausalLM(OPTConfig(vocab_size=50, num_hidden_layers=1, max_position_embeddings=32, **size))
+
+
+def test_a_headless_student_is_evaluated_without_labels(tmp_path: Path) -> None:
+    run = trainer(
+        tmp_path,
+        model=BertModel(tiny_bert().config),
+        teacher=tiny_bert(width=24, seed=1),
+        train_dataset=Texts(),
+        eval_dataset=Texts(11, seed=1),
+        task_weight=0.0,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_relational_loss",
+        **EVALUATED,
+    )
+    run.train()
+    metrics = run.evaluate()
+    assert metrics["eval_relational_loss"] == run.state.best_metric == pytest.approx(metrics["eval_loss"], abs=1e-5)
+
+
+def rebuilt() -> Any:
+    student = tiny_bert()
+    student.classifier = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+    student.bert.encoder.layer = student.bert.encoder.layer[:1]
+    return student
+
+
+def mixed() -> Any:
+    student = tiny_bert().to(torch.bfloat16)
+    student.classifier.float()
+    return student
+
+
+def mixed_vit() -> Any:
+    student = tiny_vit().to(torch.bfloat16)
+    student.classifier.float()
+    return student
+
+
+@pytest.mark.parametrize("build", [rebuilt, mixed, mixed_vit])
+def test_weights_that_no_config_describes_are_loaded_bitwise(tmp_path: Path, build: Any) -> None:
+    torch.manual_seed(5)
+    saved, other = build(), build()
+    for weight in saved.parameters():
+        nn.init.normal_(weight)
+    saved.save_pretrained(tmp_path)
+    load_student(other, str(tmp_path), HEAD)
+    expected, found = saved.state_dict(), other.state_dict()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert [name for name in expected if expected[name].dtype != found[name].dtype] == []
+
+
+def test_settings_changed_after_construction_take_effect(tmp_path: Path) -> None:
+    run = trainer(tmp_path, kd_weight=1.0, max_steps=2)
+    run.args.kd_weight, run.args.bank_size = 0.25, 12
+    run.train()
+    line = run.state.log_history[1]
+    assert line["loss"] == pytest.approx(
+        line["task_loss"] + 0.25 * line["kd_loss"] + line["relational_loss"], abs=1e-5
+    )
+    assert run.distillation.bank is not None and len(run.distillation.bank) == 12
+
+
+def test_a_term_cannot_be_turned_off_after_construction(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.args.relational_weight = 0.0
+    with pytest.raises(ValueError, match="cannot go from 0 to above 0 or back.*Make a new trainer"):
+        run.train()
+
+
+def test_without_the_relational_term_an_earlier_head_is_taken_off(tmp_path: Path) -> None:
+    student = tiny_vit()
+    trainer(tmp_path, model=student)
+    assert hasattr(student, HEAD)
+    trainer(tmp_path, model=student, relational_weight=0.0, teacher=None)
+    assert not hasattr(student, HEAD)
+
+
+def test_a_trainer_whose_student_was_taken_over_says_so(tmp_path: Path) -> None:
+    student = tiny_vit()
+    first = trainer(tmp_path, model=student)
+    trainer(tmp_path, model=student)
+    with pytest.raises(ValueError, match="another trainer has taken this student over"):
+        first.train()
+
+
+def test_an_evaluation_after_one_with_a_broken_teacher_is_in_order(tmp_path: Path) -> None:
+    run = trainer(tmp_path, eval_dataset=Images(8))
+    weight = run.teacher.vit.embeddings.cls_token
+    kept = weight.detach().clone()
+    weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="teacher's embedding is not finite"):
+        run.evaluate()
+    weight.data.copy_(kept)
+    assert run.evaluate()["eval_relational_loss"] > 0
+
+
+def test_a_decoder_that_its_language_model_calls_directly_is_the_body(tmp_path: Path) -> None:
+    run = trainer(
+        tmp_path, model=opt(), teacher=opt(width=24, seed=1), train_dataset=Texts(), task_weight=0.0, max_steps=2
+    )
+    run.train()
+    assert run.state.log_history[1]["relational_kl"] > 0
+
+
+def test_a_sequence_to_sequence_model_is_refused(tmp_path: Path) -> None:
+    size = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 32}
+    depth = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    bart = BartForConditionalGeneration(BartConfig(vocab_size=50, **size, **depth))
+    with pytest.raises(ValueError, match="BartForConditionalGeneration is not supported.*encoder"):
+        trainer(tmp_path, model=bart, teacher=tiny_bert(), train_dataset=Texts())
+
+
+@pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
+def test_distillation_on_logits_is_refused_where_softmax_means_nothing(tmp_path: Path, kind: str) -> None:
+    teacher = tiny_vit(seed=1)
+    teacher.config.problem_type = kind
+    with pytest.raises(ValueError, match=f"`kd_weight` is above 0.*'{kind}'.*kd_weight=0"):
+        trainer(tmp_path, teacher=teacher, kd_weight=1.0)
+
+
+def test_a_long_mean_does_not_overflow_in_float16() -> None:
+    outputs = type("Outputs", (), {"last_hidden_state": torch.full((1, 2048, 2), 40.0, dtype=torch.float16)})
+    assert mean_pool(outputs, torch.ones(1, 2048)).tolist() == [[40.0, 40.0]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bank_size": 1, "include_own": False}, "`bank_size=1` without `include_own`.*always 0"),
+        (
+            {"bank_size": 0, "per_device_train_batch_size": 1},
+            "`bank_size=0` compares within the micro-batch.*always 0",
+        ),
+        ({"bank_size": True}, "`bank_size` must be a number of rows"),
+    ],
+)
+def test_a_bank_that_could_teach_nothing_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **changes)
+
+
+def test_a_name_in_place_of_the_student_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="`model` must be a model, got 'bert-base'.*from_pretrained"):
+        trainer(tmp_path, model="bert-base")
+
+
+def test_a_hyperparameter_search_may_keep_its_objective_on_the_trainer(tmp_path: Path) -> None:
+    run = trainer(tmp_path, model_init=lambda: tiny_vit(), eval_dataset=Images(8), **EVALUATED)
+    run.objective = None  # as Trainer's search backends do before each trial
+    run.train()
+    assert len(log_of(run)) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "banks"),
+    [({}, 1), ({"gather_bank": False}, 2), ({"gather_bank": False, "relational_weight": 0.0, "kd_weight": 1.0}, 1)],
+)
+def test_processes_have_banks_of_their_own_only_where_there_are_banks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], banks: int
+) -> None:
+    run = trainer(tmp_path, **settings)
+    monkeypatch.setattr(type(run.accelerator), "num_processes", 2)
+    assert run._banks == banks
+
+
+class Own(ValueError):
+    """An error of a user's."""
+
+
+@pytest.mark.parametrize(("error", "arrives_as"), [(Own("mine"), Own), (KeyError("id"), ValueError)])
+def test_errors_of_a_data_set_name_it_and_those_of_a_user_s_class_stay(
+    tmp_path: Path, error: Exception, arrives_as: type[Exception]
+) -> None:
+    class Broken(Images):
+        def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+            if index == 40:
+                raise error
+            return super().__getitem__(index)
+
+    with pytest.raises(arrives_as, match=str(error.args[0])) as caught:
+        trainer(tmp_path, train_dataset=Broken(), max_steps=6).train()
+    assert caught.value is error or "`train_dataset`" in str(caught.value)
+
+
+def test_a_stream_that_can_be_read_once_is_not_read_for_a_task_alone(tmp_path: Path) -> None:
+    class Once(torch.utils.data.IterableDataset[Any]):
+        def __init__(self) -> None:
+            self.read = 0
+
+        def __iter__(self) -> Any:
+            self.read += 1
+            return (Images(24)[index] for index in range(24))
+
+    stream = Once()
+    trainer(tmp_path, teacher=None, relational_weight=0.0, train_dataset=stream)
+    assert stream.read == 0

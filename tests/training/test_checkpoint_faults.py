@@ -1,0 +1,473 @@
+"""What machines and people do to a run: it goes on as if nothing had been, or it ends with one clear error."""
+
+import json
+import os
+import resource
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hf_rrd import cache_teacher_outputs
+from hf_rrd.training import caching
+from hf_rrd.training.checkpoint import SIDECAR, is_complete, last_complete_checkpoint
+from hf_rrd.training.identity import teacher_identity, weights_hash, weights_sample
+from tests.builders import Images, tiny_bert, tiny_vit, trainer
+
+SAVED: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "logging_steps": 2}
+FILES = [
+    "config.json",
+    "model.safetensors",
+    "training_args.bin",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    SIDECAR,
+    "trainer_state.json",
+]
+"""All of a checkpoint, in the order in which they are written."""
+
+
+def run_in(folder: Path, **changes: Any) -> Any:
+    """A trainer of a student with dropout whose every random number shows."""
+    return trainer(folder, **({"model": tiny_vit(dropout=0.1), "kd_weight": 0.5} | SAVED | changes))
+
+
+def left_of(run: Any) -> dict[str, Tensor]:
+    return {**run.model.state_dict(), "bank": run.distillation.bank.filled}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    """A folder with the checkpoints 2, 4 and 6, and what the run ended with."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run = run_in(folder)
+    run.train()
+    return folder, left_of(run)
+
+
+@pytest.fixture
+def interrupted(undisturbed: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> Path:
+    """A folder with the checkpoints 2 and 4."""
+    for step in (2, 4):
+        shutil.copytree(undisturbed[0] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    return tmp_path
+
+
+def tree_of(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of all files under a folder."""
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+# ---- Files of a checkpoint ----
+
+
+def test_a_checkpoint_has_these_files_and_no_other(undisturbed: tuple[Path, dict[str, Tensor]]) -> None:
+    assert sorted(path.name for path in (undisturbed[0] / "checkpoint-6").iterdir()) == sorted(FILES)
+
+
+def kill_at(checkpoint: Path, file: str, damage: str) -> None:
+    """Leave a checkpoint as a kill would that fell into the writing of a file, or right before it."""
+    for later in FILES[FILES.index(file) + (damage == "cut") :]:
+        (checkpoint / later).unlink()
+    if damage == "cut":
+        os.truncate(checkpoint / file, (checkpoint / file).stat().st_size // 2)
+
+
+@pytest.mark.parametrize("damage", ["cut", "absent"])
+@pytest.mark.parametrize("file", FILES)
+def test_a_kill_in_the_writing_of_any_file_costs_that_checkpoint_alone(
+    undisturbed: tuple[Path, dict[str, Tensor]], interrupted: Path, file: str, damage: str
+) -> None:
+    kill_at(interrupted / "checkpoint-4", file, damage)
+    assert last_complete_checkpoint(str(interrupted)) == str(interrupted / "checkpoint-2")
+    run = run_in(interrupted)
+    run.train(resume_from_checkpoint=True)
+    assert_same(left_of(run), undisturbed[1])
+    assert is_complete(interrupted / "checkpoint-4")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_file_lost_or_cut_later_is_noticed_and_named(interrupted: Path, file: str) -> None:
+    checkpoint = interrupted / "checkpoint-4"
+    os.truncate(checkpoint / file, 5)
+    with pytest.raises(ValueError, match=f"checkpoint-4 is not a complete checkpoint: its file {file} has 5 bytes"):
+        run_in(interrupted).train(resume_from_checkpoint=str(checkpoint))
+    (checkpoint / file).unlink()
+    with pytest.raises(ValueError, match=f"its file {file} has gone"):
+        run_in(interrupted).train(resume_from_checkpoint=str(checkpoint))
+    assert last_complete_checkpoint(str(interrupted)) == str(interrupted / "checkpoint-2")
+
+
+def test_a_text_that_was_edited_is_nobody_s_business(interrupted: Path) -> None:
+    checkpoint = interrupted / "checkpoint-4"
+    (checkpoint / "config.json").write_text((checkpoint / "config.json").read_text() + "\n")
+    (checkpoint / "training_args.bin").unlink()
+    (checkpoint / "notes.txt").write_text("a good one")
+    assert last_complete_checkpoint(str(interrupted)) == str(checkpoint)
+
+
+def test_a_cut_sidecar_is_passed_over_and_an_absent_one_is_an_error(interrupted: Path) -> None:
+    sidecar = interrupted / "checkpoint-4" / SIDECAR
+    os.truncate(sidecar, 100)
+    assert last_complete_checkpoint(str(interrupted)) == str(interrupted / "checkpoint-2")
+    sidecar.unlink()
+    with pytest.raises(ValueError, match=f"checkpoint-4 has no {SIDECAR}.*start a new run"):
+        run_in(interrupted).train(resume_from_checkpoint=True)
+
+
+# ---- A full disk ----
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Let every write fail that makes a file longer, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# The first file in the order of writing that is longer than the one named.
+@pytest.mark.parametrize("fits", ["scheduler.pt", "training_args.bin", "rng_state.pth", SIDECAR, "model.safetensors"])
+def test_a_disk_that_fills_up_during_a_checkpoint_costs_that_checkpoint_alone(
+    undisturbed: tuple[Path, dict[str, Tensor]], tmp_path: Path, fits: str
+) -> None:
+    shutil.copytree(undisturbed[0] / "checkpoint-2", tmp_path / "checkpoint-2")
+    size = (tmp_path / "checkpoint-2" / fits).stat().st_size
+    run = run_in(tmp_path)
+    with (
+        files_of_at_most(size + 100),
+        pytest.raises(OSError, match="checkpoint-4 could not be written: .*make room, and go on.*resume_from"),
+    ):
+        run.train(resume_from_checkpoint=True)
+    assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")
+    again = run_in(tmp_path)
+    again.train(resume_from_checkpoint=True)
+    assert_same(left_of(again), undisturbed[1])
+
+
+def test_a_disk_that_fills_up_during_a_cache_write_costs_that_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(caching, "SHARD_EXAMPLES", 8)
+    images = Images(20)
+    assert images.labels is not None
+    data = datasets.Dataset.from_dict({"pixel_values": images.pixels.tolist(), "labels": images.labels.tolist()})
+    teacher = tiny_vit(width=24, seed=1)
+    with files_of_at_most(500), pytest.raises(OSError):
+        cache_teacher_outputs(data, teacher, 4, cache_dir=tmp_path)
+    finished = cache_teacher_outputs(data, teacher, 4, cache_dir=tmp_path)
+    fresh = cache_teacher_outputs(data, teacher, 4, cache_dir=tmp_path / "fresh")
+    assert finished["teacher_embedding"][:] == fresh["teacher_embedding"][:]
+
+
+# ---- Numbers that are none ----
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_reaches_the_weights(tmp_path: Path) -> None:
+    data = Images(48)
+    run = run_in(tmp_path, train_dataset=data, model=tiny_vit())
+    compute = run.distillation.kd_terms
+
+    def broken_at_step_4(*args: Any) -> Any:
+        return {"kd_loss": compute(*args)["kd_loss"] * (float("inf") if run.state.global_step == 3 else 1)}
+
+    run.distillation.kd_terms = broken_at_step_4
+    with pytest.raises(ValueError, match=r"the loss \(kd_loss\) is not finite \(nan or inf\) at step 4"):
+        run.train()
+    assert all(weight.isfinite().all() for weight in run.model.parameters())
+    assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
+    run = run_in(tmp_path, learning_rate=1e38, max_grad_norm=0, optim="sgd", save_steps=1)
+    with torch.no_grad():
+        run.model.classifier.bias[:] = torch.finfo(torch.float32).max
+    with pytest.raises(ValueError, match=r"student's weights are not finite.*first: .*checkpoint-1 is not written"):
+        run.train()
+    assert list(tmp_path.glob("checkpoint-*")) == []
+
+
+def test_a_student_that_is_not_finite_from_the_start_is_named(tmp_path: Path) -> None:
+    student = tiny_vit()
+    student.classifier.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"the loss \(task_loss, kd_loss\) is not finite .* at step 1\. .*README"):
+        run_in(tmp_path, model=student).train()
+
+
+def test_a_step_that_a_loss_scaler_skips_is_no_end_and_no_damage(tmp_path: Path) -> None:
+    calls = []
+
+    def broken_once(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        calls.append(1)
+        return torch.nn.functional.cross_entropy(outputs["logits"], labels) * (torch.nan if len(calls) == 2 else 1)
+
+    run = run_in(tmp_path, compute_loss_func=broken_once, logging_steps=5, max_steps=4)
+    run.accelerator.scaler = torch.amp.GradScaler("cpu")  # as a float16 training on a GPU has one
+    run.train()
+    again = run_in(tmp_path, logging_steps=5, max_steps=4)
+    again.accelerator.scaler = torch.amp.GradScaler("cpu")
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.state.global_step == 4
+
+
+def test_what_is_not_trained_need_not_be_finite(tmp_path: Path) -> None:
+    student = tiny_vit()
+    mask = torch.nn.Parameter(torch.full((4,), -torch.inf), requires_grad=False)
+    student.classifier.register_parameter("mask", mask)
+    run_in(tmp_path, model=student, save_strategy="no", max_steps=2).train()
+
+
+def test_a_micro_batch_without_a_label_is_named_instead_of_ruining_the_run(tmp_path: Path) -> None:
+    data = Images(16)
+    assert data.labels is not None
+    data.labels[:] = -100
+    with pytest.raises(ValueError, match=r"the loss \(task_loss\) is not finite.*without a single label"):
+        run_in(tmp_path, train_dataset=data).train()
+
+
+# ---- Another teacher ----
+
+
+def fine_tuned() -> Any:
+    teacher = tiny_vit(width=24, seed=1)
+    with torch.no_grad():
+        for weight in teacher.parameters():
+            weight += 1e-4
+    return teacher
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"teacher": fine_tuned()},
+            "teacher_embedding from ViTForImageClassification .*, teacher_logits from ViT.*; this run has teacher_emb",
+        ),
+        ({"teacher": tiny_vit(width=32, seed=1)}, "teacher_embedding from ViTForImageClassification"),
+        ({"teacher_pooling": "mean"}, "from ViT.*, pooling auto; this run has teacher_embedding from ViT.* mean"),
+    ],
+)
+def test_another_teacher_is_refused(interrupted: Path, changes: dict[str, Any], message: str) -> None:
+    before = tree_of(interrupted)
+    with pytest.raises(ValueError, match=f"written with another teacher.*{message}.*ignore_teacher_change=True"):
+        run_in(interrupted, **changes).train(resume_from_checkpoint=True)
+    assert tree_of(interrupted) == before
+
+
+def test_cached_outputs_of_another_teacher_are_refused(interrupted: Path, tmp_path: Path) -> None:
+    images = Images(48)
+    assert images.labels is not None
+    data = datasets.Dataset.from_dict({"pixel_values": images.pixels.tolist(), "labels": images.labels.tolist()})
+    data = data.with_format("torch")
+    folders = [tmp_path / "first", tmp_path / "second"]
+    cached = [cache_teacher_outputs(data, tiny_vit(width=24, seed=seed), 8, cache_dir=tmp_path) for seed in (1, 2)]
+    run_in(folders[0], teacher=None, train_dataset=cached[0], max_steps=2).train()
+    with pytest.raises(ValueError, match="embedding from cached .*, teacher_logits from cached .*; this run has"):
+        run_in(folders[0], teacher=None, train_dataset=cached[1]).train(resume_from_checkpoint=True)
+    with pytest.raises(
+        ValueError, match="another teacher: teacher_embedding from ViTFor.*this run has teacher_embedding from cached"
+    ):
+        run_in(interrupted, teacher=None, train_dataset=cached[0]).train(resume_from_checkpoint=True)
+    run_in(folders[0], teacher=None, train_dataset=cached[0]).train(resume_from_checkpoint=True)
+
+
+def test_the_same_teacher_saved_loaded_and_used_is_the_same(tmp_path: Path) -> None:
+    teacher, data = tiny_vit(width=24, seed=1, classes=12), Images(48)
+    teacher.save_pretrained(tmp_path / "teacher")
+    teacher(data.pixels[:2], labels=torch.tensor([0, 1]))  # which sets config.problem_type
+    teacher.config.use_cache = False
+    student = tiny_vit(classes=12)
+    run_in(tmp_path / "run", teacher=teacher, model=student, max_steps=2).train()
+    again = run_in(tmp_path / "run", teacher=str(tmp_path / "teacher"), model=tiny_vit(classes=12))
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 6
+
+
+def test_the_order_of_a_config_s_entries_is_no_part_of_a_teacher() -> None:
+    models = [tiny_vit(), tiny_vit()]
+    for model, names in zip(models, ("ab", "ba"), strict=True):
+        model.config.rope_parameters = {name: {"theta": 1.0} for name in names}  # saving sorts such entries
+    for hashed in (weights_hash, weights_sample):
+        assert hashed(models[0]) == hashed(models[1])
+        assert hashed(models[0]) != hashed(tiny_vit())
+
+
+def test_adapters_are_part_of_a_teacher() -> None:
+    def lora(alpha: int) -> Any:
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, target_modules=["query", "value"], lora_alpha=alpha, init_lora_weights=False)
+        model = get_peft_model(tiny_bert(width=24, seed=1), config, adapter_name="first")
+        model.add_adapter("second", config)
+        return model
+
+    first, other_scale, other_adapter = lora(2), lora(64), lora(2)
+    assert weights_hash(first) == weights_hash(lora(2))
+    other_adapter.set_adapter("second")
+    for hashed in (weights_hash, weights_sample):
+        assert len({hashed(model) for model in (first, other_scale, other_adapter)}) == 3
+
+
+def test_logits_cached_and_embeddings_online_are_told_apart(tmp_path: Path) -> None:
+    def identity(seed: int, data: Any, **wanted: bool) -> dict[str, str]:
+        return teacher_identity(tiny_vit(width=24, seed=seed), "auto", data, **wanted)
+
+    cached = [[{"teacher_logits": [float(value), 1.0]}] for value in range(2)]
+    both, logits = {"wants_embedding": True, "wants_logits": True}, {"wants_embedding": False, "wants_logits": True}
+    assert identity(1, cached[0], **logits) == identity(2, cached[0], **logits)  # the teacher is not asked
+    assert identity(1, cached[0], **logits) != identity(1, cached[1], **logits)
+    assert identity(1, cached[0], **both) != identity(2, cached[0], **both)
+    assert identity(1, Images(4), wants_embedding=False, wants_logits=False) == {}
+
+
+def test_another_teacher_that_is_wanted_gets_a_bank_and_a_projection_of_its_own(tmp_path: Path) -> None:
+    centred: dict[str, Any] = {"teacher_projection": "center", "calibration_examples": 20}
+    run_in(tmp_path, max_steps=2, **centred).train()
+    saved = load_file(tmp_path / "checkpoint-2" / SIDECAR)
+    other = tiny_vit(width=24, seed=9)
+    run = run_in(tmp_path, teacher=other, ignore_teacher_change=True, **centred)
+    found: dict[str, Tensor] = {}
+    calibrate = run._calibrate
+
+    def noted() -> None:
+        calibrate()
+        found.update(head=run._head.projection.weight.detach().clone(), mean=run._projection.mean)
+        found.update(bank=run.distillation.bank.filled.clone())
+
+    run._calibrate = noted
+    run.train(resume_from_checkpoint=True)
+    fresh = run_in(tmp_path / "fresh", teacher=other, **centred)
+    fresh._calibrate()
+    assert torch.equal(found["head"], saved["head.projection.weight"])
+    assert torch.equal(found["bank"], fresh.distillation.bank.filled)
+    assert torch.equal(found["mean"], fresh._projection.mean)
+    assert run.state.global_step == 6
+
+
+def test_another_width_cannot_be_taken_over_even_when_wanted(interrupted: Path) -> None:
+    run = run_in(interrupted, teacher=tiny_vit(width=32, seed=1), ignore_teacher_change=True)
+    with pytest.raises(ValueError, match=r"the saved head has .*\(24, 16\).*, this student's has .*\(32, 16\)"):
+        run.train(resume_from_checkpoint=True)
+
+
+# ---- Hostile sidecars ----
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Tensor]], Any], **metadata: str) -> None:
+    tensors = load_file(path)
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        about = json.loads(file.read(length))["__metadata__"]
+    change(tensors)
+    save_file(tensors, path, about | metadata)
+
+
+def header(text: bytes, length: int | None = None) -> Callable[[Path], Any]:
+    return lambda path: path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text)
+
+
+def tensors(**changed: Tensor) -> Callable[[Path], None]:
+    names = {name.replace("__", "."): tensor for name, tensor in changed.items()}
+    return lambda path: rewrite(path, lambda own: own.update(names))
+
+
+HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a header of 2 ** 62 bytes": (header(b"{}", 2**62), "damaged"),
+    "a header of 200 MB": (header(b" " * 1000, 200_000_000), "damaged"),
+    "a header that is no JSON": (header(b"not json"), "damaged"),
+    "a header that is a list": (header(b"[1, 2]"), "damaged"),
+    "offsets outside the file": (
+        header(b'{"bank.rows":{"dtype":"F32","shape":[9,24],"data_offsets":[0,864]}}'),
+        "damaged",
+    ),
+    "negative offsets": (
+        header(b'{"bank.rows":{"dtype":"F32","shape":[1],"data_offsets":[-4,0]}}'),
+        "damaged",
+    ),
+    "a pickle": (lambda path: path.write_bytes(b"\x80\x04cposix\nsystem\n(S'touch owned'\ntR."), "damaged"),
+    "whole numbers in the bank": (tensors(bank__rows=torch.ones(20, 24, dtype=torch.int64)), "damaged .*int64"),
+    "whole numbers in the head": (
+        tensors(head__projection__bias=torch.ones(24, dtype=torch.uint8)),
+        "damaged .*uint8",
+    ),
+    "nan in the bank": (tensors(bank__rows=torch.full((20, 24), torch.nan)), "damaged .*not finite"),
+    "inf in the head": (tensors(head__projection__bias=torch.full((24,), torch.inf)), "damaged .*not finite"),
+    "a bank of another width": (tensors(bank__rows=torch.ones(20, 23)), "another teacher or another projection"),
+    "a bank without a width": (tensors(bank__rows=torch.ones(20)), "another teacher or another projection"),
+    "a head of another shape": (tensors(head__projection__bias=torch.ones(1, 24)), "the saved head has"),
+    "a head with a weight too many": (tensors(head__extra=torch.ones(1)), "the saved head has"),
+    "a matrix that was not asked for": (tensors(teacher_projection__matrix=torch.ones(24, 24)), "the saved teacher"),
+    "a name with a path": (lambda path: rewrite(path, lambda own: own.update({"../../x": torch.ones(1)})), "damaged"),
+    "a file list with a path": (
+        lambda path: rewrite(path, lambda own: None, files='{"../../../etc/passwd": 5}'),
+        "damaged .*etc/passwd",
+    ),
+    "a file list with an absolute path": (
+        lambda path: rewrite(path, lambda own: None, files='{"/etc/passwd": 5}'),
+        "damaged .*etc/passwd",
+    ),
+    "a file list that is none": (lambda path: rewrite(path, lambda own: None, files="[3]"), "damaged"),
+    "a file list with a long name": (
+        lambda path: rewrite(path, lambda own: None, files=json.dumps({"a" * 300: 1})),
+        "damaged",
+    ),
+    "a file list that is deep": (lambda path: rewrite(path, lambda own: None, files="[" * 200_000), "damaged"),
+    "a log of words": (tensors(log__loss=torch.ones(2, 3)), "damaged .*number for each process"),
+    "a step in the log that is none": (tensors(log__last_logged_step=torch.ones(())), "damaged .*whole number"),
+    "a bank for each of many processes": (
+        lambda path: rewrite(path, lambda own: None, banks="1000000"),
+        "a bank for each of 1000000 processes",
+    ),
+    "a folder in its place": (lambda path: (path.unlink(), path.mkdir()), "has no"),
+    "a pipe in its place": (lambda path: (path.unlink(), os.mkfifo(path)), "has no"),
+}
+
+
+@pytest.mark.parametrize("trick", HOSTILE)
+def test_a_hostile_sidecar_is_refused_and_nothing_is_written(interrupted: Path, trick: str) -> None:
+    change, message = HOSTILE[trick]
+    change(interrupted / "checkpoint-4" / SIDECAR)
+    before = tree_of(interrupted)
+    with pytest.raises(ValueError, match=message):
+        run_in(interrupted).train(resume_from_checkpoint=str(interrupted / "checkpoint-4"))
+    assert tree_of(interrupted) == before
+    assert not Path("owned").exists()
+
+
+def test_a_link_left_in_the_sidecar_s_place_is_not_written_through(interrupted: Path, tmp_path: Path) -> None:
+    treasure = tmp_path / "treasure"
+    treasure.write_text("mine")
+    (interrupted / "checkpoint-6").mkdir()
+    for name in (SIDECAR, SIDECAR + ".tmp"):
+        (interrupted / "checkpoint-6" / name).symlink_to(treasure)
+    run_in(interrupted).train(resume_from_checkpoint=str(interrupted / "checkpoint-4"))
+    assert treasure.read_text() == "mine"
+
+
+def test_what_we_write_into_a_checkpoint_is_no_pickle(undisturbed: tuple[Path, dict[str, Tensor]]) -> None:
+    of_transformers = {name for name in FILES if name != SIDECAR}
+    ours = [path for path in (undisturbed[0] / "checkpoint-6").iterdir() if path.name not in of_transformers]
+    assert [path.name for path in ours] == [SIDECAR]
+    for path in ours:
+        content = path.read_bytes()
+        (length,) = struct.unpack("<Q", content[:8])
+        described = json.loads(content[8 : 8 + length])
+        described.pop("__metadata__")
+        assert 8 + length + max(entry["data_offsets"][1] for entry in described.values()) == len(content)
+        assert load_file(path).keys() == described.keys()

@@ -1,0 +1,157 @@
+"""A killed run, resumed, ends as if nothing had happened."""
+
+import json
+import multiprocessing
+import random
+import shutil
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_rrd.training.checkpoint import SIDECAR, last_complete_checkpoint, sidecar_of
+from tests.builders import free_port, tiny_vit, trainer
+from tests.resume_worker import STEPS, run
+
+needs_resume_of_several = pytest.mark.skipif(
+    version("transformers").startswith("5.0."), reason="Trainer cannot resume several processes on a CPU there"
+)
+
+KILLS = 10
+PAIR_KILLS = 4
+
+
+@pytest.fixture(scope="module")
+def context() -> ForkServerContext:
+    """Children that start with everything imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.resume_worker"])
+    return context
+
+
+@dataclass
+class Job:
+    """A training in so many processes, which goes on from its newest checkpoint."""
+
+    context: ForkServerContext
+    family: str
+    processes: int = 1
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def train(self, folder: Path, kill_at: int | None = None, delay: float = 0, victim: int = 0) -> list[int | None]:
+        """Train to the end, or until a SIGKILL to one process some time after a step began; returns the exit codes.
+
+        As a launcher would, it takes the others down with it.
+        """
+        step, port = self.context.Value("i", -1), free_port()
+        children = [
+            self.context.Process(
+                target=run, args=(rank, self.processes, port, self.family, str(folder), step), kwargs=self.settings
+            )
+            for rank in range(self.processes)
+        ]
+        for child in children:
+            child.start()
+        while children[victim].is_alive() and kill_at is not None:
+            if step.value >= kill_at:
+                time.sleep(delay)
+                children[victim].kill()
+                children[victim].join()
+                break
+            time.sleep(0.0005)
+        for child in children:
+            if kill_at is not None:
+                child.kill()
+            child.join(timeout=120)
+        return [child.exitcode for child in children]
+
+    def assert_same_end(self, expected: Path, found: Path) -> None:
+        """All that two runs left is bitwise the same."""
+        for rank in range(self.processes):
+            ends = [load_file(folder / f"left-{rank}.safetensors") for folder in (expected, found)]
+            assert ends[0].keys() == ends[1].keys()
+            assert [name for name in ends[0] if not torch.equal(ends[0][name], ends[1][name])] == []
+            logs = [json.loads((folder / f"log-{rank}.json").read_text()) for folder in (expected, found)]
+            assert logs[0] == logs[1]
+
+    def kill_and_resume(self, undisturbed: Path, folder: Path, seed: str, victim: int = 0) -> None:
+        """Kill once at a random moment, train on to the end, and compare."""
+        chance = random.Random(seed)
+        kill_at = chance.randrange(STEPS - 3)  # so that it falls before the end, however fast the machine
+        assert self.train(folder, kill_at, chance.uniform(0, 0.02), victim)[victim] == -9
+        assert self.train(folder) == [0] * self.processes
+        self.assert_same_end(undisturbed, folder)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(context: ForkServerContext, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {family: tmp_path_factory.mktemp(family) for family in ("vit", "bert")}
+    for family, folder in folders.items():
+        assert Job(context, family).train(folder) == [0]
+    return folders
+
+
+@pytest.mark.parametrize("kill", range(KILLS))
+@pytest.mark.parametrize("family", ["vit", "bert"])
+def test_a_run_killed_at_a_random_moment_ends_bitwise_as_the_undisturbed_one(
+    context: ForkServerContext, undisturbed: dict[str, Path], tmp_path: Path, family: str, kill: int
+) -> None:
+    Job(context, family).kill_and_resume(undisturbed[family], tmp_path, seed=f"{family} {kill}")
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["one bank", "a bank each"])
+def pair(
+    request: pytest.FixtureRequest, context: ForkServerContext, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Job, Path]:
+    """A job of two processes, and what they leave undisturbed."""
+    job, folder = Job(context, "vit", 2, {"gather_bank": request.param}), tmp_path_factory.mktemp("pair")
+    assert job.train(folder) == [0, 0]
+    return job, folder
+
+
+@needs_resume_of_several
+@pytest.mark.parametrize("kill", range(PAIR_KILLS))
+def test_two_processes_of_which_one_is_killed_end_bitwise_as_undisturbed(
+    pair: tuple[Job, Path], tmp_path: Path, kill: int
+) -> None:
+    job, undisturbed = pair
+    job.kill_and_resume(undisturbed, tmp_path, seed=f"pair {kill}", victim=kill % 2)
+
+
+def test_banks_of_their_own_differ_and_are_saved_by_each(pair: tuple[Job, Path]) -> None:
+    job, folder = pair
+    banks = [load_file(folder / f"left-{rank}.safetensors")["bank"] for rank in range(2)]
+    assert torch.equal(*banks) == job.settings["gather_bank"]
+    saved = folder / f"checkpoint-{STEPS}" / sidecar_of(1)
+    assert saved.is_file() != job.settings["gather_bank"]
+    if saved.is_file():
+        assert torch.equal(load_file(saved)["bank.rows"], banks[1])
+
+
+def test_banks_of_their_own_are_not_resumed_by_another_number_of_processes(
+    context: ForkServerContext, pair: tuple[Job, Path], tmp_path: Path
+) -> None:
+    job, folder = pair
+    checkpoint = shutil.copytree(folder / "checkpoint-12", tmp_path / "checkpoint-12")
+    run = trainer(tmp_path, model=tiny_vit(), kd_weight=0.5, gather_bank=job.settings["gather_bank"], max_steps=STEPS)
+    if job.settings["gather_bank"]:
+        run.train(resume_from_checkpoint=str(checkpoint))
+    else:
+        with pytest.raises(ValueError, match="holds a bank for each of 2 processes .*, and this run has 1"):
+            run.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_the_undisturbed_run_logs_across_checkpoints(undisturbed: dict[str, Path]) -> None:
+    lines = json.loads((undisturbed["vit"] / "log-0.json").read_text())
+    assert [line["step"] for line in lines] == [3, 6, 9, 12]
+    checkpoint = last_complete_checkpoint(str(undisturbed["vit"]))
+    assert checkpoint is not None
+    sidecar = load_file(Path(checkpoint, SIDECAR))
+    assert sidecar["bank.rows"].shape == (20, 24)  # 14 steps of 8 went through a bank of 20
+    assert int(sidecar["log.last_logged_step"]) == 12
