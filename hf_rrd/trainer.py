@@ -2,69 +2,62 @@
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import wraps
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import broadcast, broadcast_object_list
-from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer import Trainer
 from transformers.trainer_pt_utils import find_batch_size, nested_detach
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction
 from transformers.utils import find_labels, logging
 
-from hf_rrd.config import RelationalDistillationConfig, bank_rows
+from hf_rrd.config import RelationalDistillationConfig
 from hf_rrd.errors import named_errors
-from hf_rrd.losses.bank import FeatureBank
 from hf_rrd.models.body import unwrapped
+from hf_rrd.models.columns import forward_columns, student_inputs
 from hf_rrd.models.head import HEAD, WITH_EMBEDDING, attach_head, check_student, detach_head, head_of, split_embedding
-from hf_rrd.models.teacher import (
-    Teacher,
-    TeacherOutputs,
-    TeacherProjection,
-    check_teacher,
-    load_teacher,
-    teacher_outputs,
-)
+from hf_rrd.models.teacher import Teacher, TeacherOutputs, check_teacher, load_teacher
 from hf_rrd.results.embedding_log import EmbeddingLog
-from hf_rrd.results.publishing import PublishingMixin
-from hf_rrd.training.calibration import calibrate, preserved_randomness
 from hf_rrd.training.checkpoint import (
     checkpoint_to_resume,
     explained_write_errors,
     has_sidecar,
     invalidate,
+    load_head,
     load_sidecar,
     load_student,
     save_sidecar,
     sizes_of,
 )
-from hf_rrd.training.comparison import bank_of, comparison_state, restore_comparison
 from hf_rrd.training.data import (
-    TEACHER_PREFIX,
     DataCollatorForDistillation,
-    cached_embeddings,
-    cached_shape,
-    check_cached_logits,
+    Preview,
     check_dataset,
-    check_labels,
     examples_in,
-    forward_columns,
-    has_cached_embeddings,
-    student_inputs,
-    warn_of_shared_tokens,
     with_cached_arrays,
 )
-from hf_rrd.training.distributed import StepExamples, every_example, gather_rows, mend_wrap_policy, place_teacher
+from hf_rrd.training.distillation import Distillation
+from hf_rrd.training.distributed import StepExamples, embed_all, mend_wrap_policy, place_teacher
 from hf_rrd.training.finite import FiniteCheck, check_weights
-from hf_rrd.training.identity import is_of_teacher, teacher_identity
-from hf_rrd.training.objective import RAW_LOSSES, DistillationObjective, settings_of
+from hf_rrd.training.identity import check_identity, teacher_identity
 from hf_rrd.training.terms import TermLog
 
 logger = logging.get_logger(__name__)
 
 
-class RelationalDistillationTrainer(PublishingMixin, Trainer):
+class StudentOutputs(NamedTuple):
+    """What one forward of the student gives; what there is not is None."""
+
+    task_loss: Tensor | None
+    outputs: Any  # as the model gives them without us
+    embedding: Tensor | None = None  # projected, (batch, dim)
+    pooled: Tensor | None = None  # before that, (batch, width); in evaluation
+
+
+class RelationalDistillationTrainer(Trainer):
     """Trains `model`, the student, on its task and on what a frozen teacher knows.
 
     Takes all that `Trainer` takes, under the same names and in the same order, and two arguments more. The student
@@ -131,34 +124,44 @@ class RelationalDistillationTrainer(PublishingMixin, Trainer):
             raise TypeError(f"`model` must be a model, got {model!r}. Load it with from_pretrained.")
         check_dataset("train_dataset", train_dataset)
         check_dataset("eval_dataset", eval_dataset)
+        preview = Preview(train_dataset)
         label_names = args.label_names or (find_labels(type(unwrapped(model))) if model is not None else None)
         if args.task_weight > 0 and train_dataset is not None and data_collator is None and label_names:
-            check_labels(train_dataset, label_names)
-        self._wants_embedding, self._wants_logits = args.relational_weight > 0, args.kd_weight > 0
-        self._has_loss_func = compute_loss_func is not None
-        self._prepare_teacher(teacher, args, train_dataset, model)
+            preview.check_labels(label_names)
+        self._teacher = teacher_for(teacher, args, preview, model)
         if self.teacher is not None and model is not None and data_collator is None and train_dataset is not None:
-            warn_of_shared_tokens(model, self.teacher, train_dataset)
+            preview.warn_of_shared_tokens(model, self.teacher)
+        self.distillation = Distillation(args, self._teacher)
         self._terms = TermLog()
-        self._embeddings = EmbeddingLog(args.alignment_examples)
         self._finite = FiniteCheck(self._terms.not_finite)
-        self._resumed: tuple[Tensor, int] | None = None
-        self._resuming = False
+        self._embeddings = EmbeddingLog(args.alignment_examples)
         self._step: StepExamples | None = None
-        if model is not None:
-            check_student(model, task=args.task_weight > 0 and not self._has_loss_func)
-            self._attach_head(model, args)
+        self._resumed_from: str | None = None
+        needs_task_head = args.task_weight > 0 and compute_loss_func is None
+
+        def prepared(student: Any) -> Any:
+            if student is not None:
+                check_student(student, needs_task_head)
+                self._head = with_head(student, self.distillation)
+            return student
+
+        def initialized(*trial: Any) -> Any:
+            student = model_init(*trial)  # type: ignore[misc]
+            if student is not None and self.teacher is not None:
+                check_teacher(self.teacher, student, self._teacher.wants_logits)
+            return prepared(student)
+
         super().__init__(
-            model=model,
+            model=prepared(model),
             args=args,
             data_collator=data_collator or DataCollatorForDistillation(processing_class, teacher_processing_class),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=with_cached_arrays(train_dataset),
+            eval_dataset=with_cached_arrays(eval_dataset),
             processing_class=processing_class,
-            model_init=model_init,
+            model_init=model_init and wraps(model_init)(initialized),
             compute_loss_func=compute_loss_func,
             compute_metrics=compute_metrics,
-            callbacks=callbacks,
+            callbacks=[_Phases(self), *(callbacks or [])],
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
@@ -167,111 +170,22 @@ class RelationalDistillationTrainer(PublishingMixin, Trainer):
         # the Trainer has to divide by the accumulation steps. transformers 5.0 does not where there is a
         # `compute_loss_func`.
         self.model_accepts_loss_kwargs = False
-        self.has_own_optimizer = optimizers != (None, None) or optimizer_cls_and_kwargs is not None
         self._trainer_divides = compute_loss_func is None or hasattr(Trainer, "loss_is_scaled_for_ga")
         self.loss_is_scaled_for_ga = False
         self._student_columns = forward_columns(self.model)
+        self._set_signature_columns_if_needed()
+        self._signature_columns += self._teacher.signature_columns
         mend_wrap_policy(self.model, self.accelerator)
-        wanted = (self._wants_embedding, self._wants_logits)
-        identity = teacher_identity(self.teacher, args.teacher_pooling, train_dataset, *wanted)
+        identity = teacher_identity(self._teacher, args.teacher_pooling, preview)
         self._identity = broadcast_object_list([identity])[0]  # the others may have no weights yet (FSDP)
         place_teacher(self._teacher, self.accelerator)
         if self.distillation.bank is not None:
             self.distillation.bank.to(self.args.device)
 
-    # ---- Construction ----
-
-    def _prepare_teacher(self, teacher: Any, args: Any, train_dataset: Any, student: nn.Module | None) -> None:
-        """Build what the terms need: teacher, its projection, bank and objective."""
-        needed = self._wants_embedding or self._wants_logits
-        self.teacher = load_teacher(teacher, **(args.teacher_model_init_kwargs or {})) if needed else None
-        self._teacher: Teacher | None = None
-        if self.teacher is not None:
-            if student is not None:
-                check_teacher(self.teacher, student, self._wants_logits)
-            compiled = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
-            self._teacher = Teacher(
-                self.teacher,
-                args.teacher_pooling,
-                self._wants_embedding,
-                args.teacher_dtype,
-                compiled if args.torch_compile else None,
-            )
-        self._projection: TeacherProjection | None = None
-        bank = None
-        if self._wants_embedding:
-            shape = self._teacher.shape if self._teacher is not None else cached_shape(train_dataset)
-            if shape is None:
-                raise ValueError(
-                    "the relational loss needs a teacher: pass `teacher=` a model, a Hub name or a folder, or a "
-                    "training set with a `teacher_embedding` column. Got neither. relational_weight=0 does without."
-                )
-            width, dtype = shape
-            unit = args.relational_loss not in RAW_LOSSES
-            self._projection = TeacherProjection(width, args.projection_dim, args.teacher_projection, args.seed, unit)
-            bank = FeatureBank(bank_rows(args, train_dataset), self._projection.dim, dtype)
-        elif needed and self._teacher is None and train_dataset is not None:
-            check_cached_logits(train_dataset)
-        self.distillation = DistillationObjective(**settings_of(args), bank=bank)
-
-    def _attach_head(self, student: nn.Module, args: RelationalDistillationConfig) -> None:
-        self._head = None
-        if self._projection is None:
-            detach_head(student)  # of an earlier trainer
-        else:
-            self._head = attach_head(
-                student,
-                self._projection.dim,
-                args.student_projection,
-                args.student_pooling,
-                args.seed,
-                self._projection.unit,
-            )
-
-    def call_model_init(self, trial: Any = None) -> nn.Module:
-        """A new student, with a head."""
-        student = super().call_model_init(trial)
-        check_student(student, task=self.args.task_weight > 0 and not self._has_loss_func)
-        if self.teacher is not None:
-            check_teacher(self.teacher, student, self._wants_logits)
-        self._attach_head(student, self.args)
-        return student
-
-    def _apply_settings(self) -> None:
-        """Take over settings that were changed after construction, as a hyperparameter search does."""
-        self.args.validate()
-        if (self._wants_embedding, self._wants_logits) != (self.args.relational_weight > 0, self.args.kd_weight > 0):
-            raise ValueError(
-                "`relational_weight` and `kd_weight` cannot go from 0 to above 0 or back after construction, got "
-                f"{self.args.relational_weight} and {self.args.kd_weight}. Make a new trainer."
-            )
-        for name, value in settings_of(self.args).items():
-            setattr(self.distillation, name, value)
-        if self.distillation.bank is not None:
-            self.distillation.bank.size = bank_rows(self.args, self.train_dataset)
-        if self._projection is not None and self._projection.unit != (self.args.relational_loss not in RAW_LOSSES):
-            raise ValueError(
-                f"`relational_loss` was changed after construction to {self.args.relational_loss!r}, which compares "
-                "rows of another scale. Make a new trainer."
-            )
-        if head_of(self._unwrapped_student()) is not self._head:
-            raise ValueError(
-                "another trainer has taken this student over: its head is not this trainer's. Make a new one."
-            )
-
-    def _set_signature_columns_if_needed(self) -> None:
-        """Keep the teacher's columns too: its own, those that it shares, and its cached outputs."""
-        unset = self._signature_columns is None
-        super()._set_signature_columns_if_needed()
-        if unset:
-            accepted = self._teacher.columns if self._teacher is not None else []
-            self._signature_columns += [name for name in accepted if name not in self._signature_columns]
-            self._signature_columns += [TEACHER_PREFIX + name for name in accepted]
-            self._signature_columns += ["teacher_embedding"] * self._wants_embedding
-            self._signature_columns += ["teacher_logits"] * self._wants_logits
-
-    def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> Dataset:
-        return with_cached_arrays(super()._remove_unused_columns(dataset, description))
+    @property
+    def teacher(self) -> nn.Module | None:
+        """The teacher's model; None where the data set has its outputs."""
+        return self._teacher.model
 
     # ---- The loss ----
 
@@ -283,23 +197,22 @@ class RelationalDistillationTrainer(PublishingMixin, Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The weighted sum of the terms, each a mean over the micro-batch: `num_items_in_batch` is not used."""
-        teacher = self._teacher_outputs(inputs, model.training)
-        task_loss, outputs, embedding, pooled = self._student_outputs(model, inputs)
-        terms = {} if task_loss is None else {"task_loss": task_loss}
+        teacher = self._ask_teacher(inputs, model.training)
+        student = self._ask_student(model, inputs)
         with named_errors("comparing student and teacher", inputs):
-            if teacher.logits is not None:
-                if outputs.get("logits") is None:
-                    raise ValueError("`kd_weight` is above 0, but the student returns no logits. Set kd_weight=0.")
-                terms |= self.distillation.kd_terms(outputs["logits"], teacher.logits, inputs.get("attention_mask"))
-            if teacher.embedding is not None and embedding is not None and self._projection is not None:
-                rows = self._projection(teacher.embedding)
-                terms |= self.distillation.relational_terms(embedding.to(rows.device), rows, model.training)
+            terms = self.distillation.terms(
+                student.task_loss,
+                student.outputs.get("logits") if isinstance(student.outputs, dict) else None,
+                student.embedding,
+                teacher,
+                inputs.get("attention_mask"),
+                model.training,
+            )
         if not terms:
             raise ValueError(
                 "nothing to compare with: this batch has neither labels to learn nor a teacher's outputs."
             )
-        loss = self.distillation.total(terms)
-        examples = find_batch_size(inputs) or 1
+        loss, examples = self.distillation.total(terms), find_batch_size(inputs) or 1
         if model.training:
             step = self._step or StepExamples(self.accelerator, [examples])
             share = step.share(examples)
@@ -310,48 +223,43 @@ class RelationalDistillationTrainer(PublishingMixin, Trainer):
             loss = loss * (share * (step.micro_batches if self._trainer_divides else 1))
         else:
             self._terms.add_evaluated(terms, examples, self.accelerator.gather_for_metrics)
-            if self.args.alignment_examples > 0 and pooled is not None and teacher.embedding is not None:
-                self._embeddings.add(pooled, teacher.embedding, self.accelerator.gather_for_metrics)
-        return (loss, outputs) if return_outputs else loss
+            if self._embeddings.examples > 0 and student.pooled is not None and teacher.embedding is not None:
+                self._embeddings.add(student.pooled, teacher.embedding, self.accelerator.gather_for_metrics)
+        return (loss, student.outputs) if return_outputs else loss
 
-    def _teacher_outputs(self, inputs: dict[str, Any], training: bool) -> TeacherOutputs:
-        """From the batch's cached columns where it has them, otherwise by one forward of the teacher."""
-        outputs = self._read_teacher(inputs, self._wants_logits)
-        if training and (self._wants_embedding, self._wants_logits) != tuple(each is not None for each in outputs):
+    def _ask_teacher(self, inputs: dict[str, Any], training: bool) -> TeacherOutputs:
+        with self.accelerator.autocast():
+            outputs = self._teacher.read(inputs)
+        wanted = (self._teacher.wants_embedding, self._teacher.wants_logits)
+        if training and wanted != tuple(each is not None for each in outputs):
             raise ValueError(f"no teacher, and the batch lacks some of its outputs: its columns are {sorted(inputs)}.")
         for name, value in outputs._asdict().items():
             if value is not None:
                 self._finite.note(self.state.global_step + training, f"the teacher's {name}", value)
         return outputs
 
-    def _read_teacher(self, inputs: dict[str, Any], wants_logits: bool) -> TeacherOutputs:
-        with self.accelerator.autocast():
-            return teacher_outputs(self._teacher, inputs, self._wants_embedding, wants_logits)
-
-    def _student_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
-        """One forward: the student's task loss (a scalar), output, embedding, (batch, dim), and its pooled one.
-
-        The last, (batch, width), is there in evaluation. What there is not is None.
-        """
-        accepted = self._teacher.columns if self._teacher is not None else []
-        inputs = student_inputs(inputs, self._student_columns, accepted)
-        if self._projection is not None:
+    def _ask_student(self, model: nn.Module, inputs: dict[str, Any]) -> StudentOutputs:
+        inputs = student_inputs(inputs, self._student_columns, self._teacher.columns)
+        if self._head is not None:
             inputs[WITH_EMBEDDING] = True
+        with_task = self.args.task_weight > 0
+        if with_task and self.label_names and self.compute_loss_func is None and not self._has_labels(inputs):
+            raise ValueError(
+                f"`task_weight` is above 0, so each batch needs labels: none of {self.label_names} is in it. Set "
+                "task_weight=0 to train without labels."
+            )
         task_loss = None
-        if self.args.task_weight > 0:
-            if self.label_names and self.compute_loss_func is None and not any(n in inputs for n in self.label_names):
-                raise ValueError(
-                    f"`task_weight` is above 0, so each batch needs labels: none of {self.label_names} is in it. Set "
-                    "task_weight=0 to train without labels."
-                )
-            with named_errors("the student", inputs):
+        with named_errors("the student", inputs):
+            if with_task:
                 task_loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        else:
-            with named_errors("the student", inputs):
+            else:
                 outputs = model(**{name: value for name, value in inputs.items() if name not in self.label_names})
-        if self._projection is None:
-            return task_loss, outputs, None, None
-        return task_loss, *split_embedding(outputs)
+        if self._head is None:
+            return StudentOutputs(task_loss, outputs)
+        return StudentOutputs(task_loss, *split_embedding(outputs))
+
+    def _has_labels(self, inputs: dict[str, Any]) -> bool:
+        return any(inputs.get(name) is not None for name in self.label_names)
 
     # ---- Training ----
 
@@ -362,52 +270,32 @@ class RelationalDistillationTrainer(PublishingMixin, Trainer):
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
         """As in `Trainer`. `resume_from_checkpoint=True` takes the newest checkpoint that was written to its end."""
-        resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
-        self._resuming = resume_from_checkpoint is not None
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        self._resumed_from = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        return super().train(self._resumed_from, trial, ignore_keys_for_eval)
 
-    def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
+    def _begin_training(self) -> None:
         # Also after `auto_find_batch_size` ran out of memory in the middle of a step.
-        self.distillation.reset()
-        self._apply_settings()
-        self._terms, self._resumed, self.last_report = TermLog(), None, None
-        self._finite = FiniteCheck(self._terms.not_finite)
-        if not self._resuming:  # else both come from the checkpoint
-            self._calibrate()
-        output = super()._inner_training_loop(batch_size, *args, **kwargs)
-        check_weights(self.model, "the last step broke them")
-        if self.state.max_steps > 0 and self.state.global_step == 0:
+        if head_of(self._unwrapped_student()) is not self._head:
             raise ValueError(
-                "`train_dataset` gave no batch: it is empty, or smaller than one and `dataloader_drop_last` is on."
+                "another trainer has taken this student over: its head is not this trainer's. Make a new one."
             )
-        return output
+        self.distillation.start()
+        self._terms.start_training()
+        self._finite.start()
+        if self._resumed_from is None:
+            self._calibrate()
+        else:
+            self._restore(self._resumed_from)
 
     def _calibrate(self) -> None:
-        """Measure the teacher on some training examples: fit its projection, unless it is, and fill the bank."""
-        projection, bank, args = self._projection, self.distillation.bank, self.args
-        if projection is not None and bank is not None and self.train_dataset is not None:
-            count, seed = args.calibration_examples, args.seed
-            calibrate(projection, bank, self.train_dataset, count, seed, self._embeddings_of, self._of_main_process)
+        def embed(sample: Any) -> Tensor:
+            how = (self._teacher, self.get_test_dataloader, self._prepare_inputs, self.accelerator, self.args)
+            return embed_all(sample, *how)
 
-    def _of_main_process(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return dict(broadcast({name: tensor.to(self.args.device) for name, tensor in state.items()}))
+        def of_main_process(state: dict[str, Tensor]) -> dict[str, Tensor]:
+            return dict(broadcast({name: tensor.to(self.args.device) for name, tensor in state.items()}))
 
-    @torch.no_grad()
-    def _embeddings_of(self, sample: Any) -> Tensor:
-        """The teacher's pooled embeddings of some examples, (examples, width), on all processes."""
-        if has_cached_embeddings(sample):
-            return cached_embeddings(sample).to(self.args.device)
-        with every_example(self.accelerator, self.args):  # none twice: a stream's length has to be known
-            loader = self.get_test_dataloader(list(sample) if isinstance(sample, IterableDataset) else sample)
-        parts = []
-        with preserved_randomness(), named_errors("reading examples of `train_dataset`"):
-            for batch in loader:
-                with named_errors("calibration on `train_dataset`", batch):
-                    outputs = self._read_teacher(self._prepare_inputs(batch), wants_logits=False)
-                    if outputs.embedding is None:
-                        raise ValueError("there is no teacher, and the batch has no `teacher_embedding`.")
-                    parts.append(self.accelerator.gather_for_metrics(outputs.embedding.float()))
-        return torch.cat(parts) if parts else torch.empty(0, 0)  # of an empty stream
+        self.distillation.calibrate(self.train_dataset, embed, of_main_process)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The micro-batches of one optimizer step; counts their examples."""
@@ -417,31 +305,29 @@ class RelationalDistillationTrainer(PublishingMixin, Trainer):
             self._step = StepExamples(self.accelerator, [examples_in(batch) for batch in batches])
         return batches, num_items
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of one micro-batch; the bank is fed after the last one of an optimizer step."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients:
-            self.distillation.update_bank(self._gather_rows)
-        self._terms.add_loss(loss)
-        if self._resumed is None:
-            return loss
-        # The checkpoint lay between two log lines: carry over what the interrupted run had summed up by then.
-        carried, self._globalstep_last_logged = self._resumed
-        self._resumed = None
-        self._total_loss_scalar -= carried.item()  # belongs to the interrupted call's `train_loss`
-        return loss + carried
+    def _end_step(self) -> None:
+        if self._step is not None:
+            self.distillation.update_bank(self._step.gather)
 
-    def _gather_rows(self, rows: Tensor) -> Tensor:
-        """The rows of all processes, (total, dim), in the bank's dtype."""
-        if self._banks > 1 or self._step is None or self.distillation.bank is None:
-            return rows
-        return gather_rows(self.accelerator, rows.to(self.distillation.bank.filled.dtype), self._step.counts())
+    def _end_training(self) -> None:
+        check_weights(self.model, "the last step broke them")
+        if self.state.max_steps > 0 and self.state.global_step == 0:
+            raise ValueError(
+                "`train_dataset` gave no batch: it is empty, or smaller than one and `dataloader_drop_last` is on."
+            )
 
-    @property
-    def _banks(self) -> int:
-        """How many banks there are: one that all processes share, or one of each."""
-        bank = self.distillation.bank
-        return 1 if self.args.gather_bank or bank is None or bank.size == 0 else self.accelerator.num_processes
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in `Trainer`, with the terms beside `loss`: over the same steps, so that their weighted sum is `loss`."""
+        self._finite.raise_if_found()
+        if "loss" in logs:
+            logs.update(self._terms.line(lambda sums: self.accelerator.reduce(sums.to(self.args.device), "mean")))
+            if self._terms.lines_near_one == 2 and self.args.include_own:
+                logger.warning_once(
+                    f"The teacher's perplexity over the bank stays near 1 ({logs['teacher_perplexity']:.2f}): each "
+                    "example has only its own key to match, as in InfoNCE, and its neighbours have no say. Raise "
+                    f"teacher_temperature (now {self.args.teacher_temperature}), or set teacher_perplexity=20."
+                )
+        super().log(logs, start_time)
 
     # ---- Evaluation ----
 
@@ -453,13 +339,10 @@ class RelationalDistillationTrainer(PublishingMixin, Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Any, Any, Any]:
         """As in `Trainer`; without labels it still gives the loss when that needs none (`task_weight=0`)."""
-        has_labels = any(inputs.get(name) is not None for name in self.label_names)
-        has_teacher = self._teacher is not None or "teacher_embedding" in inputs or "teacher_logits" in inputs
-        if has_labels or (not self.label_names and self.args.task_weight > 0):
+        if self._has_labels(inputs) or (not self.label_names and self.args.task_weight > 0):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if self.args.task_weight > 0 or not has_teacher:  # a plain prediction: the teacher has nothing to do
-            accepted = self._teacher.columns if self._teacher is not None else []
-            plain = student_inputs(inputs, self._student_columns, accepted)
+        if self.args.task_weight > 0 or not self._teacher.answers(inputs):  # a plain prediction
+            plain = student_inputs(inputs, self._student_columns, self._teacher.columns)
             return super().prediction_step(model, plain, prediction_loss_only, ignore_keys)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
@@ -485,13 +368,12 @@ class RelationalDistillationTrainer(PublishingMixin, Trainer):
             self._calibrate()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         self._finite.raise_if_found()
-        for name, mean in self._terms.evaluated().items():
-            output.metrics[f"{metric_key_prefix}_{name}"] = mean
-        for name, value in self._embeddings.alignment().items():
-            output.metrics[f"{metric_key_prefix}_alignment_{name}"] = value
+        alignment = {f"alignment_{name}": value for name, value in self._embeddings.alignment().items()}
+        for name, value in (self._terms.evaluated() | alignment).items():
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
 
-    # ---- Saving ----
+    # ---- Checkpoints ----
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._finite.raise_if_found()
@@ -505,93 +387,111 @@ class RelationalDistillationTrainer(PublishingMixin, Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         """Our part too: here, where only the Trainer's own state is still to come, and that is the mark of the end."""
         super()._save_rng_state(output_dir)
-        state = {"log": self._terms.state(self._of_processes), **comparison_state(*self._comparison)}
-        if self._banks > 1 and self.args.process_index > 0:
-            save_sidecar(output_dir, {"bank": state["bank"]}, process=self.args.process_index)
         self.accelerator.wait_for_everyone()  # or the end could be marked before another process has written its part
         if self.args.should_save:
-            state["log"]["last_logged_step"] = torch.tensor(self._globalstep_last_logged)
-            about = {"banks": str(self._banks), "files": sizes_of(output_dir)}
-            save_sidecar(output_dir, state, self._identity | about)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        args = self.args
-        self.args = args.shareable()  # it is pickled into training_args.bin
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            self.args = args
-
-    # ---- Loading ----
+            head = {} if self._own_head is None else {"head": self._own_head.state_dict()}
+            about = self._identity | {"files": sizes_of(output_dir)}
+            save_sidecar(output_dir, head | self.distillation.state_dict(), about)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._is_sharded() or not isinstance(self.model, PreTrainedModel):
+        if self._is_sharded or not isinstance(self.model, PreTrainedModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             load_student(self.model, resume_from_checkpoint, HEAD)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
-        if self._is_sharded() or not isinstance(self.model, PreTrainedModel):
+        if self._is_sharded or not isinstance(self.model, PreTrainedModel):
             super()._load_best_model()
         else:
             load_student(self.model, best, HEAD)
         if has_sidecar(best):
-            self._restore_comparison(best)
-        elif self._projection is not None:
+            self._restore(best)
+        elif self._head is not None:
             logger.warning(f"{best} has no head and bank (save_only_model): those of the last step go on.")
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            window = self._restore_comparison(checkpoint)
-            last_logged = int(window.pop("last_logged_step", 0))
-            place = (self.accelerator.process_index, self.accelerator.num_processes, self.args.device)
-            self._terms.load_state(window, *place)
-            if "loss" in self._terms.window:
-                self._resumed = (self._terms.window["loss"], last_logged)
-
-    def _restore_comparison(self, checkpoint: str) -> dict[str, Tensor]:
-        """Take over head, projection and bank of a checkpoint; returns its unfinished log window."""
+    def _restore(self, checkpoint: str) -> None:
         state, about = load_sidecar(checkpoint)
-        head, projection, bank = self._comparison
-        if is_of_teacher(about, self._identity, checkpoint, self.args.ignore_teacher_change):
-            state["bank"] = bank_of(state, about, checkpoint, self.accelerator.process_index, self._banks)
-            restore_comparison(state, head, projection, bank)
-        else:
-            restore_comparison(state, head, None, None)
-            self._calibrate()
-        return state.get("log", {})
+        check_identity(about, self._identity, checkpoint)
+        self.distillation.load_state_dict(state)
+        if self._own_head is not None:
+            load_head(self._own_head, state.get("head", {}))
 
     @property
-    def _comparison(self) -> tuple[Any, TeacherProjection | None, FeatureBank | None]:
-        """Head, projection and bank; a sharded checkpoint holds the head with the student."""
-        head = None if self._is_sharded() else head_of(self._unwrapped_student())
-        return head, self._projection, self.distillation.bank
+    def _own_head(self) -> Any:
+        """The head that our file holds; a sharded checkpoint holds it with the student."""
+        return None if self._is_sharded else self._head
 
-    def _unwrapped_student(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-
+    @property
     def _is_sharded(self) -> bool:
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
-    # ---- Logging ----
+    def _unwrapped_student(self) -> nn.Module:
+        student: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return student
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in `Trainer`, with the terms beside `loss`: over the same steps, so that their weighted sum is `loss`."""
-        self._finite.raise_if_found()
-        if "loss" in logs:
-            logs.update(self._terms.line(self._mean_over_processes))
-            if self._terms.lines_near_one == 2 and self.distillation.include_own:
-                logger.warning_once(
-                    f"The teacher's perplexity over the bank stays near 1 ({logs['teacher_perplexity']:.2f}): each "
-                    "example has only its own key to match, as in InfoNCE, and its neighbours have no say. Raise "
-                    f"teacher_temperature (now {self.args.teacher_temperature}), or set teacher_perplexity=20."
-                )
-        super().log(logs, start_time)
 
-    def _of_processes(self, values: Tensor) -> Tensor:
-        return self.accelerator.gather(values.to(self.args.device).unsqueeze(0))
+class _Phases(TrainerCallback):  # type: ignore[misc]
+    """Tells the trainer when a training begins, when one of its steps has ended, and when it ends itself."""
 
-    def _mean_over_processes(self, values: Tensor) -> Tensor:
-        return self.accelerator.reduce(values.to(self.args.device), "mean")
+    def __init__(self, trainer: RelationalDistillationTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._begin_training()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._end_step()
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._end_training()
+
+
+def teacher_for(
+    teacher: Any, args: RelationalDistillationConfig, training_set: Preview, student: nn.Module | None
+) -> Teacher:
+    """The teacher of a run, as far as the settings need one.
+
+    Args:
+        teacher: A model, a Hub name or a folder; None where the training set has its outputs.
+        args: The settings.
+        training_set: Its cached columns stand in for a model.
+        student: Whom it is to teach, where that is known already.
+
+    Raises:
+        ValueError: One is needed, and there is neither a model nor cached outputs; or it cannot be loaded, or not
+            teach this student.
+    """
+    wants_embedding, wants_logits = args.relational_weight > 0, args.kd_weight > 0
+    needed = wants_embedding or wants_logits
+    model = load_teacher(teacher, **(args.teacher_model_init_kwargs or {})) if needed else None
+    if model is not None and student is not None:
+        check_teacher(model, student, wants_logits)
+    compiled = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+    made = Teacher(
+        model, wants_embedding, wants_logits, args.teacher_pooling, compiled if args.torch_compile else None
+    )
+    if model is None and wants_embedding:
+        shape = training_set.cached_shape
+        if shape is None:
+            raise ValueError(
+                "the relational loss needs a teacher: pass `teacher=` a model, a Hub name or a folder, or a "
+                "training set with a `teacher_embedding` column. Got neither. relational_weight=0 does without."
+            )
+        made.cached_as(*shape)
+    elif model is None and wants_logits and training_set.dataset is not None:
+        if "teacher_logits" not in training_set.example:
+            raise ValueError(
+                "`kd_weight` is above 0, so a teacher is needed: pass `teacher=` a model, a Hub name or a folder, or "
+                "a training set with a `teacher_logits` column. Got neither."
+            )
+    return made
+
+
+def with_head(student: nn.Module, distillation: Distillation) -> Any:
+    """Give the student the head that the comparison needs, in place of an earlier trainer's; returns it, or None."""
+    args, projection = distillation.args, distillation.projection
+    if projection is None:
+        detach_head(student)
+        return None
+    return attach_head(student, projection.dim, args.student_projection, args.student_pooling, args.seed)

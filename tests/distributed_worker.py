@@ -61,8 +61,7 @@ SCENARIOS: dict[str, tuple[dict[str, Any], int]] = {
         {"train_dataset": streamed_images(), "calibration_examples": 45, **_batches(dispatch_batches=False)},
         2,
     ),
-    "a bank in half precision": ({"teacher_dtype": "bfloat16"}, 2),
-    "each has a bank of its own": ({"gather_bank": False}, 2),
+    "a bank in half precision": ({"teacher": tiny_vit(width=24, seed=1).bfloat16()}, 2),
     "no bank": ({"bank_size": 0, "gradient_accumulation_steps": 1}, 2),
 }
 

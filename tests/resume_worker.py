@@ -26,13 +26,11 @@ class Steps(TrainerCallback):
         self.step.value = state.global_step
 
 
-def run(
-    rank: int, processes: int, port: int, family: str, folder: str, step: "Synchronized[int]", **settings: Any
-) -> None:
+def run(rank: int, processes: int, port: int, family: str, folder: str, step: "Synchronized[int]") -> None:
     """Train to the end, from the newest checkpoint if there is one, and write down all that the run left.
 
-    Dropout is on, two micro-batches make a step of 8, an epoch has 6 steps, a checkpoint comes every 2, a log line
-    every 3.
+    Dropout is on, two micro-batches make a step of 8, an epoch has 6 steps, a checkpoint and a log line come every
+    2.
     """
     be_process(rank, processes, port)
     torch.set_num_threads(1)
@@ -48,12 +46,11 @@ def run(
         per_device_train_batch_size=4 // processes,
         gradient_accumulation_steps=2,
         max_steps=STEPS,
-        logging_steps=3,
+        logging_steps=2,
         save_strategy="steps",
         save_steps=2,
         kd_weight=0.5,
         callbacks=[Steps(step)],
-        **settings,
     )
     distillation.train(resume_from_checkpoint=last_complete_checkpoint(folder) is not None)
     assert distillation.distillation.bank is not None

@@ -1,10 +1,13 @@
 """The step: the same however its batch is cut, and made of the terms that it says."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from transformers import TrainerCallback
 
 from hf_rrd import RelationalDistillationTrainer
 from tests.builders import CLASSES, Images, log_of, tiny_vit, trainer
@@ -96,9 +99,40 @@ def test_without_a_bank_a_micro_batch_is_compared_with_itself(tmp_path: Path) ->
     assert run.distillation.bank is not None and len(run.distillation.bank) == 0
 
 
-def test_an_automatic_bank_is_no_larger_than_the_training_set(tmp_path: Path) -> None:
-    run = trainer(tmp_path, bank_size="auto", train_dataset=Images(30))
-    assert run.distillation.bank is not None and run.distillation.bank.size == 30
+class Anneal(TrainerCallback):
+    """Halves all weights before each step."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for name in ("task_weight", "kd_weight", "relational_weight"):
+            setattr(args, name, getattr(args, name) / 2)
+
+
+def test_a_callback_that_anneals_the_weights_changes_the_loss(tmp_path: Path) -> None:
+    run = trainer(tmp_path, kd_weight=4.0, callbacks=[Anneal()])
+    run.train()
+    for step, entry in enumerate(run.state.log_history[:3], 1):
+        terms = entry["task_loss"] + 4 * entry["kd_loss"] + entry["relational_loss"]
+        assert entry["loss"] == pytest.approx(terms / 2**step, rel=1e-5)
+
+
+class Counted(Images):
+    """Counts the examples that are read."""
+
+    def __init__(self, cached: bool) -> None:
+        super().__init__(8)
+        self.reads, self.cached = 0, cached
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        self.reads += 1
+        cached = {"teacher_embedding": torch.ones(24), "teacher_logits": torch.ones(CLASSES)}
+        return super().__getitem__(index) | (cached if self.cached else {})
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_making_a_trainer_reads_one_example_at_most(tmp_path: Path, cached: bool) -> None:
+    data = Counted(cached)
+    trainer(tmp_path, train_dataset=data, kd_weight=1.0, **({"teacher": None} if cached else {}))
+    assert data.reads == 1
 
 
 def test_a_second_training_starts_with_an_empty_bank(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ from transformers import HfArgumentParser, PrinterCallback, TrainerCallback, ViT
 
 from hf_rrd import RelationalDistillationConfig, RelationalDistillationTrainer, cache_teacher_outputs
 from hf_rrd.training import caching
-from hf_rrd.training.checkpoint import SIDECAR, is_complete, last_complete_checkpoint
+from hf_rrd.training.checkpoint import SIDECAR, flaw_in, last_complete_checkpoint
 
 PHASES = (
     "start-up",
@@ -286,7 +286,7 @@ def interrupted_checkpoint(run: Run, marks: Marks) -> tuple[str, bool]:
     written = {path.name for path in folder.glob("*") if path.stat().st_mtime > marks.born}
     last = next((name for name in reversed(FILES) if name in written), "none")
     unfinished = any(".tmp" in name for name in written)
-    return last + ", then a temporary one" * unfinished, is_complete(folder)
+    return last + ", then a temporary one" * unfinished, flaw_in(folder) is None
 
 
 def killed_run(

@@ -9,20 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from hf_rrd.models.body import (
-    body_of,
-    embedding_width,
-    is_headless,
-    keep_next,
-    pooler_for,
-    take_kept,
-    unwrapped,
-    watch,
-)
+from hf_rrd.models.body import is_headless, keep_next, take_kept, unwrapped, watch
+from hf_rrd.models.embedding import Embedder, Pooling
 
 HEAD = "relational_head"
 """The name of the head on the student."""
@@ -31,7 +22,7 @@ WITH_EMBEDDING = "with_relational_embedding"
 """The keyword of the student's forward that asks for the embedding."""
 
 EMBEDDING = "relational_embedding"
-"""The field of the student's output that holds the embedding."""
+"""The field of the student's output that holds the projected embedding."""
 
 POOLED = "relational_pooled"
 """The field that holds it before the projection, in evaluation mode: the embedding of the student as it is saved."""
@@ -41,82 +32,96 @@ STUDENT_PROJECTIONS: dict[str, Callable[[int, int], nn.Module]] = {
     "mlp": lambda width, dim: nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, dim)),
     "none": lambda width, dim: nn.Identity(),
 }
+"""The values of `student_projection=`: functions from the student's width and the teacher's to a module."""
 
 
 class RelationalHead(nn.Module):
-    """Pools the body's output, projects it and, unless told otherwise, puts it on the unit sphere.
+    """Pools the output of the student's body and projects it into the width of the comparison.
 
     Args:
-        body: The student's body, read for its pooling; not kept as a submodule.
+        embedder: Of the student. Its body does not become a submodule.
         dim: Width of the result: that of the teacher's (projected) embedding.
         projection: A key of `STUDENT_PROJECTIONS`.
-        pooling: A key of `POOLERS`, "auto" or a callable.
         seed: Of the projection's start, which leaves the global random state alone.
-        unit: Whether the rows are scaled to length 1.
 
     Raises:
         ValueError: `projection` is "none" and the student's width is not `dim`.
     """
 
-    def __init__(
-        self, body: Any, dim: int, projection: str, pooling: str | Callable[..., Any], seed: int, unit: bool = True
-    ) -> None:
+    def __init__(self, embedder: Embedder, dim: int, projection: str, seed: int) -> None:
         super().__init__()
-        self.unit = unit
-        self.width = embedding_width(pooling, body, "student_pooling")
-        if projection == "none" and self.width != dim:
+        self.embedder = embedder
+        if projection == "none" and embedder.width != dim:
             raise ValueError(
-                f"student_projection='none' needs a student as wide as the teacher's embedding, got {self.width} and "
-                f"{dim}. Use student_projection='linear'."
+                f"student_projection='none' needs a student as wide as the teacher's embedding, got {embedder.width} "
+                f"and {dim}. Use student_projection='linear'."
             )
-        self._pooler = pooler_for(pooling, body)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.projection = STUDENT_PROJECTIONS[projection](self.width, dim)
+            self.projection = STUDENT_PROJECTIONS[projection](embedder.width, dim)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """From (batch, width) to rows in float32, (batch, dim)."""
         weight = next(self.projection.parameters(), None)
-        rows = self.projection(pooled if weight is None else pooled.to(weight.dtype)).float()
-        return F.normalize(rows, dim=-1) if self.unit else rows
+        rows: Tensor = self.projection(pooled if weight is None else pooled.to(weight.dtype)).float()
+        return rows
 
-    def pool(self, outputs: Any, attention_mask: Tensor | None) -> Tensor:
-        """The body's output as one row per example, (batch, width)."""
-        pooled = self._pooler(outputs, attention_mask)
-        if pooled.shape[1:] != (self.width,):
-            raise ValueError(f"the student's embedding must be {self.width} wide, got shape {tuple(pooled.shape)}.")
+    def pool(self, attention_mask: Tensor | None) -> Tensor:
+        """What the body kept of its last forward, as one row per example, (batch, width)."""
+        pooled, width = self.embedder.pool(take_kept(self.embedder.body), attention_mask), self.embedder.width
+        if pooled.shape[1:] != (width,):
+            raise ValueError(f"the student's embedding must be {width} wide, got shape {tuple(pooled.shape)}.")
         return pooled
 
 
 def attach_head(
-    student: nn.Module,
-    dim: int,
-    projection: str = "linear",
-    pooling: str | Callable[..., Any] = "auto",
-    seed: int = 0,
-    unit: bool = True,
+    student: nn.Module, dim: int, projection: str = "linear", pooling: Pooling = "auto", seed: int = 0
 ) -> RelationalHead:
     """Give the student a head, in place of one that it may have from an earlier trainer.
 
     Afterwards `student(..., with_relational_embedding=True)` returns the output with one more field,
-    `relational_embedding`: rows in float32, (batch, dim), of length 1 if `unit`; in evaluation mode with another,
-    `relational_pooled`: what they were projected from, (batch, width).
+    `relational_embedding`: rows in float32, (batch, dim); in evaluation mode with another, `relational_pooled`: what
+    they were projected from, (batch, width).
     """
     detach_head(student)
-    body = body_of(student)
-    head = RelationalHead(body, dim, projection, pooling, seed, unit)
+    embedder = Embedder(student, pooling, "student_pooling")
+    head = RelationalHead(embedder, dim, projection, seed)
     reference = next(student.parameters())
     head.to(device=reference.device, dtype=reference.dtype if reference.is_floating_point() else None)
     student.add_module(HEAD, head)
     ignored = getattr(student, "_keys_to_ignore_on_save", None)
     student._keys_to_ignore_on_save = set(ignored or ()) | {f"{HEAD}.{key}" for key in head.state_dict()}  # type: ignore[assignment]
-    handles = [
-        watch(body),
-        student.register_forward_pre_hook(_ask_body, with_kwargs=True),
-        student.register_forward_hook(_add_embedding, with_kwargs=True),
+    undo = [
+        watch(embedder.body),
+        student.register_forward_pre_hook(_ask_body, with_kwargs=True).remove,
+        student.register_forward_hook(_add_embedding, with_kwargs=True).remove,
     ]
-    head.__dict__["_undo"] = (handles, ignored)
+    head.__dict__["_undo"] = (undo, ignored)
     return head
+
+
+def detach_head(student: nn.Module) -> None:
+    """Take the projection head of a training off the student again, with its hooks.
+
+    A trained student keeps its head until then, so that a second training goes on with it; saved students never have
+    one. Nothing happens to a student without a head.
+
+    Args:
+        student: The model that was trained: `trainer.model`.
+    """
+    head = head_of(student)
+    if head is None:
+        return
+    undo, ignored = head.__dict__["_undo"]
+    for each in undo:
+        each()
+    delattr(student, HEAD)
+    student._keys_to_ignore_on_save = ignored
+
+
+def head_of(student: nn.Module) -> Any:
+    """The student's head, or None."""
+    return student._modules.get(HEAD)
 
 
 def check_student(student: nn.Module, task: bool) -> None:
@@ -126,23 +131,6 @@ def check_student(student: nn.Module, task: bool) -> None:
             f"`task_weight` is above 0, so the student needs a head: {type(unwrapped(student)).__name__} has none. "
             "Load it with an AutoModelFor... class, pass a `compute_loss_func`, or set task_weight=0."
         )
-
-
-def detach_head(student: nn.Module) -> None:
-    """Take the head and its hooks off again; nothing happens to a student without one."""
-    head = head_of(student)
-    if head is None:
-        return
-    handles, ignored = head.__dict__["_undo"]
-    for handle in handles:
-        handle.remove()
-    delattr(student, HEAD)
-    student._keys_to_ignore_on_save = ignored
-
-
-def head_of(student: nn.Module) -> Any:
-    """The student's head, or None."""
-    return student._modules.get(HEAD)
 
 
 def split_embedding(outputs: Any) -> tuple[Any, Tensor, Tensor | None]:
@@ -155,7 +143,7 @@ def _ask_body(student: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[An
     wanted = kwargs.pop(WITH_EMBEDDING, False)
     student.__dict__[WITH_EMBEDDING] = wanted
     if wanted:
-        keep_next(body_of(student))
+        keep_next(head_of(student).embedder.body)
     return args, kwargs
 
 
@@ -165,7 +153,7 @@ def _add_embedding(student: nn.Module, args: Any, kwargs: dict[str, Any], output
     if not isinstance(outputs, ModelOutput):
         raise ValueError(f"the student must return a ModelOutput, got {type(outputs).__name__}. Set return_dict=True.")
     head = head_of(student)
-    pooled = head.pool(take_kept(body_of(student)), kwargs.get("attention_mask"))
+    pooled = head.pool(kwargs.get("attention_mask"))
     ours = {EMBEDDING: head(pooled)} | ({} if student.training else {POOLED: pooled})
     return _with_embedding(type(outputs))(**dict(outputs.items()), **ours)
 

@@ -80,6 +80,11 @@ POOLERS: dict[str, Pooler] = {
 }
 
 
+def name_of(pooling: str | Callable[..., Any]) -> str:
+    """A pooling's name, also of a function."""
+    return pooling if isinstance(pooling, str) else getattr(pooling, "__qualname__", type(pooling).__qualname__)
+
+
 def _hidden(outputs: Any) -> Tensor:
     hidden = getattr(outputs, "last_hidden_state", None)
     if not isinstance(hidden, Tensor):

@@ -1,41 +1,27 @@
 """The teacher: frozen, in evaluation mode, without gradients, and never part of the student."""
 
 import os
-from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import transformers
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from hf_rrd.errors import named_errors
 from hf_rrd.models.body import (
-    body_of,
-    embedding_width,
+    is_classifier,
     is_headless,
-    is_hooked,
     keep_next,
     main_input_of,
     place_of,
-    pooler_for,
+    placed,
     take_kept,
     unwrapped,
     watch,
 )
-from hf_rrd.training.data import forward_columns, teacher_inputs
-
-TEACHER_PROJECTIONS = ("none", "center", "pca", "orthogonal", "centered_orthogonal")
-"""The values of `teacher_projection=`."""
-
-MEASURED_PROJECTIONS = ("center", "pca", "centered_orthogonal")
-"""Those that are measured on the teacher's embeddings before the first step."""
-
-TEACHER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""The values of `teacher_dtype=`."""
-
+from hf_rrd.models.columns import TEACHER_PREFIX, Accepted, forward_columns, teacher_inputs
+from hf_rrd.models.embedding import Embedder, Pooling
 
 LOADED_FROM = "_hf_rrd_loaded_from"
 """On a teacher that was loaded here: the name that it was loaded by, and the commit of it on the Hub, or None."""
@@ -51,58 +37,71 @@ class TeacherOutputs(NamedTuple):
 
 
 class Teacher:
-    """A frozen model that gives pooled embeddings and logits.
+    """What a teacher says of a batch: read from its cached columns, or else computed by one forward of the model.
 
     Args:
         model: Any transformers model with a body, with or without a head; any module that returns logits where no
-            embedding is wanted. Its parameters are frozen.
-        pooling: A key of `POOLERS`, "auto" or a callable.
-        wants_embedding: Whether to pool the body's output at all.
-        dtype: A key of `TEACHER_DTYPES` for the forward's autocast; None leaves the autocast around it as it is.
+            embedding is wanted; None where the data set has all its outputs. Its parameters are frozen.
+        wants_embedding: Whether its embedding is needed.
+        wants_logits: Whether its logits are.
+        pooling: How the body's output becomes an embedding.
         compile_kwargs: Of `torch.compile` for the forward; None does not compile.
+
+    Attributes:
+        model: The model, or None.
+        columns: The arguments of its forward; [] without a model.
+        body: What computes its hidden states.
+        width: Of its embedding; None where none is wanted, or without a model until `cached_as` says it.
+        dtype: Of its embedding: a half precision where the weights or the cached columns have one.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        pooling: str | Callable[..., Any],
+        model: nn.Module | None,
         wants_embedding: bool,
-        dtype: str | None = None,
+        wants_logits: bool,
+        pooling: Pooling = "auto",
         compile_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        self.model = model.requires_grad_(False).eval()
-        self._forward = self.model if compile_kwargs is None else torch.compile(self.model, **compile_kwargs)
-        self._autocast_dtype = None if dtype is None else TEACHER_DTYPES[dtype]
-        self.columns = forward_columns(model)
-        self.body = body_of(model) if wants_embedding else unwrapped(model)
+        self.model = model
+        self.wants_embedding, self.wants_logits = wants_embedding, wants_logits
+        self.columns: Accepted = []
         self.width: int | None = None
-        weights = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), None)
-        if weights in HALVES and self._autocast_dtype in HALVES and weights != self._autocast_dtype:
-            raise ValueError(
-                f"`teacher_dtype` is {dtype!r}, and the teacher's weights are in {weights}: two half precisions do "
-                "not mix. Leave it out, or load the teacher in float32."
-            )
+        self.dtype = torch.float32
+        self._embedder: Embedder | None = None
+        if model is None:
+            return
+        model.requires_grad_(False).eval()
+        self._forward: Any = model if compile_kwargs is None else torch.compile(model, **compile_kwargs)
+        self.columns = forward_columns(model)
+        self.body = unwrapped(model)
         if wants_embedding:
-            self.width = embedding_width(pooling, self.body, "teacher_pooling")
-            self._pool = pooler_for(pooling, self.body)
+            self._embedder = Embedder(model, pooling, "teacher_pooling")
+            self.body, self.width = self._embedder.body, self._embedder.width
+            weights = place_of(self.body)[1]
+            self.dtype = weights if weights in HALVES else torch.float32
             watch(self.body)
+
+    def cached_as(self, width: int, dtype: torch.dtype) -> None:
+        """Take over the form of cached embeddings, in place of a model's."""
+        self.width, self.dtype = width, dtype
 
     @property
     def is_placed(self) -> bool:
         """Whether something else keeps the weights where they are: a device map, offloading or quantisation."""
-        return (
+        return self.model is not None and (
             getattr(self.model, "hf_device_map", None) is not None
             or getattr(self.model, "quantization_method", None) is not None
-            or is_hooked(self.model)
+            or any(hasattr(module, "_hf_hook") for module in self.model.modules())
         )
 
     def place(self, device: torch.device) -> None:
-        """Move the teacher to a device, unless something else has placed it already.
+        """Move the model to a device, unless something else has placed it already.
 
         Raises:
             ValueError: It has no weights: it is on the meta device.
         """
-        if self.is_placed:
+        if self.model is None or self.is_placed:
             return
         if any(weight.is_meta for weight in self.model.parameters()):
             raise ValueError(
@@ -116,22 +115,55 @@ class Teacher:
         self._forward = engine
 
     @property
-    def shape(self) -> tuple[int, torch.dtype] | None:
-        """Width and dtype of its embeddings: a half precision where the forward or the weights have one."""
-        dtype = self._autocast_dtype or place_of(self.body)[1]
-        return None if self.width is None else (self.width, dtype if dtype in HALVES else torch.float32)
+    def signature_columns(self) -> list[str]:
+        """A data set's columns that are for the teacher: its own, those that it shares, and its cached outputs."""
+        accepted = self.columns or []
+        cached = ["teacher_embedding"] * self.wants_embedding + ["teacher_logits"] * self.wants_logits
+        return [*accepted, *(TEACHER_PREFIX + name for name in accepted), *cached]
+
+    def answers(self, inputs: dict[str, Any]) -> bool:
+        """Whether there is anything to learn from the teacher in a batch."""
+        return self.model is not None or "teacher_embedding" in inputs or "teacher_logits" in inputs
+
+    def read(self, inputs: dict[str, Any], logits: bool = True) -> TeacherOutputs:
+        """What is wanted of the teacher for a batch. Without a model, what is not cached is None.
+
+        Args:
+            inputs: The batch, with the columns of both sides.
+            logits: Whether logits are needed this time, if they are wanted at all.
+
+        Raises:
+            ValueError: Logits are wanted, and the teacher returns none; a cached column is of no use.
+        """
+        wants_logits = self.wants_logits and logits
+        embedding = _cached("teacher_embedding", inputs) if self.wants_embedding else None
+        cached_logits = _cached("teacher_logits", inputs) if wants_logits else None
+        missing = (self.wants_embedding and embedding is None) or (wants_logits and cached_logits is None)
+        if self.model is None or not missing:
+            return TeacherOutputs(embedding, cached_logits)
+        computed = self.compute(teacher_inputs(inputs, self.columns))
+        if wants_logits and cached_logits is None and computed.logits is None:
+            raise ValueError(
+                "`kd_weight` is above 0, and the teacher returns no logits. Load it with an AutoModelFor... class, "
+                "or set kd_weight=0."
+            )
+        return TeacherOutputs(
+            computed.embedding if embedding is None else embedding,
+            None if not wants_logits else computed.logits if cached_logits is None else cached_logits,
+        )
 
     # `inference_mode` would be no faster here, and its tensors may not enter a graph: the bank's rows do.
     @torch.no_grad()
-    def __call__(self, inputs: dict[str, Any]) -> TeacherOutputs:
-        """One forward. The outputs are on the device of the inputs.
+    def compute(self, inputs: dict[str, Any]) -> TeacherOutputs:
+        """One forward of the model. The outputs are on the device of the inputs.
 
         Args:
-            inputs: Keyword arguments of the teacher's forward.
+            inputs: Keyword arguments of the forward.
 
         Raises:
-            ValueError: The teacher's main input is not among them.
+            ValueError: The main input is not among them.
         """
+        assert self.model is not None
         self.model.eval()
         main_input = main_input_of(self.body)
         if main_input not in inputs and "inputs_embeds" not in inputs:
@@ -141,54 +173,18 @@ class Teacher:
                 "removed."
             )
         device = getattr(inputs.get(main_input), "device", None)
-        if "use_cache" in self.columns:
+        if self.columns is not None and "use_cache" in self.columns:
             inputs = {**inputs, "use_cache": False}
-        if self.width is not None:
-            keep_next(self.body)
         with named_errors("the teacher", inputs):
-            with self._autocast():
-                outputs = self._forward(**{name: self._place_input(value) for name, value in inputs.items()})
+            if self._embedder is not None:
+                keep_next(self.body)
+            outputs = self._forward(**placed(inputs, self.body))
             logits = outputs.get("logits") if isinstance(outputs, dict) else None
             embedding = None
-            if self.width is not None:
-                embedding = self._pool(take_kept(self.body), inputs.get("attention_mask")).to(device)
+            if self._embedder is not None:
+                pooled = self._embedder.pool(take_kept(self.body), inputs.get("attention_mask"))
+                embedding = pooled.to(device)
             return TeacherOutputs(embedding, None if logits is None else logits.to(device))
-
-    def _autocast(self) -> Any:
-        if self._autocast_dtype is None:
-            return nullcontext()
-        device = place_of(self.body)[0].type
-        return torch.autocast(device, dtype=self._autocast_dtype, enabled=self._autocast_dtype != torch.float32)
-
-    def _place_input(self, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        device, dtype = place_of(self.body)
-        return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
-
-
-def teacher_outputs(
-    teacher: Teacher | None, inputs: dict[str, Any], wants_embedding: bool, wants_logits: bool
-) -> TeacherOutputs:
-    """What is wanted of the teacher for a batch: from its cached columns, otherwise by one forward.
-
-    Without a teacher, what is not cached is None.
-
-    Raises:
-        ValueError: Logits are wanted, and the teacher returns none.
-    """
-    embedding = _cached("teacher_embedding", inputs) if wants_embedding else None
-    logits = _cached("teacher_logits", inputs) if wants_logits else None
-    if teacher is not None and ((wants_embedding and embedding is None) or (wants_logits and logits is None)):
-        computed = teacher(teacher_inputs(inputs, teacher.columns))
-        embedding = computed.embedding if embedding is None else embedding
-        logits = computed.logits if wants_logits and logits is None else logits
-        if wants_logits and logits is None:
-            raise ValueError(
-                "`kd_weight` is above 0, and the teacher returns no logits. Load it with an AutoModelFor... class, "
-                "or set kd_weight=0."
-            )
-    return TeacherOutputs(embedding, logits)
 
 
 def _cached(name: str, inputs: dict[str, Any]) -> Tensor | None:
@@ -200,117 +196,6 @@ def _cached(name: str, inputs: dict[str, Any]) -> Tensor | None:
         kind = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"`{name}` must be numbers of the shape (batch, width), got {kind}.")
     return value
-
-
-class TeacherProjection:
-    """From the teacher's embedding to the rows that are compared: `(embedding - mean) @ matrix`. Frozen.
-
-    Args:
-        width: Of the teacher's embedding.
-        dim: Of the result; None keeps the width.
-        kind: "none"; "center": less the mean; "pca": less the mean, onto the `dim` directions of largest variance;
-            "orthogonal": a random projection with orthonormal columns; "centered_orthogonal": that, less the mean.
-        seed: Of the random projection.
-        unit: Whether the rows are scaled to length 1.
-
-    Raises:
-        ValueError: `dim` differs from `width` without a projection, or is wider than it.
-    """
-
-    def __init__(self, width: int, dim: int | None, kind: str, seed: int, unit: bool = True) -> None:
-        self.kind = kind
-        self.width = width
-        self.dim = width if dim is None else dim
-        self.unit = unit
-        self.mean: Tensor | None = None  # (width,)
-        self.matrix: Tensor | None = None  # (width, dim), contiguous: as it comes out of a checkpoint, to the bit
-        if kind in ("none", "center") and self.dim != width:
-            raise ValueError(
-                f"`projection_dim` must be the teacher's width, {width}, with teacher_projection={kind!r}, got "
-                f"{dim}. Leave it out, or set teacher_projection='pca'."
-            )
-        if self.dim > width:
-            raise ValueError(f"`projection_dim` must be at most the teacher's width, {width}, got {dim}.")
-        if kind in ("orthogonal", "centered_orthogonal"):
-            generator = torch.Generator().manual_seed(seed)
-            # In float64 so that the columns are orthonormal to the last bit of float32.
-            square = torch.randn(width, self.dim, generator=generator, dtype=torch.float64)
-            self.matrix = torch.linalg.qr(square).Q.float().contiguous()
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether nothing is left to measure."""
-        return self.kind not in MEASURED_PROJECTIONS or self.mean is not None
-
-    def fit(self, embedding: Tensor) -> None:
-        """Measure the mean and, for "pca", the directions on the teacher's embeddings, (examples, width).
-
-        Raises:
-            ValueError: There are no examples, or fewer than directions to find.
-        """
-        rows = embedding.detach().cpu().double()
-        if len(rows) == 0:
-            raise ValueError(f"teacher_projection={self.kind!r} needs training examples to measure, got 0.")
-        mean = rows.mean(0)
-        if self.kind == "pca":
-            if len(rows) <= self.dim:
-                raise ValueError(
-                    f"teacher_projection='pca' with `projection_dim` {self.dim} needs more than {self.dim} training "
-                    f"examples to measure, got {len(rows)}. Lower it, or set teacher_projection='center'."
-                )
-            covariance = (rows - mean).T @ (rows - mean)  # (width, width)
-            directions = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, : self.dim]  # largest variance first
-            largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))  # (1, dim)
-            self.matrix = (
-                (directions * largest.sign()).float().contiguous()
-            )  # one sign of the two that each direction has
-        self.mean = mean.float()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """All there is to save: `mean`, (width,), and `matrix`, (width, dim), as far as there are any."""
-        tensors = {"mean": self.mean, "matrix": self.matrix}
-        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what was saved.
-
-        Raises:
-            ValueError: It is of another kind or another width.
-        """
-        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        kinds = {
-            "mean": (self.width,) if self.kind in MEASURED_PROJECTIONS else None,
-            "matrix": (self.width, self.dim) if self.kind not in ("none", "center") else None,
-        }
-        expected = {name: shape for name, shape in kinds.items() if shape is not None}
-        if shapes != expected:
-            raise ValueError(
-                f"the saved teacher projection has {shapes}, teacher_projection={self.kind!r} has {expected}. It was "
-                "saved with another teacher or other settings."
-            )
-        self.mean, self.matrix = state.get("mean"), state.get("matrix")
-
-    def __call__(self, embedding: Tensor) -> Tensor:
-        """From (batch, width) to rows in float32, (batch, dim)."""
-        if not self.is_ready:
-            raise ValueError(
-                f"teacher_projection={self.kind!r} is measured on training examples before the first step. Give the "
-                "trainer a `train_dataset`, or set teacher_projection='none'."
-            )
-        if embedding.shape[1:] != (self.width,):
-            raise ValueError(
-                f"`teacher_embedding` must be {self.width} wide, as that of the first example or of the teacher, got "
-                f"the shape {tuple(embedding.shape)}."
-            )
-        embedding = embedding.detach().float()
-        with torch.autocast(embedding.device.type, enabled=False):
-            if self.mean is not None:
-                self.mean = self.mean.to(embedding.device)
-                embedding = embedding - self.mean
-            if self.matrix is not None:
-                self.matrix = self.matrix.to(embedding.device)
-                embedding = embedding @ self.matrix
-        return F.normalize(embedding, dim=-1) if self.unit else embedding
 
 
 def check_teacher(teacher: nn.Module, student: nn.Module, kd: bool) -> None:
@@ -331,27 +216,25 @@ def check_teacher(teacher: nn.Module, student: nn.Module, kd: bool) -> None:
         return
     for model in (teacher, student):
         config = getattr(unwrapped(model), "config", None)
-        kind = getattr(config, "problem_type", None)
-        if kind in ("regression", "multi_label_classification") or getattr(config, "num_labels", 2) == 1:
+        kind, classes = getattr(config, "problem_type", None), getattr(config, "num_labels", 2)
+        if kind in ("regression", "multi_label_classification") or classes == 1:
             raise ValueError(
                 "`kd_weight` is above 0, and distillation on logits compares probabilities of 2 or more classes: "
-                f"{type(model).__name__} has {config.num_labels} and the problem_type {kind!r}. Set kd_weight=0."  # type: ignore[union-attr]
+                f"{type(model).__name__} has {classes} and the problem_type {kind!r}. Set kd_weight=0."
             )
     if is_headless(teacher):
         raise ValueError(
             f"`kd_weight` is above 0, so the teacher needs logits: {type(teacher).__name__} has no head. Load it "
             "with an AutoModelFor... class, or set kd_weight=0."
         )
-    teacher_classes, student_classes = (
-        model.config.num_labels if "Classification" in type(unwrapped(model)).__name__ else None  # type: ignore[union-attr]
-        for model in (teacher, student)
-    )
-    if teacher_classes and student_classes and teacher_classes != student_classes:
-        raise ValueError(
-            "`kd_weight` is above 0, so teacher and student need the same classes: the teacher has "
-            f"{teacher_classes}, the student {student_classes}. Use a teacher with the student's classes, or set "
-            "kd_weight=0: the relational loss does not need them."
-        )
+    if is_classifier(teacher) and is_classifier(student):
+        teacher_classes, student_classes = (unwrapped(model).config.num_labels for model in (teacher, student))
+        if teacher_classes != student_classes:
+            raise ValueError(
+                "`kd_weight` is above 0, so teacher and student need the same classes: the teacher has "
+                f"{teacher_classes}, the student {student_classes}. Use a teacher with the student's classes, or set "
+                "kd_weight=0: the relational loss does not need them."
+            )
 
 
 def load_teacher(teacher: Any, **kwargs: Any) -> Any:

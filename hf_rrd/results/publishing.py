@@ -16,6 +16,7 @@ from torch import nn
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress, logging
 
+from hf_rrd.models.columns import CACHED_COLUMNS
 from hf_rrd.results.card import render_card
 from hf_rrd.results.facts import dataset_facts, run_facts
 from hf_rrd.results.hub import (
@@ -31,7 +32,6 @@ from hf_rrd.results.hub import (
 )
 from hf_rrd.results.plots import plot_embeddings, plot_losses, plot_reliability, plot_similarities, save_plots
 from hf_rrd.results.report import DistillationReport, class_names, compare_models, write_json
-from hf_rrd.training.data import CACHED_COLUMNS
 
 logger = logging.get_logger(__name__)
 

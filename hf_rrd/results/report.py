@@ -18,21 +18,16 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_rrd.errors import named_errors
-from hf_rrd.models.body import body_of, keep_next, place_of, pooler_for, take_kept, unwrapped, watch
+from hf_rrd.models.body import body_of, placed, unwrapped
+from hf_rrd.models.columns import forward_columns, student_inputs, teacher_inputs
+from hf_rrd.models.embedding import embed
 from hf_rrd.models.head import HEAD
 from hf_rrd.results.alignment import relational_alignment
 from hf_rrd.results.embedding_log import evenly
 from hf_rrd.results.reliability import NO_LABEL, calibration_error
 from hf_rrd.results.table import HEADER, place, rows_of
-from hf_rrd.training.calibration import preserved_randomness
-from hf_rrd.training.data import (
-    DataCollatorForDistillation,
-    examples_in,
-    forward_columns,
-    student_inputs,
-    teacher_inputs,
-    with_cached_arrays,
-)
+from hf_rrd.training.data import DataCollatorForDistillation, examples_in, with_cached_arrays
+from hf_rrd.training.distillation import preserved_randomness
 
 REPORT_FILE = "distillation_report.json"
 """The name under which a report is saved."""
@@ -190,17 +185,12 @@ def _outputs(
 
 def _observe(model: nn.Module, pooling: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """A model's logits and its pooled embedding, as far as it has them."""
+    inputs = placed(inputs, model)
     try:
-        body = body_of(model)
+        body_of(model)
     except ValueError:  # no transformers model: it has logits alone
-        return {"logits": model(**_placed(inputs, model)).get("logits")}
-    hook = watch(body)
-    keep_next(body)
-    try:
-        outputs = model(**_placed(inputs, model))
-        embedding = pooler_for(pooling, body)(take_kept(body), inputs.get("attention_mask"))
-    finally:
-        hook.remove()
+        return {"logits": model(**inputs).get("logits")}
+    embedding, outputs = embed(model, inputs, pooling, return_outputs=True)
     return {"logits": outputs.get("logits"), "embedding": embedding}
 
 
@@ -277,7 +267,7 @@ def _flops(model: nn.Module, inputs: dict[str, Any]) -> int | None:
     try:
         # The counter knows no fused attention of a CPU: the plain one is made of products that it does.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(**_placed(inputs, model))
+            model(**placed(inputs, model))
     except (NotImplementedError, RuntimeError):  # kernels that are not torch's, as of some quantised weights
         return None
     return counter.get_total_flops() or None
@@ -289,7 +279,7 @@ def _speed(models: dict[str, nn.Module], inputs_of: dict[str, Any], timed: dict[
     speed: dict[str, dict[str, Any]] = {name: {"latency_ms": {}} for name in models}
     for batch in timed.values():
         examples = examples_in(batch)
-        ready = {name: _placed(inputs_of[name](batch), model) for name, model in models.items()}
+        ready = {name: placed(inputs_of[name](batch), model) for name, model in models.items()}
         seconds: dict[str, list[float]] = {name: [] for name in models}
         start = time.perf_counter()
         for turn in range(WARM_UP + MOST):
@@ -340,16 +330,6 @@ def _evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module, training in modules.items():
             module.training = training
-
-
-def _placed(inputs: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    device, dtype = place_of(model)
-    return {
-        name: value.to(device=device, dtype=dtype if value.is_floating_point() else None)
-        if isinstance(value, Tensor)
-        else value
-        for name, value in inputs.items()
-    }
 
 
 def _without(inputs: dict[str, Any], names: list[str]) -> dict[str, Any]:

@@ -2,29 +2,30 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
-from uuid import uuid4
 
 import datasets
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env, send_to_device
-from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Sequence, Value
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict
 from datasets.arrow_writer import ArrowWriter
 from datasets.fingerprint import Hasher
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers.utils import logging
 
-from hf_rrd.models.body import is_headless, main_input_of, unwrapped
-from hf_rrd.models.teacher import TEACHER_DTYPES, Teacher, TeacherProjection, load_teacher
-from hf_rrd.training.calibration import sample_of
-from hf_rrd.training.data import CACHED_COLUMNS, TEACHER_PREFIX, collator_of, teacher_inputs
+from hf_rrd.files import written_whole
+from hf_rrd.models.body import is_classifier, is_headless, main_input_of, unwrapped
+from hf_rrd.models.columns import CACHED_COLUMNS, TEACHER_PREFIX
+from hf_rrd.models.teacher import Teacher, load_teacher
+from hf_rrd.training.data import sample_of
 from hf_rrd.training.identity import weights_hash
+from hf_rrd.training.projection import TeacherProjection
+from hf_rrd.training.reading import Columns, Reader
 
 SHARD_EXAMPLES = 8192
 """Examples in a file of the cache: what a killed call loses at most, for each process."""
@@ -36,7 +37,6 @@ KEPT_DTYPES = ("float16", "float32")
 """The values of `dtype=`; Arrow has no bfloat16."""
 
 AnyDataset = TypeVar("AnyDataset", bound=Dataset | DatasetDict | IterableDataset | IterableDatasetDict)
-Columns = dict[str, np.ndarray[Any, Any]]
 
 
 def cache_teacher_outputs(
@@ -51,7 +51,6 @@ def cache_teacher_outputs(
     teacher_projection: str = "none",
     projection_dim: int | None = None,
     dtype: str = "float16",
-    teacher_dtype: str | None = None,
     num_workers: int = 0,
     cache_dir: str | os.PathLike[str] | None = None,
     teacher_model_init_kwargs: dict[str, Any] | None = None,
@@ -81,7 +80,6 @@ def cache_teacher_outputs(
             trainer then takes them as they are. Measured on `CALIBRATION_EXAMPLES` examples, of a dict those of its
             first data set, so pass training and evaluation sets together.
         dtype: "float16" or "float32", of what is kept.
-        teacher_dtype: The autocast dtype of the forward, "bfloat16", "float16" or "float32"; None: no autocast.
         num_workers: Processes that read and collate ahead.
         cache_dir: Default: `teacher_outputs` in the cache folder of datasets.
         teacher_model_init_kwargs: For `from_pretrained`, of a teacher given by name: `revision`, `dtype` and so on.
@@ -104,24 +102,21 @@ def cache_teacher_outputs(
     """
     if dtype not in KEPT_DTYPES:
         raise ValueError(f"`dtype` must be one of {list(KEPT_DTYPES)}, got {dtype!r}.")
-    if teacher_dtype is not None and teacher_dtype not in TEACHER_DTYPES:
-        raise ValueError(f"`teacher_dtype` must be one of {list(TEACHER_DTYPES)}, got {teacher_dtype!r}.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be 1 or more, got {batch_size}.")
     model = load_teacher(teacher, **(teacher_model_init_kwargs or {}))
-    is_classifier = "Classification" in type(unwrapped(model)).__name__
-    with_logits = is_classifier if with_logits is None else with_logits
+    with_logits = is_classifier(model) if with_logits is None else with_logits
     if with_logits and is_headless(model):
         raise ValueError(f"`with_logits` needs a teacher with a head, got {type(model).__name__}.")
-    reader = _Reader(
-        teacher=Teacher(model, pooling, wants_embedding=True, dtype=teacher_dtype),
+    reader = Reader(
+        teacher=Teacher(model, wants_embedding=True, wants_logits=with_logits, pooling=pooling),
         collate=data_collator,
         processing_class=processing_class,
         batch_size=batch_size,
         num_workers=num_workers,
         with_logits=with_logits,
         dtype=dtype,
-        settings={"weights": weights_hash(model), "pooling": pooling, "teacher_dtype": teacher_dtype},
+        settings={"weights": weights_hash(model), "pooling": pooling},
     )
     root = Path(cache_dir) if cache_dir is not None else Path(datasets.config.HF_DATASETS_CACHE) / "teacher_outputs"
     parts: dict[str, Any] = dict(dataset) if isinstance(dataset, dict) else {"": dataset}
@@ -174,86 +169,6 @@ def with_views(dataset: Dataset, views: int) -> Dataset:
     return datasets.concatenate_datasets([dataset.add_column("view_seed", row) for row in seeds])
 
 
-@dataclass
-class _Reader:
-    """A teacher, and how it reads examples. `settings` say which teacher it is, and how it is asked."""
-
-    teacher: Teacher
-    collate: Callable[[list[Any]], Mapping[str, Any]] | None
-    processing_class: Any
-    batch_size: int
-    num_workers: int
-    with_logits: bool
-    dtype: str
-    settings: dict[str, Any]
-    projection: TeacherProjection | None = None
-    # `accelerate launch --cpu` says it in the environment, which PartialState alone does not read.
-    state: PartialState = field(default_factory=lambda: PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")))
-
-    def __post_init__(self) -> None:
-        self.teacher.place(self.state.device)
-
-    def fingerprint(self) -> str:
-        """Of all that decides what comes out of an example."""
-        processor = self.processing_class
-        names = ("padding_side", "pad_token_id", "pad_token_type_id", "padding_value", "model_input_names")
-        padding = [type(processor).__name__, *(getattr(processor, name, None) for name in names)]
-        projection = None if self.projection is None else (self.projection.kind, self.projection.state_dict())
-        reading = self.collate if self.collate is not None else padding
-        about = [self.settings, self.with_logits, self.dtype, reading, projection]
-        return str(Hasher.hash(about))
-
-    def columns(self, names: list[str]) -> dict[str, str]:
-        """Of an example's columns those that the teacher reads, with their names in its forward."""
-        chosen = teacher_inputs(dict.fromkeys(names), self.teacher.columns)
-        prefixed = {f"{TEACHER_PREFIX}{name}": name for name in chosen}
-        own = {name: prefixed[name] for name in names if name in prefixed}
-        return own or {name: name for name in chosen}
-
-    def batch(self, examples: list[Any]) -> dict[str, Any]:
-        """The teacher's inputs for some examples."""
-        if self.collate is not None:
-            return teacher_inputs(self.collate(examples), self.teacher.columns)
-        columns = self.columns(list(examples[0]))
-        if not columns:
-            wanted = main_input_of(self.teacher.body)
-            raise ValueError(
-                f"the teacher needs `{wanted}`, the examples offer it {sorted(examples[0])}. Tokenize or transform "
-                f"them first, with a column `{wanted}` or `{TEACHER_PREFIX}{wanted}`."
-            )
-        own = [{columns[name]: example[name] for name in columns} for example in examples]
-        return dict(collator_of(self.processing_class)(own))
-
-    def outputs(self, inputs: dict[str, Any]) -> Columns:
-        """The columns of one batch, (batch, width) and (batch, classes)."""
-        embedding, logits = self.teacher(send_to_device(inputs, self.state.device))
-        assert embedding is not None
-        outputs = {"teacher_embedding": embedding if self.projection is None else self.projection(embedding)}
-        if self.with_logits:
-            if logits is None or logits.dim() != 2:
-                shape = None if logits is None else tuple(logits.shape)
-                raise ValueError(
-                    f"`with_logits` keeps logits of the shape (batch, classes), this teacher gives {shape}. Set "
-                    "with_logits=False; distillation on logits per token needs the teacher in training."
-                )
-            outputs["teacher_logits"] = logits
-        return {name: self._kept(name, value) for name, value in outputs.items()}
-
-    def _kept(self, name: str, value: Tensor) -> np.ndarray[Any, Any]:
-        kept = value.float().to(getattr(torch, self.dtype)).cpu()
-        if not kept.isfinite().all():
-            raise ValueError(
-                f"{name} is not finite (nan or inf) in {self.dtype}: the largest value is "
-                f"{value.abs().max().item():g}. Check the inputs, load the teacher in bfloat16 or float32, and set "
-                "dtype='float32' for values beyond 65,504."
-            )
-        return cast(np.ndarray[Any, Any], kept.numpy())
-
-    def features(self, widths: dict[str, int]) -> Features:
-        """Of the columns, by their widths."""
-        return Features({name: Sequence(Value(self.dtype), length=width) for name, width in widths.items()})
-
-
 def _check_part(name: str, part: Any) -> None:
     """Raise a ValueError for a data set that cannot be given the columns."""
     which = f"dataset[{name!r}]" if name else "`dataset`"
@@ -269,10 +184,10 @@ def _check_part(name: str, part: Any) -> None:
         raise ValueError(f"{which} is empty, got 0 examples.")
 
 
-def _projection(dataset: Any, reader: _Reader, kind: str, dim: int | None, root: Path) -> TeacherProjection:
+def _projection(dataset: Any, reader: Reader, kind: str, dim: int | None, root: Path) -> TeacherProjection:
     """Measured by the main process on examples of a data set, and kept in a file of its own."""
     assert reader.teacher.width is not None
-    projection = TeacherProjection(reader.teacher.width, dim, kind, seed=0, unit=False)
+    projection = TeacherProjection(reader.teacher.width, dim, kind, seed=0)
     if projection.is_ready:
         return projection
     sample = sample_of(dataset, CALIBRATION_EXAMPLES, seed=0)
@@ -285,15 +200,14 @@ def _projection(dataset: Any, reader: _Reader, kind: str, dim: int | None, root:
         with _progress(reader, len(sample), f"teacher_projection={kind!r}") as bar:
             projection.fit(torch.from_numpy(_outputs(sample, measuring, bar)["teacher_embedding"]))
         root.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{uuid4().hex}.tmp")
-        save_file(projection.state_dict(), temporary)
-        os.replace(temporary, path)
+        with written_whole(path) as temporary:
+            save_file(projection.state_dict(), temporary)
     reader.state.wait_for_everyone()
     projection.load_state_dict(load_file(path))
     return projection
 
 
-def _cached(dataset: Dataset, reader: _Reader, root: Path) -> Dataset:
+def _cached(dataset: Dataset, reader: Reader, root: Path) -> Dataset:
     """A map-style data set with the columns, from files that are there or are written now."""
     folder = root / Hasher.hash([dataset._fingerprint, reader.fingerprint()])
     stops = [min(start + SHARD_EXAMPLES, len(dataset)) for start in range(0, len(dataset), SHARD_EXAMPLES)]
@@ -322,12 +236,12 @@ def _cached(dataset: Dataset, reader: _Reader, root: Path) -> Dataset:
     return _formatted(result, dataset)
 
 
-def _progress(reader: _Reader, total: int, title: str) -> Any:
+def _progress(reader: Reader, total: int, title: str) -> Any:
     quiet = total == 0 or not reader.state.is_local_main_process
     return logging.tqdm(total=total, desc=title, unit=" examples", disable=quiet)
 
 
-def _outputs(dataset: Dataset, reader: _Reader, bar: Any) -> Columns:
+def _outputs(dataset: Dataset, reader: Reader, bar: Any) -> Columns:
     """All columns of a data set, in its order."""
     if dataset.format["type"] != "custom" and reader.collate is None:
         columns = list(reader.columns(dataset.column_names)) or dataset.column_names
@@ -347,7 +261,7 @@ def _outputs(dataset: Dataset, reader: _Reader, bar: Any) -> Columns:
     return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
 
 
-def _longest_first(dataset: Dataset, reader: _Reader) -> Any:
+def _longest_first(dataset: Dataset, reader: Reader) -> Any:
     """The order of reading: texts of one length together, so that little is padded, the longest first.
 
     Of images a range: Arrow reads its parts as slices, without gathering rows.
@@ -360,18 +274,16 @@ def _longest_first(dataset: Dataset, reader: _Reader) -> Any:
     return np.argsort(-lengths, kind="stable").tolist()
 
 
-def _write(columns: Columns, reader: _Reader, path: Path) -> None:
+def _write(columns: Columns, reader: Reader, path: Path) -> None:
     """One Arrow file, whole or not at all."""
     features = reader.features({name: values.shape[1] for name, values in columns.items()})
     arrays = {
         name: pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
         for name, values in columns.items()
     }
-    temporary = path.with_suffix(f".{uuid4().hex}.tmp")
-    with ArrowWriter(features=features, path=str(temporary)) as writer:
+    with written_whole(path) as temporary, ArrowWriter(features=features, path=str(temporary)) as writer:
         writer.write_table(pa.table(arrays))
         writer.finalize()
-    os.replace(temporary, path)
 
 
 def _formatted(result: Dataset, original: Dataset) -> Dataset:
@@ -389,7 +301,7 @@ def _formatted(result: Dataset, original: Dataset) -> Dataset:
     )
 
 
-def _streamed(dataset: IterableDataset, reader: _Reader) -> IterableDataset:
+def _streamed(dataset: IterableDataset, reader: Reader) -> IterableDataset:
     """The columns computed as the stream is read."""
 
     def outputs(batch: dict[str, list[Any]]) -> Columns:

@@ -1,13 +1,12 @@
 """What of a checkpoint is ours: the sidecar, written last but one, and whether all files are there.
 
-The sidecar holds head, teacher projection, bank and unfinished log window, in one safetensors file. Its metadata say
-which teacher the bank is of, how many banks there are, and how large the files are that resuming depends on.
+The sidecar holds head, teacher projection and bank in one safetensors file. Its metadata say which teacher the bank is
+of, and how large the files are that resuming depends on.
 """
 
 import errno
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -21,33 +20,30 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from hf_rrd.files import written_whole
+
 logger = logging.get_logger(__name__)
 
 SIDECAR = "_relational_distillation.safetensors"
 """The file's name. The underscore keeps it out of what the Trainer pushes beside the student."""
 
-GROUPS = ("head", "teacher_projection", "bank", "log")
+GROUPS = ("head", "teacher_projection", "bank")
 """The groups of tensors that a sidecar may have."""
 
 BINARIES = (".safetensors", ".bin", ".pt", ".pth", ".distcp", ".metadata")
 """Endings of the files that a run is resumed from. Texts may be edited."""
 
 State = dict[str, dict[str, Tensor]]
+"""Tensors by group and name."""
 
 
-def sidecar_of(process: int = 0) -> str:
-    """The name of a process's file: those beside the first hold a bank alone, where each process has its own."""
-    return SIDECAR if process == 0 else SIDECAR.replace(".", f"_{process}.", 1)
-
-
-def save_sidecar(folder: str, state: State, about: dict[str, str] | None = None, process: int = 0) -> None:
+def save_sidecar(folder: str, state: State, about: dict[str, str] | None = None) -> None:
     """Write groups of tensors to a checkpoint; a failed write leaves the old file.
 
     Args:
         folder: The checkpoint.
         state: Tensors by group and name.
         about: What is said of them, into the file's metadata.
-        process: Whose file.
     """
     tensors = {
         f"{group}.{name}": tensor.detach().cpu().contiguous()
@@ -55,60 +51,57 @@ def save_sidecar(folder: str, state: State, about: dict[str, str] | None = None,
         for name, tensor in content.items()
     }
     os.makedirs(folder, exist_ok=True)
-    # Made anew under a name that is free, so that nothing is written through a link that somebody left there.
-    handle, temporary = tempfile.mkstemp(prefix=SIDECAR, suffix=".tmp", dir=folder)
-    os.close(handle)
-    try:
+    with written_whole(Path(folder, SIDECAR)) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", **(about or {})})
-        os.replace(temporary, os.path.join(folder, sidecar_of(process)))
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
-def load_sidecar(folder: str, process: int = 0) -> tuple[State, dict[str, str]]:
+def load_sidecar(folder: str) -> tuple[State, dict[str, str]]:
     """Read what `save_sidecar` wrote: the tensors by group and name, and what is said of them.
 
     Raises:
         ValueError: There is no such file, it is not a whole one, or it has what no sidecar has.
     """
-    path = os.path.join(folder, sidecar_of(process))
+    path = os.path.join(folder, SIDECAR)
     if not os.path.isfile(path):
         raise ValueError(
-            f"{folder} has no {sidecar_of(process)}: it was written with save_only_model=True, by another trainer or "
-            "by fewer processes, so the run cannot be resumed. Load its weights with from_pretrained and start a new "
-            "run."
+            f"{folder} has no {SIDECAR}: it was written with save_only_model=True or by another trainer, so the run "
+            "cannot be resumed. Load its weights with from_pretrained and start a new run."
         )
     state: State = {}
     try:
         about = _about(path)
         for key, tensor in load_file(path).items():
             group, _, name = key.partition(".")
-            _check_tensor(group, key, tensor)
+            if group not in GROUPS:
+                raise ValueError(f"{key!r} is of none of the groups {list(GROUPS)}")
+            if not tensor.is_floating_point():
+                raise ValueError(f"{key} must be in floating point, got {tensor.dtype}")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{key} has values that are not finite")
             state.setdefault(group, {})[name] = tensor
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}). Resume from an earlier checkpoint.") from error
     return state, about
 
 
+def load_head(head: Any, state: dict[str, Tensor]) -> None:
+    """Take over a student's saved head.
+
+    Raises:
+        ValueError: It is of another shape.
+    """
+    saved, own = ({name: tuple(each.shape) for name, each in sorted(of.items())} for of in (state, head.state_dict()))
+    if saved != own:
+        raise ValueError(
+            f"the saved head has {saved}, this student's has {own}. It was saved with another student_projection, "
+            "student or teacher."
+        )
+    head.load_state_dict(state)
+
+
 def _about(path: str) -> dict[str, str]:
     with safe_open(path, "pt") as file:
         return dict(file.metadata() or {})
-
-
-def _check_tensor(group: str, key: str, tensor: Tensor) -> None:
-    if group not in GROUPS:
-        raise ValueError(f"{key!r} is of none of the groups {list(GROUPS)}")
-    if key == "log.last_logged_step":
-        if tensor.shape != () or tensor.is_floating_point():
-            raise ValueError(f"{key} must be one whole number, got {tuple(tensor.shape)} {tensor.dtype}")
-    elif not tensor.is_floating_point():
-        raise ValueError(f"{key} must be in floating point, got {tensor.dtype}")
-    elif group == "log":  # which may hold the nan of a step that a loss scaler has skipped
-        if tensor.dim() > 1 or tensor.numel() == 0:
-            raise ValueError(f"{key} must be a number for each process, got the shape {tuple(tensor.shape)}")
-    elif not tensor.isfinite().all():
-        raise ValueError(f"{key} has values that are not finite")
 
 
 @contextmanager
@@ -169,15 +162,10 @@ def flaw_in(checkpoint: str | os.PathLike[str]) -> str | None:
     return None
 
 
-def is_complete(checkpoint: str | os.PathLike[str]) -> bool:
-    """Whether a checkpoint was written to its end and is all there."""
-    return flaw_in(checkpoint) is None
-
-
 def invalidate(checkpoint: str) -> None:
     """Mark a checkpoint as incomplete before it is written over, and clear away what a killed write left half done."""
     Path(checkpoint, TRAINER_STATE_NAME).unlink(missing_ok=True)
-    for path in [*Path(checkpoint).glob(f"{SIDECAR}*.tmp"), *Path(checkpoint).glob(".tmp*")]:  # ours, safetensors'
+    for path in [*Path(checkpoint).glob(f".{SIDECAR}*.tmp"), *Path(checkpoint).glob(".tmp*")]:  # ours, safetensors'
         if path.is_file():
             path.unlink()
 

@@ -1,7 +1,8 @@
-"""Columns and batches: which input reaches the student, which the teacher, and how both are collated."""
+"""Data sets and batches: what is known of a set before it is read, how examples are collated, some of them drawn."""
 
-import inspect
 from collections.abc import Mapping
+from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,9 @@ from transformers.utils import logging
 
 from hf_rrd.errors import described, named_errors
 from hf_rrd.models.body import unwrapped
+from hf_rrd.models.columns import CACHED_COLUMNS, TEACHER_PREFIX, is_teacher_input
 
 logger = logging.get_logger(__name__)
-
-TEACHER_PREFIX = "teacher_"
-"""Columns with this prefix reach the teacher, without it."""
-
-CACHED_COLUMNS = ("teacher_embedding", "teacher_logits")
-"""Columns that stand in for a teacher: (batch, width) and (batch, classes)."""
 
 
 class DataCollatorForDistillation:
@@ -92,54 +88,131 @@ def collator_of(processor: Any) -> Any:
     return processor if is_collator else default_data_collator
 
 
-def is_teacher_input(name: str) -> bool:
-    """Whether a column is for the teacher's forward, by its prefix."""
-    return name.startswith(TEACHER_PREFIX) and name not in CACHED_COLUMNS
+def examples_in(batch: Any) -> int:
+    """The number of examples in a batch.
+
+    Raises:
+        ValueError: It has none, or is no dict of tensors.
+    """
+    count = find_batch_size(batch) if isinstance(batch, Mapping) else None
+    if not count:
+        raise ValueError(
+            f"a batch must be a dict of tensors with 1 row or more; `data_collator` gave {described(batch)}."
+        )
+    return count
 
 
-def forward_columns(model: nn.Module) -> list[str]:
-    """The names of a model's forward arguments; none for a forward that takes `**kwargs` alone, and so anything."""
-    parameters = inspect.signature(unwrapped(model).forward).parameters.values()
-    return [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+# ---- What is known of a data set ----
 
 
-def teacher_inputs(inputs: Mapping[str, Any], accepted: list[str]) -> dict[str, Any]:
-    """What the teacher sees of a batch: its `teacher_` columns, or without any what it shares with the student.
+class Preview:
+    """What can be known of a data set before a run: its columns and its first example, which is read at most once.
 
     Args:
-        inputs: The batch.
-        accepted: `forward_columns` of the teacher.
+        dataset: Of any kind, or None.
     """
-    prefixed = {name.removeprefix(TEACHER_PREFIX): value for name, value in inputs.items() if is_teacher_input(name)}
 
-    def is_read(name: str) -> bool:
-        # Labels stay away: the teacher's loss is nobody's, and its classes may differ.
-        return (name in accepted or not accepted) and "label" not in name
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
 
-    return {name: value for name, value in prefixed.items() if is_read(name)} or {
-        name: value for name, value in inputs.items() if is_read(name) and not name.startswith(TEACHER_PREFIX)
-    }
+    @cached_property
+    def example(self) -> Mapping[str, Any]:
+        """The first example, without any of a set that has none, or none that is a dict of columns."""
+        if self.dataset is None or isinstance(self.dataset, Mapping):
+            return {}
+        example = self.dataset[0] if is_map_style(self.dataset) else next(iter(self.dataset), None)
+        return example if isinstance(example, Mapping) else {}
+
+    @cached_property
+    def columns(self) -> set[str] | None:
+        """The columns, as far as they can be known without reading a stream; otherwise None."""
+        names = getattr(self.dataset, "column_names", None)
+        if names is not None:
+            transformed = (getattr(self.dataset, "format", None) or {}).get("type") == "custom"
+            return None if transformed else set(names)
+        return set(self.example) or None if is_map_style(self.dataset) else None
+
+    def has(self, column: str) -> bool:
+        """Whether there is such a column; of a stream without names it is not asked, as it may be read only once."""
+        names = getattr(self.dataset, "column_names", None)
+        return column in names if names is not None else column in (self.columns or ())
+
+    @property
+    def cached_shape(self) -> tuple[int, torch.dtype] | None:
+        """Width and dtype of the `teacher_embedding` column, or None where a data set has no such column.
+
+        Raises:
+            ValueError: There is one, of something else than rows of numbers.
+        """
+        if "teacher_embedding" not in self.example:
+            return None
+        features = getattr(self.dataset, "features", None) or {}
+        kind = getattr(getattr(features.get("teacher_embedding"), "feature", None), "dtype", None)
+        with named_errors("reading an example", self.example):
+            width = _stacked([self.example["teacher_embedding"]]).shape[1:]
+        if len(width) != 1 or width[0] == 0:
+            raise ValueError(
+                f"`teacher_embedding` must be a row of numbers in each example, got the shape {tuple(width)}. "
+                "cache_teacher_outputs makes such a column."
+            )
+        return width[0], torch.float16 if kind == "float16" else torch.float32
+
+    def check_labels(self, label_names: list[str]) -> None:
+        """Raise a ValueError where the set is known to have none of the labels that the task loss needs."""
+        names = {*label_names, "label", "label_ids"}
+        if self.columns is not None and not self.columns & names:
+            raise ValueError(
+                f"`task_weight` is above 0, so the training set needs labels: none of {sorted(names)} is among its "
+                f"columns {sorted(self.columns)}. Add them, or set task_weight=0 to train without labels."
+            )
+
+    def warn_of_shared_tokens(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Warn where a teacher would read the student's `input_ids` and has another vocabulary."""
+        sizes = [
+            getattr(getattr(unwrapped(model), "config", None), "vocab_size", None) for model in (student, teacher)
+        ]
+        columns = self.columns
+        if columns is None or "input_ids" not in columns or any(is_teacher_input(name) for name in columns):
+            return
+        if None not in sizes and sizes[0] != sizes[1]:
+            logger.warning(
+                f"The teacher reads the student's `input_ids`, but their vocabularies differ ({sizes[1]} and "
+                f"{sizes[0]} tokens). With another tokenizer, give the teacher a column `teacher_input_ids`."
+            )
 
 
-def student_inputs(inputs: Mapping[str, Any], accepted: list[str], teacher_accepted: list[str]) -> dict[str, Any]:
-    """The batch without what is only there for the teacher, such as `token_type_ids` beside a DistilBERT student."""
-    return {
-        name: value
-        for name, value in inputs.items()
-        if not name.startswith(TEACHER_PREFIX) and (name in accepted or not accepted or name not in teacher_accepted)
-    }
+def is_map_style(dataset: Any) -> bool:
+    """Whether a data set has a length and examples by number."""
+    return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
 
 
-def column_names(dataset: Any) -> set[str] | None:
-    """The columns of a data set, as far as they can be known without reading a stream; otherwise None."""
-    names = getattr(dataset, "column_names", None)
-    if names is not None:
-        transformed = (getattr(dataset, "format", None) or {}).get("type") == "custom"
-        return None if transformed else set(names)
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-        return None
-    example = dataset[0]
-    return set(example) if isinstance(example, Mapping) else None
+def check_dataset(name: str, dataset: Any) -> None:
+    """Raise a ValueError for an empty data set, or for one empty set among several."""
+    if isinstance(dataset, Mapping):
+        for key, part in dataset.items():
+            check_dataset(f"{name}[{key!r}]", part)
+    elif hasattr(dataset, "__len__") and len(dataset) == 0:
+        raise ValueError(f"`{name}` is empty, got 0 examples. Pass at least one.")
+
+
+# ---- Some examples, and columns on their own ----
+
+
+def sample_of(dataset: Any, count: int, seed: int) -> Any:
+    """Some examples of a training set: drawn at random with a seed, of a stream the first ones.
+
+    Args:
+        dataset: A map-style or iterable data set.
+        count: How many; all of a smaller set.
+        seed: Of the draw.
+
+    Returns:
+        A data set with at most `count` examples.
+    """
+    if not is_map_style(dataset):
+        return dataset.take(count) if hasattr(dataset, "take") else list(islice(iter(dataset), count))
+    rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count].tolist()
+    return dataset.select(rows) if hasattr(dataset, "select") else torch.utils.data.Subset(dataset, rows)
 
 
 def has_cached_embeddings(dataset: Any) -> bool:
@@ -156,86 +229,14 @@ def cached_embeddings(dataset: Dataset | IterableDataset) -> Tensor:
         return torch.stack([row["teacher_embedding"] for row in rows]).float()
 
 
-def with_cached_arrays(dataset: Dataset) -> Dataset:
-    """With the cached columns as arrays where all columns would be Python objects: lists of numbers are slow."""
-    cached = [name for name in CACHED_COLUMNS if name in dataset.column_names]
+def with_cached_arrays(dataset: Any) -> Any:
+    """With the cached columns as arrays where all columns would be Python objects: lists of numbers are slow.
+
+    Several sets in a dict get so each; what is no `datasets.Dataset` stays as it is.
+    """
+    if isinstance(dataset, Mapping):
+        return type(dataset)({name: with_cached_arrays(part) for name, part in dataset.items()})  # type: ignore[call-arg]
+    cached = [name for name in CACHED_COLUMNS if isinstance(dataset, Dataset) and name in dataset.column_names]
     if not cached or dataset.format["type"] is not None:
         return dataset
     return dataset.with_format("numpy", columns=cached, output_all_columns=True)
-
-
-def cached_shape(dataset: Any) -> tuple[int, torch.dtype] | None:
-    """Width and dtype of the `teacher_embedding` column, or None where a data set has no such column.
-
-    Raises:
-        ValueError: There is one, of something else than rows of numbers.
-    """
-    example = None if dataset is None else next(iter(dataset), None)
-    if not isinstance(example, Mapping) or "teacher_embedding" not in example:
-        return None
-    feature = getattr((getattr(dataset, "features", None) or {}).get("teacher_embedding"), "feature", None)
-    half = getattr(feature, "dtype", None) == "float16"
-    with named_errors("reading an example", example):
-        width = _stacked([example["teacher_embedding"]]).shape[1:]
-    if len(width) != 1 or width[0] == 0:
-        raise ValueError(
-            f"`teacher_embedding` must be a row of numbers in each example, got the shape {tuple(width)}. "
-            "cache_teacher_outputs makes such a column."
-        )
-    return width[0], torch.float16 if half else torch.float32
-
-
-def check_cached_logits(dataset: Any) -> None:
-    """Raise a ValueError for a training set that is to stand in for a teacher of logits, and has none."""
-    example = next(iter(dataset), None)
-    if not isinstance(example, Mapping) or "teacher_logits" not in example:
-        raise ValueError(
-            "`kd_weight` is above 0, so a teacher is needed: pass `teacher=` a model, a Hub name or a folder, or a "
-            "training set with a `teacher_logits` column. Got neither."
-        )
-
-
-def examples_in(batch: Any) -> int:
-    """The number of examples in a batch.
-
-    Raises:
-        ValueError: It has none, or is no dict of tensors.
-    """
-    count = find_batch_size(batch) if isinstance(batch, Mapping) else None
-    if not count:
-        raise ValueError(
-            f"a batch must be a dict of tensors with 1 row or more; `data_collator` gave {described(batch)}."
-        )
-    return count
-
-
-def check_dataset(name: str, dataset: Any) -> None:
-    """Raise a ValueError for an empty data set, or for one empty set among several."""
-    if isinstance(dataset, Mapping):
-        for key, part in dataset.items():
-            check_dataset(f"{name}[{key!r}]", part)
-    elif hasattr(dataset, "__len__") and len(dataset) == 0:
-        raise ValueError(f"`{name}` is empty, got 0 examples. Pass at least one.")
-
-
-def check_labels(dataset: Any, label_names: list[str]) -> None:
-    """Raise a ValueError where a training set is known to have none of the labels that the task loss needs."""
-    columns = column_names(dataset)
-    names = {*label_names, "label", "label_ids"}
-    if columns is not None and not columns & names:
-        raise ValueError(
-            f"`task_weight` is above 0, so the training set needs labels: none of {sorted(names)} is among its "
-            f"columns {sorted(columns)}. Add them, or set task_weight=0 to train without labels."
-        )
-
-
-def warn_of_shared_tokens(student: nn.Module, teacher: nn.Module, dataset: Any) -> None:
-    """Warn where a teacher would read the student's `input_ids` and has another vocabulary."""
-    columns = column_names(dataset)
-    sizes = [getattr(getattr(unwrapped(model), "config", None), "vocab_size", None) for model in (student, teacher)]
-    reads_own = columns is None or any(is_teacher_input(name) for name in columns)
-    if not reads_own and columns is not None and "input_ids" in columns and None not in sizes and sizes[0] != sizes[1]:
-        logger.warning(
-            f"The teacher reads the student's `input_ids`, but their vocabularies differ ({sizes[1]} and {sizes[0]} "
-            "tokens). With another tokenizer, give the teacher a column `teacher_input_ids`."
-        )

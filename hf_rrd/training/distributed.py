@@ -1,16 +1,19 @@
 """Several processes: who has how many examples, everybody's rows, and a teacher that is shared out among them."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from datasets import IterableDataset
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from hf_rrd.errors import named_errors
 from hf_rrd.models.teacher import Teacher
+from hf_rrd.training.data import cached_embeddings, has_cached_embeddings
 
 
 class StepExamples:
@@ -25,6 +28,7 @@ class StepExamples:
     """
 
     def __init__(self, accelerator: Accelerator, micro_batches: list[int]) -> None:
+        self.accelerator = accelerator
         self.micro_batches = len(micro_batches)
         self.processes = accelerator.num_processes
         self.total: int | Tensor = sum(micro_batches)  # of all processes; on the device where there are several
@@ -45,6 +49,10 @@ class StepExamples:
     def share(self, examples: int) -> float | Tensor:
         """A micro-batch's part of the step, times the processes, because gradients are averaged over them."""
         return examples * self.processes / self.total
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, (total, dim), from those of this one, (own, dim)."""
+        return rows if self.processes == 1 else gather_rows(self.accelerator, rows, self.counts())
 
     def counts(self) -> list[list[int]]:
         """The examples in each micro-batch of each process."""
@@ -98,12 +106,46 @@ def every_example(accelerator: Accelerator, args: TrainingArguments) -> Iterator
         settings.even_batches, args.dataloader_drop_last = even_batches, drop_last
 
 
-def place_teacher(teacher: Teacher | None, accelerator: Accelerator) -> None:
+@torch.no_grad()
+def embed_all(
+    dataset: Any,
+    teacher: Teacher,
+    loader_of: Callable[[Any], Any],
+    prepare: Callable[[Any], Any],
+    accelerator: Accelerator,
+    args: TrainingArguments,
+) -> Tensor:
+    """The teacher's embeddings of some training examples, (examples, width), on all processes.
+
+    Args:
+        dataset: The examples.
+        teacher: Reads them, unless their embeddings are a column.
+        loader_of: From a data set to a loader that shares it out among the processes.
+        prepare: From a batch to the same on this process's device.
+        accelerator: Of the trainer.
+        args: The settings.
+    """
+    if has_cached_embeddings(dataset):
+        return cached_embeddings(dataset).to(args.device)
+    with every_example(accelerator, args):  # none twice: a stream's length has to be known
+        loader = loader_of(list(dataset) if isinstance(dataset, IterableDataset) else dataset)
+    parts = []
+    with named_errors("reading examples of `train_dataset`"):
+        for batch in loader:
+            with named_errors("calibration on `train_dataset`", batch), accelerator.autocast():
+                embedding = teacher.read(prepare(batch), logits=False).embedding
+                if embedding is None:
+                    raise ValueError("there is no teacher, and the batch has no `teacher_embedding`.")
+                parts.append(accelerator.gather_for_metrics(embedding.float()))
+    return torch.cat(parts) if parts else torch.empty(0, 0)  # of an empty stream
+
+
+def place_teacher(teacher: Teacher, accelerator: Accelerator) -> None:
     """Move the teacher to the process's device, or share it out as the student is.
 
     A teacher that `device_map`, offloading or quantisation has placed stays where it is, whole on each process.
     """
-    if teacher is None or teacher.is_placed:
+    if teacher.model is None or teacher.is_placed:
         return
     state = accelerator.state
     if accelerator.is_fsdp2:

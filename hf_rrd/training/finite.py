@@ -28,6 +28,10 @@ class FiniteCheck:
 
     def __init__(self, broken_terms: Callable[[], list[str]]) -> None:
         self._broken_terms = broken_terms
+        self.start()
+
+    def start(self) -> None:
+        """Forget what was noted in an earlier training."""
         self._first_step: dict[str, Tensor] = {}
 
     def note(self, step: int, name: str, value: Tensor) -> None:

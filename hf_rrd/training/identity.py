@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from hf_rrd.errors import named_errors
 from hf_rrd.models.body import unwrapped
-from hf_rrd.training.data import cached_embeddings, has_cached_embeddings
+from hf_rrd.models.pooling import name_of
+from hf_rrd.models.teacher import Teacher
+from hf_rrd.training.data import Preview, cached_embeddings, has_cached_embeddings, is_map_style
 
 SAMPLED = 1024
 """Values of each weight in a `weights_sample`."""
@@ -39,80 +41,58 @@ def weights_sample(model: nn.Module) -> str:
     return _hash_of(model, _samples(unwrapped(model)))
 
 
-def teacher_identity(
-    teacher: nn.Module | None, pooling: Any, dataset: Any, wants_embedding: bool, wants_logits: bool
-) -> dict[str, str]:
-    """Where the embeddings and the logits come from that a run learns: a teacher, or a cached column of its data set.
+def teacher_identity(teacher: Teacher, pooling: Any, training_set: Preview) -> dict[str, str]:
+    """Where the embeddings and the logits come from that a run learns: a model, or a cached column of its data set.
 
     Args:
-        teacher: The model, where there is one.
+        teacher: The teacher, and what is wanted of it.
         pooling: How its embedding is pooled.
-        dataset: The training set. Of a stream's cached columns only the name is known.
-        wants_embedding: Whether the run learns embeddings.
-        wants_logits: Whether it learns logits.
+        training_set: The examples. Of a stream's cached columns only the name is known.
 
     Returns:
         By the name of the column: what stands for its source.
     """
-    name = pooling if isinstance(pooling, str) else getattr(pooling, "__qualname__", type(pooling).__qualname__)
     identity, model = {}, ""
     for column, wanted, how in (
-        ("teacher_embedding", wants_embedding, f", pooling {name}"),
-        ("teacher_logits", wants_logits, ""),
+        ("teacher_embedding", teacher.wants_embedding, f", pooling {name_of(pooling)}"),
+        ("teacher_logits", teacher.wants_logits, ""),
     ):
-        if wanted and (teacher is None or _has_column(dataset, column)):
-            identity[column] = f"cached outputs {_column_sample(dataset, column)}"
-        elif wanted and teacher is not None:
-            model = model or f"{type(unwrapped(teacher)).__name__} {weights_sample(teacher)[:16]}"
+        if wanted and (teacher.model is None or training_set.has(column)):
+            identity[column] = f"cached outputs {_column_sample(training_set, column)}"
+        elif wanted:
+            model = model or f"{type(unwrapped(teacher.model)).__name__} {weights_sample(teacher.model)[:16]}"
             identity[column] = model + how
     return identity
 
 
-def is_of_teacher(about: dict[str, str], identity: dict[str, str], checkpoint: str, ignore_change: bool) -> bool:
-    """Whether a checkpoint was written with this teacher.
+def check_identity(about: dict[str, str], identity: dict[str, str], checkpoint: str) -> None:
+    """Raise a ValueError for a checkpoint whose bank is of another teacher than this run's.
 
     Args:
-        about: What its sidecar says.
-        identity: `teacher_identity` of this run.
+        about: What the checkpoint says of itself.
+        identity: Of this run's teacher.
         checkpoint: Its folder, for the message.
-        ignore_change: Whether another teacher is what the user wants.
-
-    Raises:
-        ValueError: It was another, and that is not wanted.
     """
     known = identity.keys() & about.keys()  # a term that was off then has no source to compare
     changed = sorted(column for column in known or identity if about.get(column) != identity[column])
-    if changed and not ignore_change:
+    if changed:
         there = ", ".join(f"{column} from {about.get(column, 'one that it does not name')}" for column in changed)
         here = ", ".join(f"{column} from {identity[column]}" for column in changed)
         raise ValueError(
             f"{checkpoint} was written with another teacher: {there}; this run has {here}. Pass the same teacher, or "
-            "set ignore_teacher_change=True to go on with this one: the student and its head are kept, the projection "
-            "and the bank are measured anew."
+            "start a new run from the student: `from_pretrained` loads it from the checkpoint."
         )
-    return not changed
 
 
-def _has_column(dataset: Any, column: str) -> bool:
-    if getattr(dataset, "column_names", None) is not None:
-        return column in dataset.column_names
-    example = dataset[0] if _is_map_style(dataset) else None  # a stream may be one that can be read once
-    return isinstance(example, Mapping) and column in example
-
-
-def _is_map_style(dataset: Any) -> bool:
-    return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-
-
-def _column_sample(dataset: Any, column: str) -> str:
+def _column_sample(training_set: Preview, column: str) -> str:
     """Of some rows of a cached column, or of one where each would have to be made."""
-    digest = hashlib.sha256(column.encode())
-    if column == "teacher_embedding" and has_cached_embeddings(dataset) and _is_map_style(dataset):
+    digest, dataset = hashlib.sha256(column.encode()), training_set.dataset
+    if column == "teacher_embedding" and has_cached_embeddings(dataset) and is_map_style(dataset):
         rows = dataset.select(range(0, len(dataset), max(1, len(dataset) // SAMPLED_ROWS)))
         digest.update(cached_embeddings(rows).numpy().tobytes())
-    elif _is_map_style(dataset) and _has_column(dataset, column):
+    elif is_map_style(dataset) and training_set.has(column):
         with named_errors(f"reading the column `{column}`"):
-            digest.update(repr(torch.as_tensor(dataset[0][column]).flatten().tolist()).encode())
+            digest.update(repr(torch.as_tensor(training_set.example[column]).flatten().tolist()).encode())
     return digest.hexdigest()[:16]
 
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hf_rrd.training.objective import TERMS
+TERMS = ("task_loss", "kd_loss", "relational_loss", "relational_kl")
+"""The terms' names, in the order of the log."""
 
 PERPLEXITY = "teacher_perplexity"
 """Over how many rows of the bank the target is spread; logged beside the relational loss."""
@@ -16,17 +17,17 @@ NEAR_ONE = 1.1
 
 
 class TermLog:
-    """What the terms came to since the last log line, and during an evaluation.
-
-    Adding never waits for the device. The window between two log lines is part of a checkpoint, so that the line after
-    a resumption says the same as it would have without one.
-    """
+    """What the terms came to since the last log line, and during an evaluation. Adding never waits for the device."""
 
     def __init__(self) -> None:
         self.window: dict[str, Tensor] = {}
         self.lines_near_one = 0  # on end
         self._evaluated: list[Tensor] = []
         self._evaluated_names: list[str] = []
+
+    def start_training(self) -> None:
+        """Forget an earlier training."""
+        self.window, self.lines_near_one = {}, 0
 
     def add(self, terms: dict[str, Tensor], share: float | Tensor) -> None:
         """Add a micro-batch.
@@ -40,10 +41,6 @@ class TermLog:
             self._sum(name, term.detach().float().mean() * share)
         self._sum("steps", torch.as_tensor(share, dtype=torch.float32))
 
-    def add_loss(self, loss: Tensor) -> None:
-        """Add what a micro-batch gave to the Trainer's own sum of losses."""
-        self._sum("loss", loss)
-
     def _sum(self, name: str, value: Tensor) -> None:
         self.window[name] = self.window[name] + value if name in self.window else value
 
@@ -51,40 +48,21 @@ class TermLog:
         """The terms that were nan or inf since the last line."""
         return [name for name in TERMS if name in self.window and not self.window[name].isfinite()]
 
-    def state(self, across: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """The sums over the processes, in one collective.
-
-        Args:
-            across: From this process's sums, (names,), to what is wanted of all: their mean, (names,), or all of them,
-                (processes, names).
-
-        Returns:
-            By name, a scalar or (processes,).
-        """
-        if not self.window:
-            return {}
-        device = next(iter(self.window.values())).device
-        sums = across(torch.stack([value.to(device) for value in self.window.values()]))
-        return dict(zip(self.window, sums.unbind(-1), strict=True))
-
-    def load_state(self, state: dict[str, Tensor], process: int, processes: int, device: torch.device) -> None:
-        """Take over the sums of all processes, (processes,) by name: each its own; of another number their mean."""
-        self.window = {
-            name: (sums[process] if sums.shape == (processes,) else sums.mean()).to(device)
-            for name, sums in state.items()
-        }
-
     def line(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The mean of each term per optimizer step since the last line, which ends the window.
 
         With the relational loss comes `teacher_perplexity`: how many rows of the bank the target is spread over.
+
+        Args:
+            reduce: From this process's sums to their mean over the processes, in one collective.
         """
-        sums, self.window = self.state(reduce), {}
-        names = [name for name in TERMS if name in sums]
+        window, self.window = self.window, {}
+        names = [name for name in TERMS if name in window]
         if not names:
             return {}
-        means = torch.stack([sums[name] for name in names]) / sums["steps"]
-        line = _with_perplexity(dict(zip(names, means.tolist(), strict=True)))
+        device = window[names[0]].device
+        sums = reduce(torch.stack([window[name].to(device) for name in (*names, "steps")]))
+        line = _with_perplexity(dict(zip(names, (sums[:-1] / sums[-1]).tolist(), strict=True)))
         self.lines_near_one = self.lines_near_one + 1 if line.get(PERPLEXITY, NEAR_ONE) < NEAR_ONE else 0
         return line
 

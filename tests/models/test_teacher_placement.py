@@ -43,7 +43,7 @@ def test_an_offloaded_teacher_stays_where_it_is_and_teaches_the_same(
     run = trainer(tmp_path / "offloaded run", teacher=teacher, **settings)
     run.train()
     assert any(weight.is_meta for weight in teacher.parameters())
-    assert run._teacher is not None and run._teacher.width == 24  # measured by a forward
+    assert run._teacher.width == 24  # measured by a forward
     assert log_of(run) == log_of(expected)
 
 

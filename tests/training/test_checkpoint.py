@@ -16,9 +16,9 @@ from hf_rrd.models.head import HEAD, attach_head
 from hf_rrd.training import checkpoint
 from hf_rrd.training.checkpoint import (
     SIDECAR,
+    flaw_in,
     has_sidecar,
     invalidate,
-    is_complete,
     last_complete_checkpoint,
     load_sidecar,
     load_student,
@@ -39,7 +39,6 @@ def state_of(seed: int = 0) -> dict[str, dict[str, Tensor]]:
         },
         "bank": {"rows": torch.randn(7, 3, generator=generator, dtype=torch.float64)},
         "teacher_projection": {"mean": torch.empty(0, 3), "matrix": torch.empty(0, 3)},
-        "log": {"steps": torch.tensor([1.5, 1.0]), "last_logged_step": torch.tensor(12)},
     }
 
 
@@ -129,7 +128,7 @@ def test_a_checkpoint_whose_state_is_absent_or_cut_off_is_passed_over(tmp_path: 
     make_checkpoint(tmp_path, "checkpoint-9")
     make_checkpoint(tmp_path, "checkpoint-10")
     broken = make_checkpoint(tmp_path, "checkpoint-11", state)
-    assert not is_complete(broken)
+    assert flaw_in(broken) is not None
     assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
 
 
@@ -151,17 +150,17 @@ def test_a_folder_without_a_complete_checkpoint_gives_none(tmp_path: Path) -> No
 
 def test_an_invalidated_checkpoint_is_incomplete_until_its_state_is_written_again(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, "checkpoint-4")
-    assert is_complete(path)
+    assert flaw_in(path) is None
     invalidate(str(path))
     invalidate(str(path))  # once more is no error
-    assert not is_complete(path)
+    assert flaw_in(path) is not None
     (path / "trainer_state.json").write_text(json.dumps({"global_step": 4}), encoding="utf-8")
-    assert is_complete(path)
+    assert flaw_in(path) is None
 
 
 def test_what_killed_writes_left_half_done_is_cleared_away_and_never_asked_for(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, "checkpoint-4")
-    for name in (".tmpA1b2C3", f"{SIDECAR}x1y2.tmp", "kept.bin", "checkpoint-is-incomplete.txt"):
+    for name in (".tmpA1b2C3", f".{SIDECAR}.x1y2.tmp", "kept.bin", "checkpoint-is-incomplete.txt"):
         (path / name).write_bytes(b"half")
     assert json.loads(sizes_of(str(path))) == {"kept.bin": 4}
     (path / "checkpoint-is-incomplete.txt").unlink()  # as the Trainer's just-in-time checkpoints do

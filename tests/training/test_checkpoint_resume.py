@@ -3,20 +3,18 @@
 import json
 import multiprocessing
 import random
-import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_rrd.training.checkpoint import SIDECAR, last_complete_checkpoint, sidecar_of
-from tests.builders import free_port, tiny_vit, trainer
+from hf_rrd.training.checkpoint import SIDECAR, last_complete_checkpoint
+from tests.builders import free_port
 from tests.resume_worker import STEPS, run
 
 needs_resume_of_several = pytest.mark.skipif(
@@ -42,7 +40,6 @@ class Job:
     context: ForkServerContext
     family: str
     processes: int = 1
-    settings: dict[str, Any] = field(default_factory=dict)
 
     def train(self, folder: Path, kill_at: int | None = None, delay: float = 0, victim: int = 0) -> list[int | None]:
         """Train to the end, or until a SIGKILL to one process some time after a step began; returns the exit codes.
@@ -51,9 +48,7 @@ class Job:
         """
         step, port = self.context.Value("i", -1), free_port()
         children = [
-            self.context.Process(
-                target=run, args=(rank, self.processes, port, self.family, str(folder), step), kwargs=self.settings
-            )
+            self.context.Process(target=run, args=(rank, self.processes, port, self.family, str(folder), step))
             for rank in range(self.processes)
         ]
         for child in children:
@@ -105,12 +100,10 @@ def test_a_run_killed_at_a_random_moment_ends_bitwise_as_the_undisturbed_one(
     Job(context, family).kill_and_resume(undisturbed[family], tmp_path, seed=f"{family} {kill}")
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["one bank", "a bank each"])
-def pair(
-    request: pytest.FixtureRequest, context: ForkServerContext, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Job, Path]:
+@pytest.fixture(scope="module")
+def pair(context: ForkServerContext, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
     """A job of two processes, and what they leave undisturbed."""
-    job, folder = Job(context, "vit", 2, {"gather_bank": request.param}), tmp_path_factory.mktemp("pair")
+    job, folder = Job(context, "vit", 2), tmp_path_factory.mktemp("pair")
     assert job.train(folder) == [0, 0]
     return job, folder
 
@@ -124,34 +117,8 @@ def test_two_processes_of_which_one_is_killed_end_bitwise_as_undisturbed(
     job.kill_and_resume(undisturbed, tmp_path, seed=f"pair {kill}", victim=kill % 2)
 
 
-def test_banks_of_their_own_differ_and_are_saved_by_each(pair: tuple[Job, Path]) -> None:
-    job, folder = pair
-    banks = [load_file(folder / f"left-{rank}.safetensors")["bank"] for rank in range(2)]
-    assert torch.equal(*banks) == job.settings["gather_bank"]
-    saved = folder / f"checkpoint-{STEPS}" / sidecar_of(1)
-    assert saved.is_file() != job.settings["gather_bank"]
-    if saved.is_file():
-        assert torch.equal(load_file(saved)["bank.rows"], banks[1])
-
-
-def test_banks_of_their_own_are_not_resumed_by_another_number_of_processes(
-    context: ForkServerContext, pair: tuple[Job, Path], tmp_path: Path
-) -> None:
-    job, folder = pair
-    checkpoint = shutil.copytree(folder / "checkpoint-12", tmp_path / "checkpoint-12")
-    run = trainer(tmp_path, model=tiny_vit(), kd_weight=0.5, gather_bank=job.settings["gather_bank"], max_steps=STEPS)
-    if job.settings["gather_bank"]:
-        run.train(resume_from_checkpoint=str(checkpoint))
-    else:
-        with pytest.raises(ValueError, match="holds a bank for each of 2 processes .*, and this run has 1"):
-            run.train(resume_from_checkpoint=str(checkpoint))
-
-
-def test_the_undisturbed_run_logs_across_checkpoints(undisturbed: dict[str, Path]) -> None:
-    lines = json.loads((undisturbed["vit"] / "log-0.json").read_text())
-    assert [line["step"] for line in lines] == [3, 6, 9, 12]
+def test_the_undisturbed_run_leaves_a_full_bank(undisturbed: dict[str, Path]) -> None:
     checkpoint = last_complete_checkpoint(str(undisturbed["vit"]))
     assert checkpoint is not None
     sidecar = load_file(Path(checkpoint, SIDECAR))
     assert sidecar["bank.rows"].shape == (20, 24)  # 14 steps of 8 went through a bank of 20
-    assert int(sidecar["log.last_logged_step"]) == 12

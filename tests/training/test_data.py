@@ -10,7 +10,6 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
-    BertForSequenceClassification,
     DataCollatorWithPadding,
     PreTrainedTokenizerFast,
     Wav2Vec2FeatureExtractor,
@@ -18,16 +17,8 @@ from transformers import (
 )
 
 from hf_rrd import DataCollatorForDistillation
-from hf_rrd.training.data import (
-    cached_shape,
-    check_dataset,
-    check_labels,
-    column_names,
-    forward_columns,
-    student_inputs,
-    teacher_inputs,
-)
-from tests.builders import Images, Texts, tiny_bert
+from hf_rrd.training.data import Preview, check_dataset, sample_of
+from tests.builders import Images, Texts
 
 
 def tokenizer(*words: str) -> PreTrainedTokenizerFast:
@@ -163,46 +154,6 @@ def test_the_collator_shows_the_students_tokenizer_alone() -> None:
     assert DataCollatorForDistillation(ImageProcessorLike(), TEACHER).tokenizer is None
 
 
-@pytest.mark.parametrize(
-    ("inputs", "expected"),
-    [
-        ({"input_ids": 1, "attention_mask": 2, "labels": 3}, {"input_ids": 1, "attention_mask": 2}),
-        ({"input_ids": 1, "special": 2, "label": 3, "label_ids": 4}, {"input_ids": 1}),
-        ({"input_ids": 1, "teacher_input_ids": 2}, {"input_ids": 2}),
-        ({"input_ids": 1, "attention_mask": 3, "teacher_id": 2}, {"input_ids": 1, "attention_mask": 3}),
-        ({"input_ids": 1, "teacher_embedding": 2, "teacher_logits": 3}, {"input_ids": 1}),
-        ({"teacher_embedding": 2, "teacher_input_ids": 3}, {"input_ids": 3}),
-        ({"pixel_values": 1}, {}),
-    ],
-)
-def test_the_teacher_sees_its_own_columns_or_what_it_shares_and_never_labels(
-    inputs: dict[str, int], expected: dict[str, int]
-) -> None:
-    assert teacher_inputs(inputs, ["input_ids", "attention_mask", "labels", "label"]) == expected
-
-
-def test_the_student_sees_the_batch_without_what_is_only_for_the_teacher() -> None:
-    inputs = {
-        "input_ids": 1,  # both take it
-        "labels": 2,  # the student alone
-        "token_type_ids": 3,  # the teacher alone
-        "num_items": 4,  # neither: left to the student, as in Trainer
-        "teacher_input_ids": 5,
-        "teacher_embedding": 6,
-        "teacher_logits": 7,
-    }
-    seen = student_inputs(inputs, ["input_ids", "labels"], ["input_ids", "token_type_ids"])
-    assert seen == {"input_ids": 1, "labels": 2, "num_items": 4}
-
-
-def test_the_forward_columns_are_the_arguments_of_the_models_forward() -> None:
-    columns = forward_columns(tiny_bert())
-    assert columns[:3] == ["input_ids", "attention_mask", "token_type_ids"]
-    assert "labels" in columns
-    assert "self" not in columns
-    assert isinstance(tiny_bert(), BertForSequenceClassification)
-
-
 def arrow(**columns: list[Any]) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns)
 
@@ -246,7 +197,7 @@ TWO = {"image": [1, 2], "label": [0, 1]}
     ],
 )
 def test_columns_are_known_where_they_can_be_read_without_a_stream(dataset: Any, expected: set[str] | None) -> None:
-    assert column_names(dataset) == expected
+    assert Preview(dataset).columns == expected
 
 
 @pytest.mark.parametrize(
@@ -265,17 +216,17 @@ def test_columns_are_known_where_they_can_be_read_without_a_stream(dataset: Any,
     ],
 )
 def test_the_cached_shape_is_that_of_the_first_embedding(dataset: Any, expected: int | None) -> None:
-    assert cached_shape(dataset) == (None if expected is None else (expected, torch.float32))
+    assert Preview(dataset).cached_shape == (None if expected is None else (expected, torch.float32))
 
 
 @pytest.mark.parametrize("label", ["label", "label_ids", "labels", "start_positions"])
 def test_a_training_set_with_labels_under_any_known_name_is_taken(label: str) -> None:
-    assert check_labels(arrow(x=[1], **{label: [0]}), ["labels", "start_positions"]) is None
+    assert Preview(arrow(x=[1], **{label: [0]})).check_labels(["labels", "start_positions"]) is None
 
 
 @pytest.mark.parametrize("dataset", [Stream(), Pairs(), arrow(x=[1]).with_transform(lambda batch: batch)])
 def test_a_training_set_of_unknown_columns_is_taken(dataset: Any) -> None:
-    assert check_labels(dataset, ["labels"]) is None
+    assert Preview(dataset).check_labels(["labels"]) is None
 
 
 @pytest.mark.parametrize("dataset", [arrow(x=[1], target=[0]), [{"x": 1, "target": 0}]])
@@ -283,7 +234,7 @@ def test_a_training_set_without_labels_is_refused_with_its_columns(dataset: Any)
     with pytest.raises(
         ValueError, match=r"none of \['label', 'label_ids', 'labels'\] is .* \['target', 'x'\].*task_w"
     ):
-        check_labels(dataset, ["labels"])
+        Preview(dataset).check_labels(["labels"])
 
 
 @pytest.mark.parametrize("dataset", [Images(1), arrow(x=[1]), Stream(), Stream(count=0), None, {"a": [1], "b": [2]}])
@@ -304,3 +255,20 @@ def test_a_data_set_that_is_not_known_to_be_empty_is_taken(dataset: Any) -> None
 def test_an_empty_data_set_is_refused_by_its_name(dataset: Any, name: str) -> None:
     with pytest.raises(ValueError, match=f"`{name}` is empty, got 0 examples. Pass at least one"):
         check_dataset("train", dataset)
+
+
+def test_a_sample_is_drawn_without_repetition_and_by_its_seed() -> None:
+    data = datasets.Dataset.from_dict({"x": list(range(50))})
+    first, again, other = (sample_of(data, 20, seed)["x"][:] for seed in (3, 3, 4))
+    assert first == again != other
+    assert len(set(first)) == 20
+    assert [row["x"] for row in sample_of(list(data), 20, 3)] == first
+
+
+def test_a_sample_of_a_smaller_set_is_the_whole_set() -> None:
+    assert sorted(sample_of(datasets.Dataset.from_dict({"x": [1, 2, 3]}), 20, 0)["x"]) == [1, 2, 3]
+
+
+def test_a_sample_of_a_stream_is_its_beginning() -> None:
+    stream = datasets.Dataset.from_dict({"x": list(range(50))}).to_iterable_dataset()
+    assert [row["x"] for row in sample_of(stream, 4, 0)] == [0, 1, 2, 3]

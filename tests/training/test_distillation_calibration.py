@@ -9,19 +9,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from sklearn.decomposition import PCA
 from torch import Tensor
 
 from hf_rrd import RelationalDistillationTrainer
-from hf_rrd.models.teacher import MEASURED_PROJECTIONS, TeacherProjection
-from hf_rrd.training.calibration import preserved_randomness, sample_of
+from hf_rrd.training.distillation import preserved_randomness
 from tests.builders import Images, log_of, tiny_vit, trainer
-
-
-def embeddings(count: int = 60, width: int = 8, seed: int = 0) -> Tensor:
-    """Rows of unequal variance around a mean that is not 0."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, width, generator=generator) * torch.arange(1, width + 1) + 5
 
 
 def unit(rows: Tensor) -> Tensor:
@@ -37,87 +29,6 @@ def embeddings_of(images: Images) -> Tensor:
 def bank_of(run: RelationalDistillationTrainer) -> Tensor:
     assert run.distillation.bank is not None
     return run.distillation.bank.filled
-
-
-# ---- The projection ----
-
-
-def test_center_takes_the_measured_mean_off() -> None:
-    rows = embeddings()
-    projection = TeacherProjection(8, None, "center", seed=0)
-    projection.fit(rows)
-    assert (projection(rows) - unit(rows - rows.mean(0))).abs().max() < 1e-6
-
-
-@pytest.mark.parametrize("dim", [1, 3, 8])
-def test_pca_is_scikit_learns_up_to_the_signs_of_its_directions(dim: int) -> None:
-    rows, others = embeddings(), embeddings(7, seed=1)
-    projection = TeacherProjection(8, dim, "pca", seed=0)
-    projection.fit(rows)
-    expected = unit(torch.tensor(PCA(dim).fit(rows.double().numpy()).transform(others.double().numpy())))
-    assert (projection(others).abs() - expected.abs()).abs().max() < 1e-5
-
-
-def test_a_centred_random_projection_is_orthonormal_and_takes_the_mean_off_first() -> None:
-    rows = embeddings()
-    projection = TeacherProjection(8, 3, "centered_orthogonal", seed=0)
-    projection.fit(rows)
-    matrix = projection.state_dict()["matrix"]
-    assert (matrix.T @ matrix - torch.eye(3)).abs().max() < 1e-6
-    assert (projection(rows) - unit((rows - rows.mean(0)) @ matrix)).abs().max() < 1e-5
-
-
-def test_rows_keep_their_length_where_a_loss_takes_embeddings_as_they_are() -> None:
-    rows = embeddings()
-    assert torch.equal(TeacherProjection(8, None, "none", seed=0, unit=False)(rows), rows)
-
-
-def test_a_projection_that_was_not_measured_says_what_it_needs() -> None:
-    with pytest.raises(ValueError, match="'pca' is measured on training examples.*`train_dataset`"):
-        TeacherProjection(8, 3, "pca", seed=0)(embeddings())
-
-
-@pytest.mark.parametrize("count", [0, 3])
-def test_pca_of_too_few_examples_is_refused(count: int) -> None:
-    with pytest.raises(ValueError, match=f"'pca'.*examples to measure, got {count}"):
-        TeacherProjection(8, 3, "pca", seed=0).fit(embeddings(count))
-
-
-@pytest.mark.parametrize("kind", ["none", "center", "pca", "orthogonal", "centered_orthogonal"])
-def test_a_saved_projection_gives_the_same_rows_bitwise(kind: str) -> None:
-    dim = None if kind in ("none", "center") else 3
-    saved, loaded = TeacherProjection(8, dim, kind, seed=0), TeacherProjection(8, dim, kind, seed=1)
-    if kind in MEASURED_PROJECTIONS:
-        saved.fit(embeddings())
-    loaded.load_state_dict(saved.state_dict())
-    assert torch.equal(saved(embeddings(seed=2)), loaded(embeddings(seed=2)))
-
-
-def test_a_saved_projection_of_another_kind_is_refused() -> None:
-    measured = TeacherProjection(8, None, "center", seed=0)
-    measured.fit(embeddings())
-    with pytest.raises(ValueError, match="the saved teacher projection has .*mean.*teacher_projection='none'"):
-        TeacherProjection(8, None, "none", seed=0).load_state_dict(measured.state_dict())
-
-
-# ---- The sample ----
-
-
-def test_a_sample_is_drawn_without_repetition_and_by_its_seed() -> None:
-    data = datasets.Dataset.from_dict({"x": list(range(50))})
-    first, again, other = (sample_of(data, 20, seed)["x"][:] for seed in (3, 3, 4))
-    assert first == again != other
-    assert len(set(first)) == 20
-    assert [row["x"] for row in sample_of(list(data), 20, 3)] == first
-
-
-def test_a_sample_of_a_smaller_set_is_the_whole_set() -> None:
-    assert sorted(sample_of(datasets.Dataset.from_dict({"x": [1, 2, 3]}), 20, 0)["x"]) == [1, 2, 3]
-
-
-def test_a_sample_of_a_stream_is_its_beginning() -> None:
-    stream = datasets.Dataset.from_dict({"x": list(range(50))}).to_iterable_dataset()
-    assert [row["x"] for row in sample_of(stream, 4, 0)] == [0, 1, 2, 3]
 
 
 def test_randomness_goes_on_as_if_nothing_had_been_drawn() -> None:
@@ -170,7 +81,7 @@ def test_measuring_leaves_order_and_dropout_of_the_run_alone(tmp_path: Path) -> 
     assert logs[0] == logs[1]
 
 
-@pytest.mark.parametrize("kind, dim", [("center", None), ("pca", 6), ("centered_orthogonal", 6)])
+@pytest.mark.parametrize("kind, dim", [("center", None), ("pca", 6)])
 def test_a_resumed_run_keeps_the_measured_projection_and_measures_nothing(
     tmp_path: Path, kind: str, dim: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,9 +98,9 @@ def test_a_resumed_run_keeps_the_measured_projection_and_measures_nothing(
     resumed = trainer(tmp_path, **settings)
     monkeypatch.setattr(resumed, "_calibrate", lambda: pytest.fail("measured again"))
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert whole._projection is not None and resumed._projection is not None
-    for name, tensor in whole._projection.state_dict().items():
-        assert torch.equal(tensor, resumed._projection.state_dict()[name])
+    assert whole.distillation.projection is not None and resumed.distillation.projection is not None
+    for name, tensor in whole.distillation.projection.state_dict().items():
+        assert torch.equal(tensor, resumed.distillation.projection.state_dict()[name])
     assert torch.equal(bank_of(whole), bank_of(resumed))
     for mine, theirs in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
@@ -209,8 +120,8 @@ def test_cached_embeddings_are_read_from_their_column(tmp_path: Path) -> None:
         max_steps=1,
     )
     run.train()
-    assert run._projection is not None
-    assert (run._projection.state_dict()["mean"] - known.mean(0)).abs().max() < 1e-5
+    assert run.distillation.projection is not None
+    assert (run.distillation.projection.state_dict()["mean"] - known.mean(0)).abs().max() < 1e-5
     assert len(bank_of(run)) == 48
 
 
@@ -226,8 +137,8 @@ def test_a_stream_is_measured_at_its_beginning(tmp_path: Path) -> None:
     run = trainer(tmp_path, train_dataset=Stream(), calibration_examples=16, teacher_projection="center", max_steps=2)
     run.train()
     known = embeddings_of(Images(40))[:16]
-    assert run._projection is not None
-    assert (run._projection.state_dict()["mean"] - known.mean(0)).abs().max() < 1e-5
+    assert run.distillation.projection is not None
+    assert (run.distillation.projection.state_dict()["mean"] - known.mean(0)).abs().max() < 1e-5
 
 
 def test_a_teacher_that_is_not_finite_is_found_before_the_first_step(tmp_path: Path) -> None:

@@ -1,0 +1,66 @@
+"""Which columns of a batch reach the student, and which the teacher."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from hf_rrd.models.body import unwrapped
+
+TEACHER_PREFIX = "teacher_"
+"""Columns with this prefix reach the teacher, without it."""
+
+CACHED_COLUMNS = ("teacher_embedding", "teacher_logits")
+"""Columns that stand in for a teacher: (batch, width) and (batch, classes)."""
+
+Accepted = list[str] | None
+"""The names of a forward's arguments; None for a forward that takes anything."""
+
+
+def forward_columns(model: nn.Module) -> Accepted:
+    """The names of a model's forward arguments; None for a forward that takes `**kwargs` alone."""
+    parameters = inspect.signature(unwrapped(model).forward).parameters.values()
+    names = [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+    return names or None
+
+
+def is_teacher_input(name: str) -> bool:
+    """Whether a column is for the teacher's forward, by its prefix."""
+    return name.startswith(TEACHER_PREFIX) and name not in CACHED_COLUMNS
+
+
+def teacher_inputs(inputs: Mapping[str, Any], accepted: Accepted) -> dict[str, Any]:
+    """What the teacher sees of a batch: its `teacher_` columns, or without any what it shares with the student.
+
+    Args:
+        inputs: The batch.
+        accepted: `forward_columns` of the teacher.
+    """
+    prefixed = {name.removeprefix(TEACHER_PREFIX): value for name, value in inputs.items() if is_teacher_input(name)}
+    shared = {name: value for name, value in inputs.items() if not name.startswith(TEACHER_PREFIX)}
+
+    def read(columns: dict[str, Any]) -> dict[str, Any]:
+        # Labels stay away: the teacher's loss is nobody's, and its classes may differ.
+        return {name: value for name, value in columns.items() if _takes(accepted, name) and "label" not in name}
+
+    return read(prefixed) or read(shared)
+
+
+def student_inputs(inputs: Mapping[str, Any], accepted: Accepted, teacher_accepted: Accepted) -> dict[str, Any]:
+    """The batch without what is only there for the teacher, such as `token_type_ids` beside a DistilBERT student.
+
+    Args:
+        inputs: The batch.
+        accepted: `forward_columns` of the student.
+        teacher_accepted: Those of the teacher; [] where there is none.
+    """
+    return {
+        name: value
+        for name, value in inputs.items()
+        if not name.startswith(TEACHER_PREFIX) and (_takes(accepted, name) or not _takes(teacher_accepted, name))
+    }
+
+
+def _takes(accepted: Accepted, name: str) -> bool:
+    return accepted is None or name in accepted

@@ -1,0 +1,158 @@
+"""The embedding of an example: the output of a model's body, pooled to one row."""
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
+from transformers.models import auto
+
+from hf_rrd.models.body import body_of, keep_next, main_input_of, place_of, take_kept, watch
+from hf_rrd.models.pooling import POOLERS
+
+Pooling = str | Callable[..., Any]
+"""A key of `POOLERS`, "auto", or a function from the body's output and the attention mask to (batch, width)."""
+
+
+def embed(
+    model: nn.Module, inputs: dict[str, Any], pooling: Pooling = "auto", return_outputs: bool = False
+) -> Tensor | tuple[Tensor, Any]:
+    """The embedding that training compares: one forward of a model, its body's output pooled.
+
+    With gradients, unless called under `torch.no_grad`. Of many models it is not a pooled `hidden_states[-1]`: a ViT
+    is compared by what comes after its last layer norm.
+
+    Args:
+        model: A transformers model with a head or without, also inside PEFT or DistributedDataParallel.
+        inputs: Of its forward. `attention_mask` says which tokens are padding.
+        pooling: `"auto"`, `"cls"`, `"mean"`, `"max"`, `"last_token"`, `"pooler"`, `"gap"`, or a function
+            `(body_output, attention_mask) -> (batch, width)`. "auto" is that of the trainer.
+        return_outputs: Whether to return what the forward gave, too, such as its logits.
+
+    Returns:
+        (batch, width), in the dtype of the forward; with `return_outputs` a tuple of it and the model's output.
+
+    Raises:
+        ValueError: The model has no body that returns hidden states, or the pooling does not suit it.
+
+    Example:
+
+    ```python
+    teacher_rows = embed(teacher, batch)  # (batch, width)
+    student_rows, outputs = embed(student, batch, return_outputs=True)
+    ```
+    """
+    embedder = Embedder(extract_model_from_parallel(model, keep_torch_compile=False), pooling)
+    unwatch = watch(embedder.body)
+    keep_next(embedder.body)
+    try:
+        outputs = model(**inputs)
+        embedding = embedder.pool(take_kept(embedder.body), inputs.get("attention_mask"))
+    finally:
+        unwatch()
+    return (embedding, outputs) if return_outputs else embedding
+
+
+class Embedder:
+    """A model's body and the pooling of its output.
+
+    Args:
+        model: A transformers model, or a PEFT model around one.
+        pooling: As of `embed`.
+        argument: The name under which the user gave the pooling, for messages.
+    """
+
+    def __init__(self, model: nn.Module, pooling: Pooling = "auto", argument: str = "pooling") -> None:
+        self.body = body_of(model)
+        self.pooling = auto_pooling(self.body) if pooling == "auto" else pooling
+        self._argument = argument
+
+    def pool(self, outputs: Any, attention_mask: Tensor | None) -> Tensor:
+        """From the body's output to (batch, width)."""
+        hidden = getattr(outputs, "last_hidden_state", None)
+        if attention_mask is not None and isinstance(hidden, Tensor) and hidden.dim() == 3:
+            length = hidden.shape[1]
+            if attention_mask.shape[-1] != length and hasattr(self.body, "_get_feature_vector_attention_mask"):
+                # Speech: the mask counts samples, the hidden states are frames.
+                attention_mask = self.body._get_feature_vector_attention_mask(length, attention_mask)
+        pooler = POOLERS[self.pooling] if isinstance(self.pooling, str) else self.pooling
+        pooled: Tensor = pooler(outputs, attention_mask)
+        return pooled
+
+    @cached_property
+    def width(self) -> int:
+        """The width of a pooled embedding, measured on one blank input.
+
+        A config does not say it for all: an OPT may project its output, a Wav2Vec2 may end with an adapter. Where the
+        body does not take a blank input, `hidden_size` of its config has to do.
+
+        Raises:
+            ValueError: The body gives no hidden states, or its width is neither in the config nor to be measured.
+        """
+        outputs, name = _blank_outputs(self.body), type(self.body).__name__
+        if outputs is None:
+            width = getattr(self.body.config, "hidden_size", None)
+            if not isinstance(width, int) or not isinstance(self.pooling, str):
+                raise ValueError(
+                    f"the width of {name}'s embedding is not in its config as `hidden_size`, and a blank input could "
+                    "not be run to measure it. Add it to the config."
+                )
+            return width
+        try:
+            pooled: Any = self.pool(outputs, None)
+        except Exception as error:
+            raise ValueError(
+                f"`{self._argument}` does not fit: the model needs a body that returns hidden states, {name} gave "
+                f"{type(outputs).__name__}: {error}"
+            ) from error
+        if not isinstance(pooled, Tensor) or pooled.dim() != 2:
+            shape = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
+            raise ValueError(
+                f"`{self._argument}`: a pooling must return a tensor of shape (batch, dim), {self.pooling!r} returned "
+                f"{shape}."
+            )
+        return pooled.shape[1]
+
+
+def auto_pooling(body: Any) -> str:
+    """The key of `POOLERS` that `"auto"` means for a body.
+
+    The last token of a decoder or of an encoder-decoder, the CLS token of a vision model that has one, otherwise the
+    mean over the unmasked tokens, or over the positions of a convolutional map.
+    """
+    family = body.config.model_type
+    reads_text = main_input_of(body) == "input_ids"
+    generates = (
+        family in auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and family not in auto.modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    )
+    if reads_text and (generates or (body.config.is_encoder_decoder and hasattr(body, "decoder"))):
+        return "last_token"
+    has_cls = any(name.endswith(("cls_token", "class_embedding")) for name, _ in body.named_parameters())
+    return "cls" if has_cls and not reads_text else "mean"
+
+
+@torch.no_grad()
+def _blank_outputs(body: Any) -> Any:
+    """The body's output for one blank input of its kind, or None where it does not take one."""
+    training = body.training
+    body.eval()
+    try:
+        return body(**{main_input_of(body): _blank_input(body)})
+    except Exception:
+        return None
+    finally:
+        body.train(training)
+
+
+def _blank_input(body: Any) -> Tensor:
+    device, dtype = place_of(body)
+    if main_input_of(body) == "pixel_values":
+        size = getattr(body.config, "image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else size
+        return torch.zeros(1, getattr(body.config, "num_channels", 3), height, width, dtype=dtype, device=device)
+    if main_input_of(body) == "input_ids":
+        return torch.ones(1, 4, dtype=torch.long, device=device)
+    return torch.zeros(1, 16_000, dtype=dtype, device=device)

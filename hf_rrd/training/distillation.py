@@ -1,0 +1,235 @@
+"""What a student is compared with, and by which losses: one object, which a checkpoint holds."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_rrd.losses.bank import FeatureBank
+from hf_rrd.losses.in_batch import BATCH_LOSSES
+from hf_rrd.losses.logits import logit_terms
+from hf_rrd.losses.relational import infonce_terms, relational_terms
+from hf_rrd.models.teacher import Teacher, TeacherOutputs
+from hf_rrd.training.data import has_cached_embeddings, sample_of
+from hf_rrd.training.projection import TeacherProjection
+
+RELATIONAL_LOSSES = ("rrd", "infonce", *BATCH_LOSSES)
+"""The values of `relational_loss=`: the first two compare with the bank, the others within the micro-batch."""
+
+State = dict[str, dict[str, Tensor]]
+"""Tensors by group and name."""
+
+
+class Distillation:
+    """`task_weight * task + kd_weight * KD(kd_temperature) + relational_weight * relational(...)`. No parameters.
+
+    Owns the projection of the teacher's embeddings and the bank of them. Each example is compared with the bank as it
+    was before the step, plus one column of its own; rows wait until `update_bank` is called, once per optimizer step:
+    so a step is the same however its batch was cut.
+
+    Args:
+        args: A `RelationalDistillationConfig`. It is read at each step, so a callback may change a weight.
+        teacher: The teacher of the run: the width and the dtype of its embeddings, if the run learns them.
+
+    Attributes:
+        projection: Of the teacher's embeddings; None where the run learns none.
+        bank: The rows that they are compared with; None where the run learns none.
+    """
+
+    def __init__(self, args: Any, teacher: Teacher) -> None:
+        self.args = args
+        self.projection: TeacherProjection | None = None
+        self.bank: FeatureBank | None = None
+        self.pending: list[Tensor] = []
+        self._learned = {"relational_weight": teacher.wants_embedding, "kd_weight": teacher.wants_logits}
+        if teacher.width is not None:
+            self.projection = TeacherProjection(teacher.width, args.projection_dim, args.teacher_projection, args.seed)
+            self.bank = FeatureBank(self.rows, self.projection.dim, teacher.dtype)
+
+    @property
+    def rows(self) -> int:
+        """How many rows the settings give the bank: none for a loss that compares within the micro-batch."""
+        return 0 if self.args.relational_loss in BATCH_LOSSES else int(self.args.bank_size)
+
+    # ---- The loss ----
+
+    def terms(
+        self,
+        task_loss: Tensor | None,
+        logits: Tensor | None,
+        embedding: Tensor | None,
+        teacher: TeacherOutputs,
+        attention_mask: Tensor | None,
+        training: bool,
+    ) -> dict[str, Tensor]:
+        """The terms of one micro-batch by name, each of every example, (batch,), or their mean.
+
+        Args:
+            task_loss: A scalar; None where the task is not learned.
+            logits: The student's, (batch, classes) or (batch, length, classes).
+            embedding: The student's, projected, (batch, dim).
+            teacher: Of the same examples; what is None has no term.
+            attention_mask: Which of the tokens' logits count.
+            training: Evaluation leaves the bank as it is.
+
+        Raises:
+            ValueError: The teacher has logits, and the student has none.
+        """
+        terms = {} if task_loss is None else {"task_loss": task_loss}
+        if teacher.logits is not None:
+            if logits is None:
+                raise ValueError("`kd_weight` is above 0, but the student returns no logits. Set kd_weight=0.")
+            terms |= self.kd_terms(logits, teacher.logits, attention_mask)
+        if teacher.embedding is not None and embedding is not None:
+            terms |= self.relational_terms(embedding, teacher.embedding, training)
+        return terms
+
+    def relational_terms(self, student: Tensor, teacher_embedding: Tensor, training: bool) -> dict[str, Tensor]:
+        """Compare with the bank and, in training, remember the teacher's rows for it.
+
+        Args:
+            student: The student's projected embeddings, (batch, dim).
+            teacher_embedding: The teacher's, (batch, width).
+            training: Evaluation leaves the bank as it is.
+
+        Returns:
+            `relational_loss`, and of "rrd" also `relational_kl`: of each example, (batch,), or their mean.
+        """
+        assert self.projection is not None and self.bank is not None
+        args, teacher = self.args, self.projection(teacher_embedding)
+        student = student.to(teacher.device)
+        if args.relational_loss in BATCH_LOSSES:
+            return {"relational_loss": BATCH_LOSSES[args.relational_loss](student, teacher)}
+        # With no bank, or in an evaluation before the first step, the micro-batch itself is the bank. Own keys are in
+        # it.
+        within_batch = self.bank.size == 0 or (len(self.bank) == 0 and not training)
+        bank, include_own = (teacher, False) if within_batch else (self.bank.filled, args.include_own)
+        if training and self.bank.size > 0:
+            self.pending.append(teacher)
+        if args.relational_loss == "infonce":
+            own = include_own or not within_batch
+            return {"relational_loss": infonce_terms(student, teacher, bank, args.student_temperature, own)}
+        temperatures = (args.student_temperature, args.teacher_temperature)
+        loss, divergence = relational_terms(
+            student, teacher, bank, *temperatures, include_own, args.teacher_perplexity
+        )
+        return {"relational_loss": loss, "relational_kl": divergence}
+
+    def kd_terms(self, student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        """`kd_loss` of each example, (batch,), from (batch, classes) or masked (batch, length, classes) logits."""
+        terms = logit_terms(student_logits, teacher_logits, self.args.kd_temperature)
+        if terms.dim() > 1:
+            mask = torch.ones_like(terms) if mask is None or mask.shape != terms.shape else mask.to(terms.dtype)
+            terms = (terms * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)
+        return {"kd_loss": terms}
+
+    def total(self, terms: dict[str, Tensor]) -> Tensor:
+        """The weighted sum of the terms' means, a scalar. `relational_kl` is for reading and has no weight."""
+        weights = {
+            "task_loss": self.args.task_weight,
+            "kd_loss": self.args.kd_weight,
+            "relational_loss": self.args.relational_weight,
+        }
+        return torch.stack([weights[name] * term.mean() for name, term in terms.items() if name in weights]).sum()
+
+    # ---- The bank ----
+
+    def update_bank(self, gather: Callable[[Tensor], Tensor]) -> None:
+        """Put the rows of the finished step into the bank, as unit rows, which fit any dtype.
+
+        Args:
+            gather: From this process's rows, (n, dim), to those of all processes.
+        """
+        if self.bank is not None and self.pending:
+            rows = F.normalize(torch.cat(self.pending), dim=-1)
+            self.bank.enqueue(gather(rows.to(self.bank.filled.dtype)))
+        self.pending.clear()
+
+    def start(self) -> None:
+        """Begin a training: an empty bank, and the settings as they are by now, which a search may have changed.
+
+        Raises:
+            ValueError: A setting is out of its range, or needs what this object was made without.
+        """
+        self.args.validate()
+        for name, learned in self._learned.items():
+            if getattr(self.args, name) > 0 and not learned:
+                raise ValueError(
+                    f"`{name}` was 0 when the trainer was made and is {getattr(self.args, name)} now. Make a new "
+                    "trainer."
+                )
+        self.pending.clear()
+        if self.bank is not None:
+            self.bank.clear()
+            self.bank.size = self.rows
+
+    def calibrate(
+        self,
+        dataset: Any,
+        embed: Callable[[Any], Tensor],
+        share: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    ) -> None:
+        """Measure the teacher on some training examples: fit its projection, unless it is, and fill the bank.
+
+        Args:
+            dataset: The training set.
+            embed: From a data set to the teacher's embeddings, (examples, width), on all processes.
+            share: From the main process's projection to that of all.
+
+        Raises:
+            ValueError: An embedding is not finite, or there are too few to fit the projection.
+        """
+        projection, bank, examples = self.projection, self.bank, self.args.calibration_examples
+        if projection is None or bank is None or dataset is None or examples == 0:
+            return
+        # Cached embeddings cost nothing: they fill all of the bank.
+        filled = bank.size if has_cached_embeddings(dataset) else min(examples, bank.size)
+        count = filled if projection.is_ready else max(examples, filled)
+        if count == 0:
+            return
+        with preserved_randomness():
+            embeddings = embed(sample_of(dataset, count, self.args.seed))
+        if len(embeddings) == 0 and projection.is_ready:
+            return
+        if not embeddings.isfinite().all():
+            raise ValueError("the teacher's embedding is not finite (nan or inf) on examples of `train_dataset`.")
+        if not projection.is_ready:
+            projection.fit(embeddings[:examples])
+            projection.load_state_dict(share(projection.state_dict()))  # the same to the bit on all processes
+        bank.enqueue(F.normalize(projection(embeddings[: bank.size]), dim=-1))
+
+    # ---- A checkpoint ----
+
+    def state_dict(self) -> State:
+        """All there is to save: `teacher_projection` and `bank`, as far as there are any."""
+        parts = {"teacher_projection": self.projection, "bank": self.bank}
+        return {name: part.state_dict() for name, part in parts.items() if part is not None}
+
+    def load_state_dict(self, state: State) -> None:
+        """Take over what was saved.
+
+        Raises:
+            ValueError: It is of another teacher or of other settings.
+        """
+        if self.bank is not None:
+            self.bank.load_state_dict(state.get("bank", {}))
+        if self.projection is not None:
+            self.projection.load_state_dict(state.get("teacher_projection", {}))
+
+
+@contextmanager
+def preserved_randomness() -> Iterator[None]:
+    """Leave the random state of Python, NumPy and torch as it was, so that a run is the same with and without."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

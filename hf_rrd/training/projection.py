@@ -1,0 +1,118 @@
+"""From the teacher's embedding to the rows that are compared."""
+
+import torch
+from torch import Tensor
+
+TEACHER_PROJECTIONS = ("none", "center", "pca", "orthogonal")
+"""The values of `teacher_projection=`."""
+
+MEASURED_PROJECTIONS = ("center", "pca")
+"""Those that are measured on the teacher's embeddings before the first step."""
+
+
+class TeacherProjection:
+    """`(embedding - mean) @ matrix`, frozen.
+
+    Args:
+        width: Of the teacher's embedding.
+        dim: Of the result; None keeps the width.
+        kind: "none"; "center": less the mean; "pca": less the mean, onto the `dim` directions of largest variance;
+            "orthogonal": a random projection with orthonormal columns.
+        seed: Of the random projection.
+
+    Raises:
+        ValueError: `dim` differs from `width` without a projection, or is wider than it.
+    """
+
+    def __init__(self, width: int, dim: int | None, kind: str, seed: int) -> None:
+        self.kind = kind
+        self.width = width
+        self.dim = width if dim is None else dim
+        self.mean: Tensor | None = None  # (width,)
+        self.matrix: Tensor | None = None  # (width, dim), contiguous: as it comes out of a checkpoint, to the bit
+        if kind in ("none", "center") and self.dim != width:
+            raise ValueError(
+                f"`projection_dim` must be the teacher's width, {width}, with teacher_projection={kind!r}, got "
+                f"{dim}. Leave it out, or set teacher_projection='pca'."
+            )
+        if self.dim > width:
+            raise ValueError(f"`projection_dim` must be at most the teacher's width, {width}, got {dim}.")
+        if kind == "orthogonal":
+            generator = torch.Generator().manual_seed(seed)
+            # In float64 so that the columns are orthonormal to the last bit of float32.
+            square = torch.randn(width, self.dim, generator=generator, dtype=torch.float64)
+            self.matrix = torch.linalg.qr(square).Q.float().contiguous()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether nothing is left to measure."""
+        return self.kind not in MEASURED_PROJECTIONS or self.mean is not None
+
+    def fit(self, embedding: Tensor) -> None:
+        """Measure the mean and, for "pca", the directions on the teacher's embeddings, (examples, width).
+
+        Raises:
+            ValueError: There are no examples, or fewer than directions to find.
+        """
+        rows = embedding.detach().cpu().double()
+        if len(rows) == 0:
+            raise ValueError(f"teacher_projection={self.kind!r} needs training examples to measure, got 0.")
+        mean = rows.mean(0)
+        if self.kind == "pca":
+            if len(rows) <= self.dim:
+                raise ValueError(
+                    f"teacher_projection='pca' with `projection_dim` {self.dim} needs more than {self.dim} training "
+                    f"examples to measure, got {len(rows)}. Lower it, or set teacher_projection='center'."
+                )
+            covariance = (rows - mean).T @ (rows - mean)  # (width, width)
+            directions = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, : self.dim]  # largest variance first
+            largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))  # (1, dim)
+            # One sign of the two that each direction has.
+            self.matrix = (directions * largest.sign()).float().contiguous()
+        self.mean = mean.float()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All there is to save: `mean`, (width,), and `matrix`, (width, dim), as far as there are any."""
+        tensors = {"mean": self.mean, "matrix": self.matrix}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what was saved.
+
+        Raises:
+            ValueError: It is of another kind or another width.
+        """
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        kinds = {
+            "mean": (self.width,) if self.kind in MEASURED_PROJECTIONS else None,
+            "matrix": (self.width, self.dim) if self.kind not in ("none", "center") else None,
+        }
+        expected = {name: shape for name, shape in kinds.items() if shape is not None}
+        if shapes != expected:
+            raise ValueError(
+                f"the saved teacher projection has {shapes}, teacher_projection={self.kind!r} has {expected}. It was "
+                "saved with another teacher or other settings."
+            )
+        self.mean, self.matrix = state.get("mean"), state.get("matrix")
+
+    def __call__(self, embedding: Tensor) -> Tensor:
+        """From (batch, width) to rows in float32, (batch, dim)."""
+        if not self.is_ready:
+            raise ValueError(
+                f"teacher_projection={self.kind!r} is measured on training examples before the first step. Give the "
+                "trainer a `train_dataset`, or set teacher_projection='none'."
+            )
+        if embedding.shape[1:] != (self.width,):
+            raise ValueError(
+                f"`teacher_embedding` must be {self.width} wide, as that of the first example or of the teacher, got "
+                f"the shape {tuple(embedding.shape)}."
+            )
+        embedding = embedding.detach().float()
+        with torch.autocast(embedding.device.type, enabled=False):
+            if self.mean is not None:
+                self.mean = self.mean.to(embedding.device)
+                embedding = embedding - self.mean
+            if self.matrix is not None:
+                self.matrix = self.matrix.to(embedding.device)
+                embedding = embedding @ self.matrix
+        return embedding

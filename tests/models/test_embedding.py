@@ -1,0 +1,276 @@
+"""Which pooling suits a model's body, with what width, and a model's embedding by one call."""
+
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    OPTConfig,
+    OPTModel,
+    PretrainedConfig,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForSequenceClassification,
+    Wav2Vec2Model,
+)
+from transformers.utils import ModelOutput
+
+from hf_rrd import embed
+from hf_rrd.models.body import body_of
+from hf_rrd.models.embedding import Embedder
+from hf_rrd.models.head import WITH_EMBEDDING, attach_head
+from hf_rrd.models.pooling import POOLERS
+from tests.builders import Images, Texts, tiny_bert, tiny_vit
+from tests.models.test_pooling import MASKS, naive_pool
+
+
+def tiny_gpt2() -> Any:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=1)
+    return GPT2ForSequenceClassification(config)
+
+
+def tiny_swin() -> Any:
+    torch.manual_seed(0)
+    return SwinForImageClassification(
+        SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4)
+    )
+
+
+def tiny_distilbert() -> Any:
+    torch.manual_seed(0)
+    return DistilBertForSequenceClassification(
+        DistilBertConfig(vocab_size=50, dim=16, n_layers=1, n_heads=2, hidden_dim=32, max_position_embeddings=32)
+    )
+
+
+def tiny_resnet() -> Any:
+    torch.manual_seed(0)
+    return ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1]))
+
+
+def tiny_mobilenet(finegrained: bool = True) -> Any:
+    torch.manual_seed(0)
+    return MobileNetV2ForImageClassification(
+        MobileNetV2Config(image_size=32, depth_multiplier=0.25, finegrained_output=finegrained)
+    )
+
+
+def wav2vec2_config(**changes: Any) -> Wav2Vec2Config:
+    torch.manual_seed(0)
+    return Wav2Vec2Config(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        conv_dim=(8, 8),
+        conv_stride=(5, 2),
+        conv_kernel=(10, 3),
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        **changes,
+    )
+
+
+def run_body(model: nn.Module, **inputs: Tensor) -> tuple[Any, Any]:
+    body = body_of(model).eval()
+    with torch.no_grad():
+        return body, body(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("build", "pooling"),
+    [(tiny_vit, "cls"), (tiny_swin, "mean"), (tiny_resnet, "gap"), (tiny_mobilenet, "gap")],
+)
+def test_auto_pools_images_as_the_family_does(build: Callable[[], Any], pooling: str) -> None:
+    model = build()
+    size = getattr(model.config, "image_size", 32)
+    body, outputs = run_body(model, pixel_values=torch.randn(2, 3, size, size))
+    pooled = Embedder(body, "auto").pool(outputs, None)
+    torch.testing.assert_close(pooled, POOLERS[pooling](outputs, None), rtol=1e-6, atol=1e-6)
+    if pooling != "cls":  # these three hand out the same themselves; a ViT's has one more layer on top
+        torch.testing.assert_close(pooled, outputs.pooler_output.flatten(1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(
+    ("build", "pooling"), [(tiny_bert, "mean"), (tiny_distilbert, "mean"), (tiny_gpt2, "last_token")]
+)
+def test_auto_pools_encoders_by_the_mean_and_decoders_by_the_last_unmasked_token(
+    build: Callable[[], Any], pooling: str, side: str
+) -> None:
+    mask = torch.tensor(MASKS[side])
+    body, outputs = run_body(build(), input_ids=torch.randint(2, 50, (3, 5)), attention_mask=mask)
+    expected = torch.tensor(naive_pool(pooling, outputs.last_hidden_state, MASKS[side]))
+    torch.testing.assert_close(Embedder(body, "auto").pool(outputs, mask), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_auto_pools_speech_over_the_frames_whose_samples_are_unmasked() -> None:
+    samples = [400, 173]
+    mask = (torch.arange(400) < torch.tensor(samples).unsqueeze(1)).long()
+    model = Wav2Vec2ForSequenceClassification(wav2vec2_config())
+    body, outputs = run_body(model, input_values=torch.randn(2, 400), attention_mask=mask)
+    frames = [((count - 10) // 5 + 1 - 3) // 2 + 1 for count in samples]  # two convolutions without padding
+    assert outputs.last_hidden_state.shape[1] == frames[0] > frames[1]
+    frame_mask = [[int(t < count) for t in range(frames[0])] for count in frames]
+    expected = torch.tensor(naive_pool("mean", outputs.last_hidden_state, frame_mask))
+    torch.testing.assert_close(Embedder(body, "auto").pool(outputs, mask), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("build", "pooling"),
+    [
+        (tiny_vit, "auto"),
+        (tiny_vit, "mean"),
+        (lambda: tiny_vit().vit, "cls"),
+        (tiny_swin, "auto"),
+        (tiny_resnet, "auto"),
+        (tiny_resnet, "gap"),
+        (tiny_resnet, "pooler"),
+        (tiny_mobilenet, "gap"),
+        (lambda: tiny_mobilenet(finegrained=False), "gap"),
+    ],
+)
+def test_the_embedding_width_of_an_image_model_is_that_of_what_it_really_pools(
+    build: Callable[[], Any], pooling: str
+) -> None:
+    model = build()
+    size = getattr(model.config, "image_size", 32)
+    body, outputs = run_body(model, pixel_values=torch.randn(2, 3, size, size))
+    assert Embedder(body, pooling).width == Embedder(body, pooling).pool(outputs, None).shape[1]
+
+
+OPT = OPTConfig(
+    vocab_size=50,
+    hidden_size=16,
+    word_embed_proj_dim=8,
+    num_hidden_layers=1,
+    ffn_dim=16,
+    num_attention_heads=2,
+    max_position_embeddings=32,
+)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [tiny_bert, tiny_distilbert, tiny_gpt2, pytest.param(lambda: OPTModel(OPT), id="OPT-350m's projected output")],
+)
+def test_the_embedding_width_of_a_text_model_is_that_of_what_it_really_pools(build: Callable[[], Any]) -> None:
+    body, outputs = run_body(build(), input_ids=torch.randint(2, 50, (3, 5)))
+    assert Embedder(body, "auto").width == Embedder(body, "auto").pool(outputs, None).shape[1]
+
+
+@pytest.mark.parametrize("changes", [{}, {"add_adapter": True, "output_hidden_size": 12}])
+def test_the_embedding_width_of_a_speech_model_is_that_of_what_it_really_pools(changes: dict[str, Any]) -> None:
+    body, outputs = run_body(Wav2Vec2Model(wav2vec2_config(**changes)), input_values=torch.randn(2, 2000))
+    assert Embedder(body, "auto").width == Embedder(body, "auto").pool(outputs, None).shape[1]
+
+
+def test_the_embedding_width_of_a_callable_is_measured_on_what_it_returns() -> None:
+    body = body_of(tiny_vit(width=16))
+
+    def first_two(outputs: Any, attention_mask: Tensor | None) -> Tensor:
+        return outputs.last_hidden_state[:, :2].flatten(1)
+
+    assert Embedder(body, first_two).width == 32
+
+
+@pytest.mark.parametrize(
+    ("pooling", "returned"),
+    [(lambda outputs, mask: outputs.last_hidden_state, r"\(1, 5, 16\)"), (lambda outputs, mask: [1.0], "list")],
+)
+def test_a_callable_that_returns_no_rows_is_an_error_that_says_what_it_returned(
+    pooling: Callable[..., Any], returned: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"pooling must return a tensor of shape \(batch, dim\), .* {returned}"):
+        _ = Embedder(tiny_vit(), pooling).width
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_measuring_a_width_leaves_mode_and_statistics_of_the_model_as_they_were(training: bool) -> None:
+    body = body_of(tiny_resnet()).train(training)
+    before = {name: value.clone() for name, value in body.state_dict().items()}
+    assert Embedder(body, "auto").width == 12
+    assert all(module.training == training for module in body.modules())
+    assert all(torch.equal(value, before[name]) for name, value in body.state_dict().items())
+
+
+class OnlyLogits(PreTrainedModel):
+    """A model of one layer that returns no hidden states, and fails on what is not 4 tokens long."""
+
+    config_class = PretrainedConfig
+    main_input_name = "input_ids"
+
+    def __init__(self, config: PretrainedConfig, length: int = 4) -> None:
+        super().__init__(config)
+        self.length = length
+        self.layer = nn.Linear(length, 2)
+        self.post_init()
+
+    def forward(self, input_ids: Tensor) -> ModelOutput:
+        return ModelOutput(logits=self.layer(input_ids.float()))
+
+
+def test_a_model_without_hidden_states_is_an_error_that_says_what_it_returned() -> None:
+    model = OnlyLogits(PretrainedConfig())
+    with pytest.raises(ValueError, match="needs a body that returns hidden states, OnlyLogits gave ModelOutput"):
+        _ = Embedder(model).width
+
+
+def test_a_width_that_can_neither_be_read_nor_measured_is_an_error() -> None:
+    model = OnlyLogits(PretrainedConfig(), length=5)
+    with pytest.raises(ValueError, match="OnlyLogits's embedding is not in its config as `hidden_size`, and a blank"):
+        _ = Embedder(model).width
+
+
+# ---- embed ----
+
+
+def test_the_embedding_is_the_one_that_training_compares() -> None:
+    student, pixels = tiny_vit().eval(), Images(3).pixels
+    attach_head(student, dim=8)
+    pooled = student(pixels, **{WITH_EMBEDDING: True}).relational_pooled
+    assert torch.equal(embed(student, {"pixel_values": pixels}), pooled)
+    last = student(pixels, output_hidden_states=True).hidden_states[-1][:, 0]
+    assert (last - pooled).abs().max() > 0.1  # that lacks the last layer norm
+
+
+def test_of_padded_texts_the_tokens_alone_are_embedded() -> None:
+    model, data = tiny_bert().eval(), Texts(4)
+    whole = embed(model, {"input_ids": data.tokens, "attention_mask": data.mask})
+    for index, count in enumerate(data.mask.sum(1).tolist()):
+        alone = embed(model, {"input_ids": data.tokens[index : index + 1, :count]})
+        torch.testing.assert_close(whole[index : index + 1], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_an_embedding_comes_with_the_outputs_and_with_gradients_and_leaves_no_hook() -> None:
+    model, pixels = tiny_vit(), Images(3).pixels
+    rows, outputs = embed(model, {"pixel_values": pixels}, "mean", return_outputs=True)
+    assert outputs.logits.shape == (3, 4) and rows.shape == (3, 16)
+    rows.sum().backward()
+    assert model.vit.embeddings.cls_token.grad is not None
+    assert len(model.vit._forward_hooks) == 0
+
+
+def test_a_wrapped_model_has_the_embedding_of_the_one_inside() -> None:
+    pixels = Images(3).pixels
+    expected = embed(tiny_vit().eval(), {"pixel_values": pixels})
+    lora = peft.get_peft_model(tiny_vit(), peft.LoraConfig(target_modules=["query", "q_proj"])).eval()
+    wrapped = nn.DataParallel(tiny_vit().eval())
+    compiled = torch.compile(tiny_vit().eval(), backend="eager")
+    for model in (lora, wrapped, compiled):
+        torch.testing.assert_close(embed(model, {"pixel_values": pixels}), expected)

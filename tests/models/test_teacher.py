@@ -1,0 +1,69 @@
+"""A teacher's outputs, from a forward or from cached columns."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_rrd.models.teacher import Teacher
+from tests.builders import CLASSES, Images, tiny_vit, trainer
+
+
+def teacher_vit() -> Any:
+    return tiny_vit(width=24, seed=1)
+
+
+@pytest.mark.parametrize("cached", [(), ("embedding",), ("logits",), ("embedding", "logits")])
+def test_what_is_cached_is_read_and_the_rest_is_computed(cached: tuple[str, ...]) -> None:
+    model, pixels = teacher_vit(), Images(3).pixels
+    forwards: list[int] = []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    teacher = Teacher(model, wants_embedding=True, wants_logits=True)
+    forwards.clear()
+    columns = {"embedding": torch.ones(3, 24), "logits": torch.ones(3, CLASSES)}
+    outputs = teacher.read({"pixel_values": pixels} | {f"teacher_{name}": columns[name] for name in cached})
+    with torch.no_grad():
+        embedding = model.vit(pixels).last_hidden_state[:, 0]
+        computed = {"embedding": embedding, "logits": model.classifier(embedding)}
+    for name, value in outputs._asdict().items():
+        torch.testing.assert_close(value, columns[name] if name in cached else computed[name])
+    assert len(forwards) == (0 if len(cached) == 2 else 1)
+
+
+def test_without_a_model_what_is_not_cached_is_none() -> None:
+    teacher = Teacher(None, wants_embedding=True, wants_logits=True)
+    rows = torch.ones(2, 5)
+    assert teacher.read({"teacher_embedding": rows}).logits is None
+    assert teacher.read({"teacher_embedding": rows}).embedding is rows
+    assert not teacher.answers({"input_ids": rows}) and teacher.answers({"teacher_logits": rows})
+    assert teacher.columns == [] and not teacher.is_placed
+
+
+def test_a_teacher_of_many_trainers_has_one_hook(tmp_path: Path) -> None:
+    teacher = teacher_vit()
+    for _ in range(3):
+        trainer(tmp_path, teacher=teacher)
+    assert len(teacher.vit._forward_hooks) == 1
+
+
+def test_the_banks_dtype_is_that_of_the_teachers_embeddings(tmp_path: Path) -> None:
+    for settings, weights, expected in (
+        ({}, torch.float32, torch.float32),
+        ({}, torch.bfloat16, torch.bfloat16),
+        ({"bf16": True}, torch.float32, torch.float32),  # the last normalisation is in float32 under autocast
+    ):
+        run = trainer(tmp_path, teacher=teacher_vit().to(weights), calibration_examples=8, **settings)
+        run.train()
+        assert run.distillation.bank.filled.dtype == expected
+
+
+def test_a_compiled_teacher_gives_what_it_gives_eagerly() -> None:
+    model, pixels = teacher_vit(), Images(5).pixels
+    eager = Teacher(model, True, True).compute({"pixel_values": pixels})
+    compiled = Teacher(model, True, True, compile_kwargs={"backend": "aot_eager"})
+    for _ in range(2):
+        outputs = compiled.compute({"pixel_values": pixels})
+        torch.testing.assert_close(outputs.embedding, eager.embedding, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(outputs.logits, eager.logits, rtol=1e-5, atol=1e-6)
+    assert isinstance(compiled._forward, torch._dynamo.OptimizedModule)
