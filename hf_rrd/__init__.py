@@ -4,14 +4,14 @@ from hf_rrd.config import RelationalDistillationConfig
 from hf_rrd.losses.bank import FeatureBank
 from hf_rrd.losses.in_batch import (
     correlation_congruence_loss,
-    cosine_loss,
-    mse_loss,
     pkt_loss,
     rkd_angle_loss,
     rkd_distance_loss,
     similarity_preserving_loss,
 )
-from hf_rrd.losses.relational import infonce_loss, logit_loss, relational_loss
+from hf_rrd.losses.logits import logit_loss
+from hf_rrd.losses.regression import cosine_loss, mse_loss
+from hf_rrd.losses.relational import infonce_loss, relational_loss
 from hf_rrd.models.initialization import Initialization, student_from_teacher
 from hf_rrd.results.alignment import relational_alignment
 from hf_rrd.results.report import DistillationReport, compare_models

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from hf_rrd.losses.bank import FeatureBank
 from hf_rrd.losses.in_batch import BATCH_LOSSES
-from hf_rrd.losses.relational import infonce_terms, logit_terms, relational_terms
+from hf_rrd.losses.logits import logit_terms
+from hf_rrd.losses.relational import infonce_terms, relational_terms
 
 TERMS = ("task_loss", "kd_loss", "relational_loss", "relational_kl")
 """The terms' names, in the order of the log."""

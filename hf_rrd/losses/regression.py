@@ -1,0 +1,50 @@
+"""The losses that compare each example's row with the teacher's, without relations to other examples.
+
+Only `student` gets a gradient. Computed in float32 (float64 for a float64 student), also under autocast.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_rrd.losses.rows import pair, unit
+
+
+def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """One minus the cosine between the student's row and the teacher's.
+
+    The scale of any row does not change it; a rotation does, unless it turns both sides. The cosine of a row of zeros
+    is 0.
+
+    Args:
+        student: Rows, (batch, dim), of any scale.
+        teacher: Rows of the same examples, (batch, dim), of any scale.
+
+    Returns:
+        The mean over the batch, a scalar.
+
+    Raises:
+        ValueError: `student` and `teacher` are not rows of the same examples and one width.
+
+    Source: the cosine embedding loss of Sanh et al., DistilBERT, arXiv:1910.01108.
+    """
+    student, teacher = pair(student, teacher, one_width=True)
+    with torch.autocast(student.device.type, enabled=False):
+        return (1 - (unit(student) * unit(teacher)).sum(-1)).mean()
+
+
+def mse_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared difference of the student's row and the teacher's.
+
+    Scale changes it; a rotation or translation does too, unless it moves both sides.
+
+    Args, Raises: as for `cosine_loss`; (batch, dim) each.
+
+    Returns:
+        The mean over the batch and the dimensions, a scalar.
+
+    Source: Romero et al., FitNets, arXiv:1412.6550, eq. 3 (there half the sum over the dimensions).
+    """
+    student, teacher = pair(student, teacher, one_width=True)
+    with torch.autocast(student.device.type, enabled=False):
+        return F.mse_loss(student, teacher)

@@ -1,0 +1,64 @@
+"""What the losses share: checks of their arguments, rows of length 1, and a division by what may be 0."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def check_positive(name: str, value: float, example: float) -> None:
+    """Raise a ValueError that names an option which is not positive, and a value to try."""
+    if not value > 0:
+        raise ValueError(f"`{name}` must be positive, got {value}. Try {example:g}.")
+
+
+def precise(values: Tensor) -> Tensor:
+    """The values in float64 if they are, else in float32."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def pair(student: Tensor, teacher: Tensor, one_width: bool = False) -> tuple[Tensor, Tensor]:
+    """Both sides checked and in the student's `precise` dtype, the teacher without its graph.
+
+    Args:
+        student: (batch, student_dim).
+        teacher: (batch, teacher_dim).
+        one_width: The dimensions have to agree as well.
+
+    Raises:
+        ValueError: They are not rows of the same examples, or the widths differ and must not.
+    """
+    if student.dim() != 2 or teacher.dim() != 2 or len(student) != len(teacher) or len(student) == 0:
+        raise ValueError(
+            "`student` and `teacher` must be rows of the same examples, (batch, dim) each with at least 1 row, got "
+            f"{tuple(student.shape)} and {tuple(teacher.shape)}."
+        )
+    if one_width and student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            f"`student` and `teacher` must have one width here, got {student.shape[1]} and {teacher.shape[1]}. "
+            "Project the student into the teacher's width, or use a loss on relations, such as pkt_loss."
+        )
+    student = precise(student)
+    return student, teacher.detach().to(student.dtype)
+
+
+def unit(rows: Tensor, out: Tensor | None = None) -> Tensor:
+    """Rows of any scale over their length, (batch, dim). A row of zeros stays one and gets a gradient of 0.
+
+    So does a row whose entries are as good as 0: below 1e-31 in float32.
+
+    Args:
+        rows: (batch, dim).
+        out: Where to write, (batch, dim); may be `rows`. There is no gradient then.
+    """
+    values, limits = rows.detach(), torch.finfo(rows.dtype)
+    # Over the largest entry first, so that no square overflows or vanishes: the length is then at least 1.
+    largest = torch.maximum(values.amax(-1, keepdim=True), -values.amin(-1, keepdim=True))  # faster than abs
+    scaled = torch.div(rows, largest.masked_fill(largest < limits.tiny / limits.eps, torch.inf), out=out)
+    return torch.div(scaled, torch.linalg.vector_norm(scaled, dim=-1, keepdim=True).clamp(min=1), out=out)
+
+
+def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """`numerator / denominator`, and 0 with a gradient of 0 where the denominator is 0 (or as good as 0)."""
+    least = math.sqrt(torch.finfo(denominator.dtype).tiny)  # the gradient holds the denominator's square
+    return numerator / denominator.masked_fill(denominator < least, torch.inf)
