@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-SLACK = 4
-"""The bank has room for a quarter of its size beyond it: so a row is moved four times on its way, not once a step."""
+SLACK = 4  # room for a quarter of the size beyond it: so a row is moved four times on its way, not once a step
 
 
 class FeatureBank:
@@ -81,12 +80,8 @@ class FeatureBank:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "FeatureBank":
         """Move the rows to a device or a dtype; returns the bank itself."""
-        rows = self._rows
-        self.clear()
-        self._storage = self._storage.to(device=device, dtype=dtype)
-        self._rows = self._storage
-        if len(rows):
-            self.enqueue(rows)
+        self._storage = self._rows = self._rows.to(device=device, dtype=dtype)
+        self._end = len(self._rows)  # no free room: the next write is elsewhere
         return self
 
     def state_dict(self) -> dict[str, Tensor]:

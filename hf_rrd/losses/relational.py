@@ -1,26 +1,18 @@
-"""The losses, as functions of tensors: relational ones against a bank, and classic distillation on logits."""
+"""The relational losses against a bank: RRD and InfoNCE."""
 
 import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-SLICE_ROWS = 4096
-"""Rows of the bank that are read at a time, at most."""
+from hf_rrd.losses.rows import check_positive, pair, unit
 
-SLICE_ELEMENTS = 2**19
-"""Elements of the (slice, queries) logits, at most, on a CPU: 2 MiB, which stay in its cache."""
-
-ACCELERATOR_FACTOR = 16
-"""By how much both are larger elsewhere, where each slice costs some launches of kernels."""
-
-SOLVER_ELEMENTS = 2**20
-"""Elements of the (rows, bank) similarities that the search for a perplexity holds at a time."""
-
-SOLVER_STEPS = 10
-"""Steps of the search for the temperature of a perplexity; each reads the (batch, bank) similarities once."""
+SLICE_ROWS = 4096  # of the bank, that are read at a time, at most
+SLICE_ELEMENTS = 2**19  # of a slice, and of its logits, at most, on a CPU: 2 MiB, which stay in its cache
+ACCELERATOR_FACTOR = 16  # by which both are larger elsewhere, where each slice costs some launches of kernels
+SOLVER_ELEMENTS = 2**20  # of the (rows, bank) similarities that the search for a perplexity holds at a time
+SOLVER_STEPS = 10  # of that search; each reads these similarities once
 
 
 def relational_loss(
@@ -34,16 +26,17 @@ def relational_loss(
 ) -> Tensor:
     """Cross-entropy between the teacher's and the student's distribution of similarity over a bank, as a batch mean.
 
-    With `p_t = softmax(teacher @ bank.T / teacher_temperature)` and `p_s` likewise for the student, the loss of an
-    example is `-sum_k p_t[k] log p_s[k]`. Only `student` gets a gradient. Computed in float32 (float64 for float64
-    input), also under autocast, from one pass over slices of the bank: the (batch, bank) matrix is never there, and
-    memory does not grow with the bank. There is no second derivative.
+    With `p_t = softmax(cosines(teacher, bank) / teacher_temperature)` and `p_s` likewise for the student, the loss of
+    an example is `-sum_k p_t[k] log p_s[k]`. Only `student` gets a gradient; a row of zeros has a cosine of 0 with all
+    others. Computed in float32 (float64 for a float64 student), also under autocast, from one pass over slices of the
+    bank: neither the (batch, bank) matrix nor a copy of the bank is ever there, and memory does not grow with the
+    bank. There is no second derivative.
 
     Args:
-        student: Unit rows of the student, (batch, dim).
-        teacher: Unit rows of the teacher for the same examples, (batch, dim).
-        bank: Unit rows of teacher embeddings to compare with, (bank, dim). May be empty: the loss is then 0 (a
-            distribution over nothing, or with `include_own` over one candidate).
+        student: Rows of the student, (batch, dim), of any scale.
+        teacher: Rows of the teacher for the same examples, (batch, dim), of any scale.
+        bank: Rows of teacher embeddings to compare with, (bank, dim), of any scale. May be empty: the loss is then 0
+            (a distribution over nothing, or with `include_own` over one candidate).
         student_temperature: Positive. Lower is sharper.
         teacher_temperature: Positive. Lower is sharper; near 0 with `include_own` the loss is InfoNCE.
         include_own: Compare each example also with its own teacher row, as one more column. The result then does not
@@ -77,24 +70,20 @@ def relational_terms(
 ) -> tuple[Tensor, Tensor]:
     """The relational loss of each example, and how far it is from its floor.
 
-    Args: as for `relational_loss`.
+    Args, Raises: as for `relational_loss`.
 
     Returns:
         The cross-entropy of each example, (batch,), and the Kullback-Leibler divergence `KL(p_t || p_s)`, (batch,):
         the cross-entropy less the teacher's own entropy, 0 when the relations agree.
 
-    With `s` and `m_s` the student's logits and its mean of the candidates under p_s, and `m_t` the teacher's mean, the
-    cross-entropy is `logsumexp(s) - <student, m_t> / student_temperature`, its gradient
+    With `s` and `m_s` the student's logits and its mean of the candidates under p_s, and `m_t` the teacher's mean, all
+    rows unit, the cross-entropy is `logsumexp(s) - <student, m_t> / student_temperature`, its gradient
     `(m_s - m_t) / student_temperature`: two attention reads of the bank.
-
-    Raises:
-        ValueError: A temperature is not positive, the perplexity not above 1, or the shapes do not agree.
     """
-    _check_temperature("teacher_temperature", teacher_temperature)
-    _check_rows(student, teacher, bank, student_temperature)
+    check_positive("teacher_temperature", teacher_temperature, 0.02)
     if teacher_perplexity is not None and not teacher_perplexity > 1:
         raise ValueError(f"`teacher_perplexity` must be above 1, got {teacher_perplexity}. Try 20.")
-    student, teacher, bank = _prepared(student, teacher, bank)
+    student, teacher, bank = _prepared(student, teacher, bank, student_temperature)
     if len(bank) == 0:  # nothing, or one candidate alone: certain either way
         nothing = (student * 0).sum(-1)  # (batch,), still part of the graph
         return nothing, nothing
@@ -125,13 +114,14 @@ def infonce_loss(
 ) -> Tensor:
     """InfoNCE against a bank: each student row has to find its own teacher row among those of other examples.
 
-    `-log(exp(s.t / temperature) / sum_k exp(s.q_k / temperature))` over the bank and the own row: contrastive
-    distillation's aim, and the limit of `relational_loss` at a teacher's temperature of 0.
+    With cosines `s` to the own row and `s_k` to those of the bank, `-log(exp(s / t) / sum_k exp(s_k / t))` over the
+    bank and the own row: contrastive distillation's aim, and the limit of `relational_loss` at a teacher's temperature
+    of 0.
 
     Args:
-        student: Unit rows, (batch, dim). Gets the gradient.
-        teacher: Unit rows of the same examples, (batch, dim).
-        bank: Unit rows of other examples, (bank, dim); may be empty.
+        student: Rows, (batch, dim), of any scale. Gets the gradient.
+        teacher: Rows of the same examples, (batch, dim), of any scale.
+        bank: Rows of other examples, (bank, dim), of any scale; may be empty.
         student_temperature: Positive. Lower is sharper.
         include_own: The own row is one more candidate; false where it is in the bank already.
 
@@ -150,8 +140,7 @@ def infonce_terms(
     student: Tensor, teacher: Tensor, bank: Tensor, student_temperature: float = 0.1, include_own: bool = True
 ) -> Tensor:
     """`infonce_loss` of each example, (batch,)."""
-    _check_rows(student, teacher, bank, student_temperature)
-    student, teacher, bank = _prepared(student, teacher, bank)
+    student, teacher, bank = _prepared(student, teacher, bank, student_temperature)
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
         query = (student / student_temperature).T.contiguous()  # (dim, batch)
         own_logits = (query * teacher.T).sum(0)
@@ -167,15 +156,15 @@ def temperature_of_perplexity(teacher: Tensor, bank: Tensor, perplexity: float) 
     Where no temperature gives the perplexity, the nearest end of that range is taken.
 
     Args:
-        teacher: Unit rows, (batch, dim).
-        bank: Unit rows, (bank, dim), at least one.
+        teacher: Rows, (batch, dim), of any scale.
+        bank: Rows, (bank, dim), of any scale, at least one.
         perplexity: Above 1: the exponential of the entropy in nats.
     """
-    rows = max(1, SOLVER_ELEMENTS // len(bank))
-    parts = [
-        _solve_temperature(part @ bank.to(part.dtype).T, math.log(perplexity)) for part in torch.split(teacher, rows)
-    ]
-    return torch.cat(parts)
+    found = []
+    for rows in torch.split(unit(teacher), max(1, SOLVER_ELEMENTS // len(bank))):
+        cosines = [rows @ unit(keys.to(rows.dtype)).T for keys in torch.split(bank, SLICE_ROWS)]
+        found.append(_solve_temperature(torch.cat(cosines, dim=1), math.log(perplexity)))
+    return torch.cat(found)
 
 
 def _solve_temperature(similarity: Tensor, entropy: float) -> Tensor:
@@ -199,31 +188,26 @@ def _solve_temperature(similarity: Tensor, entropy: float) -> Tensor:
 
 
 def _read(queries: Tensor, bank: Tensor, own: Tensor, own_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax attention over the rows of the bank and each query's own column, a slice at a time.
+    """Softmax attention over the rows of the bank, made unit, and each query's own column, a slice at a time.
 
-    Args:
-        queries: Columns already divided by their temperature, (dim, queries).
-        bank: (bank, dim), in any floating dtype.
-        own: (dim, queries).
-        own_logits: (queries,); -inf where the own column is no candidate.
-
-    Returns:
-        The logsumexp of the logits, (queries,), and the softmax-weighted mean of the candidates, (dim, queries).
+    From queries over their temperature, (dim, queries), the bank, (bank, dim), unit columns `own`, (dim, queries), and
+    their logits, (queries,), -inf where they are no candidates, to the logsumexp of the logits, (queries,), and the
+    mean of the candidates by their softmax, (dim, queries).
     """
     highest = own_logits
     total = own_logits.isfinite().to(queries.dtype)
     read = own * total
-    slice_rows = max(1, min(SLICE_ROWS, SLICE_ELEMENTS // max(1, len(own_logits))))
+    slice_rows = max(1, min(SLICE_ROWS, SLICE_ELEMENTS // max(1, *queries.shape)))
     if bank.device.type != "cpu":
         slice_rows *= ACCELERATOR_FACTOR
+    # Two pieces of memory for all slices: so it is flat, and no time goes into asking for it.
     count = min(slice_rows, len(bank))
-    # One piece of memory for all slices: so it is flat, and no time goes into asking for it.
-    room = queries.new_empty(count, len(own_logits))
-    converted = None if bank.dtype == queries.dtype else queries.new_empty(count, bank.shape[1])
+    row_room, logit_room = queries.new_empty(count, len(queries)), queries.new_empty(count, len(own_logits))
     for start in range(0, len(bank), slice_rows):
         rows = bank[start : start + slice_rows]
-        rows = rows if converted is None else converted[: len(rows)].copy_(rows)
-        logits = torch.mm(rows, queries, out=room[: len(rows)])  # (slice, queries)
+        room = row_room[: len(rows)]
+        rows = unit(rows if rows.dtype == room.dtype else room.copy_(rows), out=room)  # (slice, dim)
+        logits = torch.mm(rows, queries, out=logit_room[: len(rows)])  # (slice, queries)
         highest, previous = torch.maximum(highest, logits.amax(0)), highest
         weights = logits.sub_(highest).exp_()
         rescale = (previous - highest).exp()
@@ -250,64 +234,10 @@ class _WithSlope(torch.autograd.Function):
         return grads[0].unsqueeze(-1) * slope, None, None
 
 
-def logit_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
-    """Classic distillation: `temperature**2 * KL(teacher || student)` of the softened class probabilities, as a mean.
-
-    Args:
-        student_logits: (batch, classes); further leading dimensions are averaged over as well. Gets the gradient.
-        teacher_logits: The same shape.
-        temperature: Positive. Higher shows more of how the teacher ranks the wrong classes.
-
-    Returns:
-        The mean over all but the last dimension, a scalar.
-
-    Raises:
-        ValueError: The temperature is not positive, the shapes differ, or there are fewer than two classes.
-
-    Source: Hinton et al., Distilling the Knowledge in a Neural Network, arXiv:1503.02531, section 2.
-    """
-    return logit_terms(student_logits, teacher_logits, temperature).mean()
-
-
-def logit_terms(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
-    """`logit_loss` before the mean: the shape of the logits without their last dimension."""
-    _check_temperature("temperature", temperature)
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            "distillation on logits needs the same classes on both sides, got student logits of shape "
-            f"{tuple(student_logits.shape)} and teacher logits of shape {tuple(teacher_logits.shape)}. Use a teacher "
-            "with the student's classes, or set kd_weight=0: the relational loss does not need them."
-        )
-    if student_logits.shape[-1] < 2:
-        raise ValueError(
-            "distillation on logits needs at least 2 classes, got 1: a softmax over one class is always 1. Set "
-            "kd_weight=0."
-        )
-    dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
-    with torch.autocast(student_logits.device.type, enabled=False):
-        student_log_probs = F.log_softmax(student_logits.to(dtype) / temperature, dim=-1)
-        teacher_log_probs = F.log_softmax(teacher_logits.detach().to(dtype) / temperature, dim=-1)
-        divergence = F.kl_div(student_log_probs, teacher_log_probs, reduction="none", log_target=True).sum(-1)
-        return divergence * temperature**2
-
-
-def _prepared(student: Tensor, teacher: Tensor, bank: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In full precision, with a gradient for the student alone; the bank keeps its dtype until it is read."""
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    return student.to(dtype), teacher.detach().to(dtype), bank.detach()
-
-
-def _check_rows(student: Tensor, teacher: Tensor, bank: Tensor, student_temperature: float) -> None:
-    _check_temperature("student_temperature", student_temperature)
-    if student.dim() != 2 or student.shape != teacher.shape:
-        raise ValueError(
-            f"student and teacher must be rows of one shape (batch, dim), got {tuple(student.shape)} and "
-            f"{tuple(teacher.shape)}. Project the student into the teacher's width."
-        )
+def _prepared(student: Tensor, teacher: Tensor, bank: Tensor, student_temperature: float) -> tuple[Tensor, ...]:
+    """Checked; student and teacher unit and in full precision, a gradient for the student alone, the bank as it is."""
+    check_positive("student_temperature", student_temperature, 0.1)
+    student, teacher = pair(student, teacher, one_width=True)
     if bank.dim() != 2 or bank.shape[1] != student.shape[1]:
-        raise ValueError(f"bank must have the shape (bank, {student.shape[1]}), got {tuple(bank.shape)}.")
-
-
-def _check_temperature(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"`{name}` must be positive, got {value}.")
+        raise ValueError(f"`bank` must have the shape (bank, {student.shape[1]}), got {tuple(bank.shape)}.")
+    return unit(student), unit(teacher), bank.detach()

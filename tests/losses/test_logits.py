@@ -1,0 +1,95 @@
+"""Distillation on logits against loops over its formula."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_rrd.losses.logits import logit_loss, logit_terms
+from tests.losses.loops import gradient_of
+
+
+def naive_logit_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    total = torch.zeros(()).double()
+    for i in range(len(student_logits)):
+        student_exp = [(z / temperature).exp() for z in student_logits[i]]
+        teacher_exp = [(z / temperature).exp() for z in teacher_logits[i]]
+        for k in range(student_logits.shape[1]):
+            student_prob, teacher_prob = student_exp[k] / sum(student_exp), teacher_exp[k] / sum(teacher_exp)
+            total = total + teacher_prob * (teacher_prob.log() - student_prob.log())
+    return temperature**2 * total / len(student_logits)
+
+
+def logits(*shape: int, seed: int) -> Tensor:
+    return 3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize(("batch", "classes"), [(1, 2), (5, 3), (3, 11)])
+def test_logit_loss_and_its_gradient_equal_a_loop_over_the_formula(
+    batch: int, classes: int, temperature: float
+) -> None:
+    student, teacher = logits(batch, classes, seed=1), logits(batch, classes, seed=2)
+    expected, expected_gradient = gradient_of(lambda rows: naive_logit_loss(rows, teacher, temperature), student)
+    loss, gradient = gradient_of(lambda rows: logit_loss(rows, teacher, temperature), student)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-9)
+
+
+def test_logit_terms_of_a_sequence_equal_those_of_its_tokens_one_by_one() -> None:
+    student, teacher = logits(2, 3, 5, seed=1), logits(2, 3, 5, seed=2)
+    terms = logit_terms(student, teacher, 2.0)
+    assert terms.shape == (2, 3)
+    for i in range(2):
+        for token in range(3):
+            expected = naive_logit_loss(student[i, token : token + 1], teacher[i, token : token + 1], 2.0)
+            assert float(terms[i, token]) == pytest.approx(float(expected), rel=1e-9)
+    assert float(logit_loss(student, teacher, 2.0)) == pytest.approx(float(terms.mean()), rel=1e-12)
+
+
+def test_the_squared_temperature_keeps_the_gradient_at_the_scale_of_centred_logits() -> None:
+    student, teacher = logits(6, 10, seed=1), logits(6, 10, seed=2)
+    difference = student - teacher
+    limit = (difference - difference.mean(-1, keepdim=True)) / (10 * 6)  # of the gradient, as temperature grows
+    for temperature in (1e3, 1e4):
+        gradient = gradient_of(lambda rows, t=temperature: logit_loss(rows, teacher, t), student)[1]
+        assert float((gradient - limit).norm() / limit.norm()) < 20 / temperature
+
+
+def test_logit_loss_is_exactly_0_at_equal_logits() -> None:
+    student = logits(5, 7, seed=1).float()
+    loss, gradient = gradient_of(lambda rows: logit_loss(rows, student.clone()), student)
+    assert float(loss) == 0.0
+    assert float(gradient.abs().max()) < 1e-6
+
+
+def test_logit_loss_gives_the_teacher_no_gradient() -> None:
+    student, teacher = logits(3, 4, seed=1).requires_grad_(), logits(3, 4, seed=2).requires_grad_()
+    logit_loss(student, teacher).backward()
+    assert float(student.grad.norm()) > 0
+    assert teacher.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_logit_loss_is_computed_in_float32_also_under_autocast(dtype: torch.dtype) -> None:
+    student, teacher = logits(5, 7, seed=1).to(dtype), logits(5, 7, seed=2).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = logit_loss(student, teacher)
+    assert loss.dtype == torch.float32
+    assert float(loss) == float(logit_loss(student.float(), teacher.float()))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "temperature", "message"),
+    [
+        ((2, 3), (2, 4), 4.0, r"same classes on both sides, got student logits of shape \(2, 3\) and .* \(2, 4\)"),
+        ((2, 3), (3, 3), 4.0, r"student logits of shape \(2, 3\) and teacher logits of shape \(3, 3\)"),
+        ((2, 1), (2, 1), 4.0, "at least 2 classes, got 1"),
+        ((2, 3), (2, 3), 0.0, "`temperature` must be positive, got 0.0"),
+        ((2, 3), (2, 3), -1.0, "`temperature` must be positive, got -1.0"),
+    ],
+)
+def test_logit_loss_says_what_is_wrong_with_its_arguments(
+    student: tuple[int, ...], teacher: tuple[int, ...], temperature: float, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        logit_loss(torch.randn(student), torch.randn(teacher), temperature)
