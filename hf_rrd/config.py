@@ -23,7 +23,7 @@ CHOICES = {
     "teacher_projection": TEACHER_PROJECTIONS,
 }
 
-Config = TypeVar("Config", bound=type)
+Config = TypeVar("Config", bound=type[TrainingArguments])
 
 
 def described(config: Config) -> Config:
@@ -113,7 +113,7 @@ class RelationalDistillationConfig(TrainingArguments):
     alignment_examples: int = 0
     student_pooling: str = "auto"
     teacher_pooling: str = "auto"
-    teacher_model_init_kwargs: dict[str, Any] | str | None = None
+    teacher_model_init_kwargs: dict[str, Any] | str | None = None  # a dict from here on
 
     def __post_init__(self) -> None:
         for name in (*WEIGHTS, *TEMPERATURES):

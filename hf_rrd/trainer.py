@@ -18,15 +18,14 @@ from hf_rrd.config import RelationalDistillationConfig
 from hf_rrd.errors import named_errors
 from hf_rrd.models.body import unwrapped
 from hf_rrd.models.columns import forward_columns, student_inputs
-from hf_rrd.models.head import HEAD, WITH_EMBEDDING, attach_head, check_student, detach_head, head_of, split_embedding
-from hf_rrd.models.teacher import Teacher, TeacherOutputs, check_teacher, load_teacher
+from hf_rrd.models.head import HEAD, WITH_EMBEDDING, check_student, split_embedding
+from hf_rrd.models.teacher import Teacher, check_teacher, load_teacher
 from hf_rrd.results.embedding_log import EmbeddingLog
 from hf_rrd.training.checkpoint import (
     checkpoint_to_resume,
     explained_write_errors,
     has_sidecar,
     invalidate,
-    load_head,
     load_sidecar,
     load_student,
     save_sidecar,
@@ -97,6 +96,7 @@ class RelationalDistillationTrainer(Trainer):
     """
 
     args: RelationalDistillationConfig
+    model: nn.Module
 
     def __init__(
         self,
@@ -139,20 +139,12 @@ class RelationalDistillationTrainer(Trainer):
         self._resumed_from: str | None = None
         needs_task_head = args.task_weight > 0 and compute_loss_func is None
 
-        def prepared(student: Any) -> Any:
-            if student is not None:
-                check_student(student, needs_task_head)
-                self._head = with_head(student, self.distillation)
-            return student
-
         def initialized(*trial: Any) -> Any:
             student = model_init(*trial)  # type: ignore[misc]
-            if student is not None and self.teacher is not None:
-                check_teacher(self.teacher, student, self._teacher.wants_logits)
-            return prepared(student)
+            return prepared(student, self._teacher, self.distillation, needs_task_head)
 
         super().__init__(
-            model=prepared(model),
+            model=prepared(model, self._teacher, self.distillation, needs_task_head),
             args=args,
             data_collator=data_collator or DataCollatorForDistillation(processing_class, teacher_processing_class),
             train_dataset=with_cached_arrays(train_dataset),
@@ -174,7 +166,8 @@ class RelationalDistillationTrainer(Trainer):
         self.loss_is_scaled_for_ga = False
         self._student_columns = forward_columns(self.model)
         self._set_signature_columns_if_needed()
-        self._signature_columns += self._teacher.signature_columns
+        columns = [*(self._signature_columns or ()), *self._teacher.signature_columns]
+        self._signature_columns = columns  # type: ignore[assignment]
         mend_wrap_policy(self.model, self.accelerator)
         identity = teacher_identity(self._teacher, args.teacher_pooling, preview)
         self._identity = broadcast_object_list([identity])[0]  # the others may have no weights yet (FSDP)
@@ -197,7 +190,9 @@ class RelationalDistillationTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The weighted sum of the terms, each a mean over the micro-batch: `num_items_in_batch` is not used."""
-        teacher = self._ask_teacher(inputs, model.training)
+        with self.accelerator.autocast():
+            teacher = self._teacher.read(inputs, required=model.training)
+        self._finite.note_teacher(self.state.global_step + model.training, *teacher)
         student = self._ask_student(model, inputs)
         with named_errors("comparing student and teacher", inputs):
             terms = self.distillation.terms(
@@ -227,20 +222,9 @@ class RelationalDistillationTrainer(Trainer):
                 self._embeddings.add(student.pooled, teacher.embedding, self.accelerator.gather_for_metrics)
         return (loss, student.outputs) if return_outputs else loss
 
-    def _ask_teacher(self, inputs: dict[str, Any], training: bool) -> TeacherOutputs:
-        with self.accelerator.autocast():
-            outputs = self._teacher.read(inputs)
-        wanted = (self._teacher.wants_embedding, self._teacher.wants_logits)
-        if training and wanted != tuple(each is not None for each in outputs):
-            raise ValueError(f"no teacher, and the batch lacks some of its outputs: its columns are {sorted(inputs)}.")
-        for name, value in outputs._asdict().items():
-            if value is not None:
-                self._finite.note(self.state.global_step + training, f"the teacher's {name}", value)
-        return outputs
-
     def _ask_student(self, model: nn.Module, inputs: dict[str, Any]) -> StudentOutputs:
         inputs = student_inputs(inputs, self._student_columns, self._teacher.columns)
-        if self._head is not None:
+        if self.distillation.head is not None:
             inputs[WITH_EMBEDDING] = True
         with_task = self.args.task_weight > 0
         if with_task and self.label_names and self.compute_loss_func is None and not self._has_labels(inputs):
@@ -254,7 +238,7 @@ class RelationalDistillationTrainer(Trainer):
                 task_loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
             else:
                 outputs = model(**{name: value for name, value in inputs.items() if name not in self.label_names})
-        if self._head is None:
+        if self.distillation.head is None:
             return StudentOutputs(task_loss, outputs)
         return StudentOutputs(task_loss, *split_embedding(outputs))
 
@@ -275,11 +259,7 @@ class RelationalDistillationTrainer(Trainer):
 
     def _begin_training(self) -> None:
         # Also after `auto_find_batch_size` ran out of memory in the middle of a step.
-        if head_of(self._unwrapped_student()) is not self._head:
-            raise ValueError(
-                "another trainer has taken this student over: its head is not this trainer's. Make a new one."
-            )
-        self.distillation.start()
+        self.distillation.start(self._unwrapped_student())
         self._terms.start_training()
         self._finite.start()
         if self._resumed_from is None:
@@ -320,13 +300,7 @@ class RelationalDistillationTrainer(Trainer):
         """As in `Trainer`, with the terms beside `loss`: over the same steps, so that their weighted sum is `loss`."""
         self._finite.raise_if_found()
         if "loss" in logs:
-            logs.update(self._terms.line(lambda sums: self.accelerator.reduce(sums.to(self.args.device), "mean")))
-            if self._terms.lines_near_one == 2 and self.args.include_own:
-                logger.warning_once(
-                    f"The teacher's perplexity over the bank stays near 1 ({logs['teacher_perplexity']:.2f}): each "
-                    "example has only its own key to match, as in InfoNCE, and its neighbours have no say. Raise "
-                    f"teacher_temperature (now {self.args.teacher_temperature}), or set teacher_perplexity=20."
-                )
+            logs.update(self._terms.line(self._mean_over_processes, self.args.include_own))
         super().log(logs, start_time)
 
     # ---- Evaluation ----
@@ -389,9 +363,8 @@ class RelationalDistillationTrainer(Trainer):
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # or the end could be marked before another process has written its part
         if self.args.should_save:
-            head = {} if self._own_head is None else {"head": self._own_head.state_dict()}
-            about = self._identity | {"files": sizes_of(output_dir)}
-            save_sidecar(output_dir, head | self.distillation.state_dict(), about)
+            state = self.distillation.state_dict(head=not self._is_sharded)
+            save_sidecar(output_dir, state, self._identity | {"files": sizes_of(output_dir)})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._is_sharded or not isinstance(self.model, PreTrainedModel):
@@ -407,20 +380,17 @@ class RelationalDistillationTrainer(Trainer):
             load_student(self.model, best, HEAD)
         if has_sidecar(best):
             self._restore(best)
-        elif self._head is not None:
+        elif self.distillation.head is not None:
             logger.warning(f"{best} has no head and bank (save_only_model): those of the last step go on.")
 
     def _restore(self, checkpoint: str) -> None:
         state, about = load_sidecar(checkpoint)
         check_identity(about, self._identity, checkpoint)
-        self.distillation.load_state_dict(state)
-        if self._own_head is not None:
-            load_head(self._own_head, state.get("head", {}))
+        self.distillation.load_state_dict(state, head=not self._is_sharded)
 
-    @property
-    def _own_head(self) -> Any:
-        """The head that our file holds; a sharded checkpoint holds it with the student."""
-        return None if self._is_sharded else self._head
+    def _mean_over_processes(self, values: Tensor) -> Tensor:
+        mean: Tensor = self.accelerator.reduce(values.to(self.args.device), "mean")
+        return mean
 
     @property
     def _is_sharded(self) -> bool:
@@ -431,7 +401,7 @@ class RelationalDistillationTrainer(Trainer):
         return student
 
 
-class _Phases(TrainerCallback):  # type: ignore[misc]
+class _Phases(TrainerCallback):
     """Tells the trainer when a training begins, when one of its steps has ended, and when it ends itself."""
 
     def __init__(self, trainer: RelationalDistillationTrainer) -> None:
@@ -445,6 +415,21 @@ class _Phases(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self.trainer._end_training()
+
+
+def prepared(student: Any, teacher: Teacher, distillation: Distillation, needs_task_head: bool) -> Any:
+    """A student with its head, after a look at whether it can be trained under this teacher; None of none.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    if student is None:
+        return None
+    check_student(student, needs_task_head)
+    if teacher.model is not None:
+        check_teacher(teacher.model, student, teacher.wants_logits)
+    distillation.attach(student)
+    return student
 
 
 def teacher_for(
@@ -464,7 +449,7 @@ def teacher_for(
     """
     wants_embedding, wants_logits = args.relational_weight > 0, args.kd_weight > 0
     needed = wants_embedding or wants_logits
-    model = load_teacher(teacher, **(args.teacher_model_init_kwargs or {})) if needed else None
+    model = load_teacher(teacher, args.teacher_model_init_kwargs) if needed else None
     if model is not None and student is not None:
         check_teacher(model, student, wants_logits)
     compiled = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
@@ -486,12 +471,3 @@ def teacher_for(
                 "a training set with a `teacher_logits` column. Got neither."
             )
     return made
-
-
-def with_head(student: nn.Module, distillation: Distillation) -> Any:
-    """Give the student the head that the comparison needs, in place of an earlier trainer's; returns it, or None."""
-    args, projection = distillation.args, distillation.projection
-    if projection is None:
-        detach_head(student)
-        return None
-    return attach_head(student, projection.dim, args.student_projection, args.student_pooling, args.seed)

@@ -144,6 +144,17 @@ def test_a_second_training_starts_with_an_empty_bank(tmp_path: Path) -> None:
     assert len(first) == 16
 
 
+def test_after_a_resumption_a_log_line_is_of_the_steps_since(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    each = trainer(tmp_path / "each", **settings)
+    each.train()
+    trainer(tmp_path / "threes", logging_steps=3, **settings).train()
+    resumed = trainer(tmp_path / "threes", logging_steps=3, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "threes" / "checkpoint-2"))
+    for name in ("loss", "task_loss", "relational_loss"):
+        assert log_of(resumed, name) == [pytest.approx(log_of(each, name)[2], rel=1e-6)]
+
+
 def test_the_head_starts_from_the_seed_and_leaves_the_global_random_state_alone(tmp_path: Path) -> None:
     torch.manual_seed(3)
     weights = [trainer(tmp_path, seed=seed).model.relational_head.projection.weight for seed in (1, 1, 2)]

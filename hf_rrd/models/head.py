@@ -124,6 +124,21 @@ def head_of(student: nn.Module) -> Any:
     return student._modules.get(HEAD)
 
 
+def load_head(head: RelationalHead, state: dict[str, Tensor]) -> None:
+    """Take over a student's saved head.
+
+    Raises:
+        ValueError: It is of another shape.
+    """
+    saved, own = ({name: tuple(each.shape) for name, each in sorted(of.items())} for of in (state, head.state_dict()))
+    if saved != own:
+        raise ValueError(
+            f"the saved head has {saved}, this student's has {own}. It was saved with another student_projection, "
+            "student or teacher."
+        )
+    head.load_state_dict(state)
+
+
 def check_student(student: nn.Module, task: bool) -> None:
     """Raise a ValueError for a student that cannot give the task loss that it is to learn."""
     if task and is_headless(student):

@@ -125,20 +125,23 @@ class Teacher:
         """Whether there is anything to learn from the teacher in a batch."""
         return self.model is not None or "teacher_embedding" in inputs or "teacher_logits" in inputs
 
-    def read(self, inputs: dict[str, Any], logits: bool = True) -> TeacherOutputs:
+    def read(self, inputs: dict[str, Any], logits: bool = True, required: bool = False) -> TeacherOutputs:
         """What is wanted of the teacher for a batch. Without a model, what is not cached is None.
 
         Args:
             inputs: The batch, with the columns of both sides.
             logits: Whether logits are needed this time, if they are wanted at all.
+            required: Whether it is an error that something is missing.
 
         Raises:
-            ValueError: Logits are wanted, and the teacher returns none; a cached column is of no use.
+            ValueError: Logits are wanted, and the teacher returns none; a cached column is of no use, or missing.
         """
         wants_logits = self.wants_logits and logits
         embedding = _cached("teacher_embedding", inputs) if self.wants_embedding else None
         cached_logits = _cached("teacher_logits", inputs) if wants_logits else None
         missing = (self.wants_embedding and embedding is None) or (wants_logits and cached_logits is None)
+        if self.model is None and missing and required:
+            raise ValueError(f"no teacher, and the batch lacks some of its outputs: its columns are {sorted(inputs)}.")
         if self.model is None or not missing:
             return TeacherOutputs(embedding, cached_logits)
         computed = self.compute(teacher_inputs(inputs, self.columns))
@@ -237,12 +240,12 @@ def check_teacher(teacher: nn.Module, student: nn.Module, kd: bool) -> None:
             )
 
 
-def load_teacher(teacher: Any, **kwargs: Any) -> Any:
+def load_teacher(teacher: Any, kwargs: Any = None) -> Any:
     """A teacher by Hub name or folder, with the class that its config names; a model is returned as it is.
 
     Args:
         teacher: A model, a Hub name or a folder.
-        kwargs: For `from_pretrained`: `revision`, `dtype`, `token`, `trust_remote_code` and so on.
+        kwargs: A dict for `from_pretrained`: `revision`, `dtype`, `token`, `trust_remote_code` and so on.
 
     Raises:
         TypeError: It is none of these.
@@ -252,6 +255,7 @@ def load_teacher(teacher: Any, **kwargs: Any) -> Any:
         raise TypeError(f"`teacher` must be a model, a Hub name or a folder, got a {type(teacher).__name__}.")
     if not isinstance(teacher, str | os.PathLike):
         return teacher
+    kwargs = kwargs or {}
     try:
         return _loaded(teacher, kwargs)
     except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:

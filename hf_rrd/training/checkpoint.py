@@ -84,21 +84,6 @@ def load_sidecar(folder: str) -> tuple[State, dict[str, str]]:
     return state, about
 
 
-def load_head(head: Any, state: dict[str, Tensor]) -> None:
-    """Take over a student's saved head.
-
-    Raises:
-        ValueError: It is of another shape.
-    """
-    saved, own = ({name: tuple(each.shape) for name, each in sorted(of.items())} for of in (state, head.state_dict()))
-    if saved != own:
-        raise ValueError(
-            f"the saved head has {saved}, this student's has {own}. It was saved with another student_projection, "
-            "student or teacher."
-        )
-    head.load_state_dict(state)
-
-
 def _about(path: str) -> dict[str, str]:
     with safe_open(path, "pt") as file:
         return dict(file.metadata() or {})

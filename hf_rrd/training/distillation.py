@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_rrd.losses.bank import FeatureBank
 from hf_rrd.losses.in_batch import BATCH_LOSSES
 from hf_rrd.losses.logits import logit_terms
 from hf_rrd.losses.relational import infonce_terms, relational_terms
+from hf_rrd.losses.rows import unit
+from hf_rrd.models.head import RelationalHead, attach_head, detach_head, head_of, load_head
 from hf_rrd.models.teacher import Teacher, TeacherOutputs
 from hf_rrd.training.data import has_cached_embeddings, sample_of
 from hf_rrd.training.projection import TeacherProjection
@@ -39,12 +40,14 @@ class Distillation:
     Attributes:
         projection: Of the teacher's embeddings; None where the run learns none.
         bank: The rows that they are compared with; None where the run learns none.
+        head: The student's, from `attach` on; None where the run learns no embeddings.
     """
 
     def __init__(self, args: Any, teacher: Teacher) -> None:
         self.args = args
         self.projection: TeacherProjection | None = None
         self.bank: FeatureBank | None = None
+        self.head: RelationalHead | None = None
         self.pending: list[Tensor] = []
         self._learned = {"relational_weight": teacher.wants_embedding, "kd_weight": teacher.wants_logits}
         if teacher.width is not None:
@@ -55,6 +58,15 @@ class Distillation:
     def rows(self) -> int:
         """How many rows the settings give the bank: none for a loss that compares within the micro-batch."""
         return 0 if self.args.relational_loss in BATCH_LOSSES else int(self.args.bank_size)
+
+    def attach(self, student: nn.Module) -> None:
+        """Give a student the head that the comparison needs, in place of an earlier one, or take that off."""
+        self.head = None
+        detach_head(student)
+        if self.projection is not None:
+            args = self.args
+            how = (args.student_projection, args.student_pooling, args.seed)
+            self.head = attach_head(student, self.projection.dim, *how)
 
     # ---- The loss ----
 
@@ -146,17 +158,25 @@ class Distillation:
             gather: From this process's rows, (n, dim), to those of all processes.
         """
         if self.bank is not None and self.pending:
-            rows = F.normalize(torch.cat(self.pending), dim=-1)
+            rows = unit(torch.cat(self.pending))
             self.bank.enqueue(gather(rows.to(self.bank.filled.dtype)))
         self.pending.clear()
 
-    def start(self) -> None:
+    def start(self, student: nn.Module) -> None:
         """Begin a training: an empty bank, and the settings as they are by now, which a search may have changed.
 
+        Args:
+            student: The model that is to be trained.
+
         Raises:
-            ValueError: A setting is out of its range, or needs what this object was made without.
+            ValueError: A setting is out of its range, or needs what this object was made without; or the student has
+                another head than the one that it was given.
         """
         self.args.validate()
+        if head_of(student) is not self.head:
+            raise ValueError(
+                "another trainer has taken this student over: its head is not this trainer's. Make a new one."
+            )
         for name, learned in self._learned.items():
             if getattr(self.args, name) > 0 and not learned:
                 raise ValueError(
@@ -201,16 +221,20 @@ class Distillation:
         if not projection.is_ready:
             projection.fit(embeddings[:examples])
             projection.load_state_dict(share(projection.state_dict()))  # the same to the bit on all processes
-        bank.enqueue(F.normalize(projection(embeddings[: bank.size]), dim=-1))
+        bank.enqueue(unit(projection(embeddings[: bank.size])))
 
     # ---- A checkpoint ----
 
-    def state_dict(self) -> State:
-        """All there is to save: `teacher_projection` and `bank`, as far as there are any."""
-        parts = {"teacher_projection": self.projection, "bank": self.bank}
-        return {name: part.state_dict() for name, part in parts.items() if part is not None}
+    def state_dict(self, head: bool = True) -> State:
+        """All there is to save: `head`, `teacher_projection` and `bank`, as far as there are any.
 
-    def load_state_dict(self, state: State) -> None:
+        Args:
+            head: Whether the head is wanted; a sharded one is saved with the student.
+        """
+        parts = {"head": self.head if head else None, "teacher_projection": self.projection, "bank": self.bank}
+        return {name: dict(part.state_dict()) for name, part in parts.items() if part is not None}
+
+    def load_state_dict(self, state: State, head: bool = True) -> None:
         """Take over what was saved.
 
         Raises:
@@ -220,6 +244,8 @@ class Distillation:
             self.bank.load_state_dict(state.get("bank", {}))
         if self.projection is not None:
             self.projection.load_state_dict(state.get("teacher_projection", {}))
+        if self.head is not None and head:
+            load_head(self.head, state.get("head", {}))
 
 
 @contextmanager

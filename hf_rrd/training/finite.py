@@ -42,6 +42,12 @@ class FiniteCheck:
         if value.device.type == "cpu":
             self.raise_if_found()
 
+    def note_teacher(self, step: int, embedding: Tensor | None, logits: Tensor | None) -> None:
+        """Look at a teacher's outputs in a step, as far as there are any."""
+        for name, value in (("embedding", embedding), ("logits", logits)):
+            if value is not None:
+                self.note(step, f"the teacher's {name}", value)
+
     def raise_if_found(self) -> None:
         """Raise for what was noted since the last call.
 

@@ -59,7 +59,7 @@ def teacher_identity(teacher: Teacher, pooling: Any, training_set: Preview) -> d
     ):
         if wanted and (teacher.model is None or training_set.has(column)):
             identity[column] = f"cached outputs {_column_sample(training_set, column)}"
-        elif wanted:
+        elif wanted and teacher.model is not None:
             model = model or f"{type(unwrapped(teacher.model)).__name__} {weights_sample(teacher.model)[:16]}"
             identity[column] = model + how
     return identity

@@ -5,6 +5,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 TERMS = ("task_loss", "kd_loss", "relational_loss", "relational_kl")
 """The terms' names, in the order of the log."""
@@ -48,13 +51,14 @@ class TermLog:
         """The terms that were nan or inf since the last line."""
         return [name for name in TERMS if name in self.window and not self.window[name].isfinite()]
 
-    def line(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    def line(self, reduce: Callable[[Tensor], Tensor], includes_own: bool) -> dict[str, float]:
         """The mean of each term per optimizer step since the last line, which ends the window.
 
         With the relational loss comes `teacher_perplexity`: how many rows of the bank the target is spread over.
 
         Args:
             reduce: From this process's sums to their mean over the processes, in one collective.
+            includes_own: Whether the own key is a candidate: then a perplexity that stays near 1 is worth a warning.
         """
         window, self.window = self.window, {}
         names = [name for name in TERMS if name in window]
@@ -64,6 +68,12 @@ class TermLog:
         sums = reduce(torch.stack([window[name].to(device) for name in (*names, "steps")]))
         line = _with_perplexity(dict(zip(names, (sums[:-1] / sums[-1]).tolist(), strict=True)))
         self.lines_near_one = self.lines_near_one + 1 if line.get(PERPLEXITY, NEAR_ONE) < NEAR_ONE else 0
+        if self.lines_near_one == 2 and includes_own:
+            logger.warning_once(
+                f"The teacher's perplexity over the bank stays near 1 ({line[PERPLEXITY]:.2f}): each example has only "
+                "its own key to match, as in InfoNCE, and its neighbours have no say. Raise teacher_temperature, or "
+                "set teacher_perplexity=20."
+            )
         return line
 
     def start_evaluation(self) -> None:

@@ -53,16 +53,6 @@ def test_the_bank_holds_the_rows_of_all_processes_in_the_order_of_one(
     assert (one.float() - several.float()).abs().max() < 1e-6
 
 
-def test_banks_of_their_own_hold_each_process_s_examples_alone(results: Results) -> None:
-    banks = [results[f"each has a bank of its own-{rank}-of-2"]["bank"] for rank in range(2)]
-    assert [len(bank) for bank in banks] == [48, 48]
-    # 20 steps of 8 examples have replaced what the calibration had put in, which was the same on both. Of 64 examples
-    # in 4 steps an epoch, no process has those that the other has had since.
-    newest = [{tuple(row) for row in bank[-32:].tolist()} for bank in banks]
-    assert [len(rows) for rows in newest] == [32, 32]
-    assert newest[0] & newest[1] == set()
-
-
 @pytest.mark.parametrize(("scenario", "processes"), SEVERAL)
 def test_a_step_gathers_its_rows_once_and_the_sizes_of_its_micro_batches(
     results: Results, scenario: str, processes: int
