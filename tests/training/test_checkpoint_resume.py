@@ -1,13 +1,11 @@
 """A killed run, resumed, ends as if nothing had happened."""
 
 import json
-import multiprocessing
 import random
 import shutil
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from hf_rrd.training.checkpoint import SIDECAR, last_complete_checkpoint, sidecar_of
-from tests.builders import free_port, tiny_vit, trainer
+from tests.builders import tiny_vit, trainer
+from tests.processes import context, free_port
 from tests.resume_worker import STEPS, run
 
 needs_resume_of_several = pytest.mark.skipif(
@@ -27,19 +26,10 @@ KILLS = 10
 PAIR_KILLS = 4
 
 
-@pytest.fixture(scope="module")
-def context() -> ForkServerContext:
-    """Children that start with everything imported."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.resume_worker"])
-    return context
-
-
 @dataclass
 class Job:
     """A training in so many processes, which goes on from its newest checkpoint."""
 
-    context: ForkServerContext
     family: str
     processes: int = 1
     settings: dict[str, Any] = field(default_factory=dict)
@@ -49,9 +39,9 @@ class Job:
 
         As a launcher would, it takes the others down with it.
         """
-        step, port = self.context.Value("i", -1), free_port()
+        step, port = context().Value("i", -1), free_port()
         children = [
-            self.context.Process(
+            context().Process(
                 target=run, args=(rank, self.processes, port, self.family, str(folder), step), kwargs=self.settings
             )
             for rank in range(self.processes)
@@ -90,27 +80,25 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(context: ForkServerContext, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {family: tmp_path_factory.mktemp(family) for family in ("vit", "bert")}
     for family, folder in folders.items():
-        assert Job(context, family).train(folder) == [0]
+        assert Job(family).train(folder) == [0]
     return folders
 
 
 @pytest.mark.parametrize("kill", range(KILLS))
 @pytest.mark.parametrize("family", ["vit", "bert"])
 def test_a_run_killed_at_a_random_moment_ends_bitwise_as_the_undisturbed_one(
-    context: ForkServerContext, undisturbed: dict[str, Path], tmp_path: Path, family: str, kill: int
+    undisturbed: dict[str, Path], tmp_path: Path, family: str, kill: int
 ) -> None:
-    Job(context, family).kill_and_resume(undisturbed[family], tmp_path, seed=f"{family} {kill}")
+    Job(family).kill_and_resume(undisturbed[family], tmp_path, seed=f"{family} {kill}")
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["one bank", "a bank each"])
-def pair(
-    request: pytest.FixtureRequest, context: ForkServerContext, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Job, Path]:
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
     """A job of two processes, and what they leave undisturbed."""
-    job, folder = Job(context, "vit", 2, {"gather_bank": request.param}), tmp_path_factory.mktemp("pair")
+    job, folder = Job("vit", 2, {"gather_bank": request.param}), tmp_path_factory.mktemp("pair")
     assert job.train(folder) == [0, 0]
     return job, folder
 
@@ -135,7 +123,7 @@ def test_banks_of_their_own_differ_and_are_saved_by_each(pair: tuple[Job, Path])
 
 
 def test_banks_of_their_own_are_not_resumed_by_another_number_of_processes(
-    context: ForkServerContext, pair: tuple[Job, Path], tmp_path: Path
+    pair: tuple[Job, Path], tmp_path: Path
 ) -> None:
     job, folder = pair
     checkpoint = shutil.copytree(folder / "checkpoint-12", tmp_path / "checkpoint-12")
