@@ -1,9 +1,6 @@
 """Small models from configs, small data sets, and a trainer with quiet settings."""
 
 import inspect
-import os
-import socket
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,9 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
 
 from hf_rrd import RelationalDistillationConfig, RelationalDistillationTrainer
+from tests.processes import be_process as be_process
+from tests.processes import free_port as free_port
+from tests.processes import run_together as run_together
 
 CLASSES = 4
 
@@ -49,20 +49,6 @@ def tiny_bert(width: int = 16, layers: int = 2, seed: int = 0, classes: int = CL
             attention_probs_dropout_prob=dropout,
         )
     )
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def be_process(rank: int, processes: int, port: int) -> None:
-    """Make this process one of several, as a launcher would."""
-    if processes > 1:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
-        os.environ |= {name: str(number) for name, number in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
 
 
 class Images(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -148,24 +134,3 @@ def trainer(output_dir: str | Path, **given: Any) -> RelationalDistillationTrain
 def log_of(run: RelationalDistillationTrainer, key: str = "loss") -> list[float]:
     """The values of a key in the training log, in order."""
     return [entry[key] for entry in run.state.log_history if key in entry and "loss" in entry]
-
-
-def run_together(
-    context: Any, target: Any, processes: int, *args: Any, seconds: float = 120, codes: tuple[int, ...] = (0,)
-) -> None:
-    """Run `target(rank, processes, port, *args)` as so many processes, and see that each ends as it should.
-
-    None of them outlives this call: one that waits for another for ever is killed after some time, and that is a
-    failure.
-    """
-    port = free_port()
-    children = [context.Process(target=target, args=(rank, processes, port, *args)) for rank in range(processes)]
-    for child in children:
-        child.start()
-    end = time.monotonic() + seconds
-    for child in children:
-        child.join(timeout=max(0, end - time.monotonic()))
-    for child in children:
-        child.kill()
-        child.join()
-    assert {child.exitcode for child in children} <= set(codes), [child.exitcode for child in children]

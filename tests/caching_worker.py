@@ -8,7 +8,8 @@ import torch
 import transformers
 
 from hf_rrd.training import caching
-from tests.builders import Images, be_process, tiny_vit
+from tests.builders import Images, tiny_vit
+from tests.processes import be_process
 
 EXAMPLES = 61
 BATCH = 3

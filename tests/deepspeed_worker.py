@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForImageClassification
 
-from tests.builders import be_process, tiny_vit
+from tests.builders import tiny_vit
 from tests.fsdp_worker import SAVED_AT, distillation_of, lines_of
+from tests.processes import be_process
 
 
 def settings_of(stage: int) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from tests.builders import Images, be_process, tiny_vit, trainer
+from tests.builders import Images, tiny_vit, trainer
+from tests.processes import be_process
 
 GLOBAL_BATCH = 16
 STEPS = 20

@@ -12,7 +12,8 @@ from transformers import TrainerCallback
 
 from hf_rrd.models.head import HEAD
 from tests import fsdp_on_cpu
-from tests.builders import Images, Texts, be_process, tiny_bert, tiny_vit, trainer
+from tests.builders import Images, Texts, tiny_bert, tiny_vit, trainer
+from tests.processes import be_process
 
 STEPS, SAVED_AT = 6, 3
 

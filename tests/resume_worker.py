@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from hf_rrd.training.checkpoint import last_complete_checkpoint
-from tests.builders import Images, Texts, be_process, tiny_bert, tiny_vit, trainer
+from tests.builders import Images, Texts, tiny_bert, tiny_vit, trainer
+from tests.processes import be_process
 
 STEPS = 14
 

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import shlex
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +31,7 @@ from transformers import (
 
 from tests.builders import tiny_vit
 from tests.loopback_hub import LoopbackHub, header_errors
+from tests.processes import free_port, run_script
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = ("text_classification", "image_classification", "text_embeddings", "own_training_loop")
@@ -123,27 +123,10 @@ def start_process(
     name: str, line: str, folder: Path, out: Path, processes: int = 1, hub: LoopbackHub | None = None
 ) -> str:
     """Runs an example as a user starts it; what it printed."""
-    launcher = []
-    if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        # `--cpu` would start one process, whatever the number; ACCELERATE_USE_CPU is set in conftest.
-        launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-        launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        launcher += ["--main_process_port", port]
     arguments = shlex.split(line.replace("{}", str(folder)).replace("OUT", str(out)))
-    environment = os.environ | {"HF_HOME": str(out / "home"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    environment |= {} if hub is None else hub.environment(out / "home")
-    run = subprocess.run(
-        [sys.executable, *launcher, str(EXAMPLES / f"{name}.py"), *arguments],
-        capture_output=True,
-        text=True,
-        cwd=out,
-        env=environment,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    return run.stdout
+    environment = {"COLUMNS": "200"} | ({} if hub is None else hub.environment(out / "home"))
+    path = EXAMPLES / f"{name}.py"
+    return run_script(path, *arguments, folder=out, environment=environment, processes=processes).out
 
 
 @torch.no_grad()
@@ -439,6 +422,28 @@ def test_the_own_loop_runs_on_two_processes_and_saves_a_student_of_the_printed_a
         )
         assert f"{name} {100 * saved[name]:.1f} %" in printed
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path).config.num_hidden_layers == 1
+
+
+@pytest.mark.slow
+def test_accelerate_launch_starts_a_script_as_two_processes(folder: Path, tmp_path: Path) -> None:
+    # `--cpu` would start one process, whatever the number; ACCELERATE_USE_CPU is set in conftest.
+    launcher = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    line = (
+        f"{launcher} --dynamo_backend no --main_process_port {free_port()} {EXAMPLES}/own_training_loop.py "
+        f"--train_file {folder}/train.csv --validation_file {folder}/validation.csv --text_column_name sentence "
+        f"--batch_size 8 --teacher_model_name_or_path {folder}/classifier --student_num_layers 1 --output_dir out"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home")}
+    printed = subprocess.run(
+        [sys.executable, *shlex.split(line)],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+    ).stdout
+    assert printed.count("in 3 steps") == 2  # 48 examples by twice 8
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.num_hidden_layers == 1
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

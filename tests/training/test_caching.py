@@ -1,7 +1,6 @@
 """A teacher's outputs as columns: what is in them, when they are computed again, and training from them."""
 
 import copy
-import multiprocessing
 import random
 import time
 from collections.abc import Callable
@@ -21,8 +20,9 @@ from hf_rrd import DataCollatorForDistillation, cache_teacher_outputs, with_view
 from hf_rrd.training import caching
 from hf_rrd.training.caching import weights_hash
 from tests import caching_worker
-from tests.builders import Images, free_port, log_of, tiny_bert, tiny_vit, trainer
+from tests.builders import Images, log_of, tiny_bert, tiny_vit, trainer
 from tests.caching_worker import BATCH, EXAMPLES, SHARD
+from tests.processes import context, free_port
 from tests.training.test_data import tokenizer
 
 WIDTH = 24
@@ -307,13 +307,6 @@ def test_a_teacher_from_another_folder_with_the_same_weights_has_the_same_hash(t
 # ---- Several processes, and a kill ----
 
 
-@pytest.fixture(scope="module")
-def processes() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.resume_worker", "tests.distributed_worker", "tests.caching_worker"])
-    return context
-
-
 def expected_columns() -> tuple[Tensor, Tensor]:
     return one_by_one(teacher_vit(), caching_worker.images())
 
@@ -327,14 +320,14 @@ def check_parquet(path: Path) -> None:
 
 
 @pytest.mark.parametrize("kill", range(5))
-def test_after_a_kill_a_second_call_finishes_the_work(processes: Any, tmp_path: Path, kill: int) -> None:
+def test_after_a_kill_a_second_call_finishes_the_work(tmp_path: Path, kill: int) -> None:
     chance = random.Random(kill)
     all_forwards = sum(
         -(-len(range(start, min(start + SHARD, EXAMPLES))) // BATCH) for start in range(0, EXAMPLES, SHARD)
     )
     kill_at = chance.randrange(1, all_forwards - 3)
-    forwards = processes.Value("i", 0)
-    child = processes.Process(target=caching_worker.run, args=(0, 1, 0, str(tmp_path), forwards))
+    forwards = context().Value("i", 0)
+    child = context().Process(target=caching_worker.run, args=(0, 1, 0, str(tmp_path), forwards))
     child.start()
     while child.is_alive() and forwards.value < kill_at:
         time.sleep(0.0005)
@@ -344,7 +337,7 @@ def test_after_a_kill_a_second_call_finishes_the_work(processes: Any, tmp_path: 
     assert child.exitcode == -9
     done = len(list(tmp_path.glob("*/*.arrow")))
     before = forwards.value
-    child = processes.Process(target=caching_worker.run, args=(0, 1, 0, str(tmp_path), forwards))
+    child = context().Process(target=caching_worker.run, args=(0, 1, 0, str(tmp_path), forwards))
     child.start()
     child.join(timeout=120)
     assert child.exitcode == 0
@@ -352,11 +345,11 @@ def test_after_a_kill_a_second_call_finishes_the_work(processes: Any, tmp_path: 
     check_parquet(tmp_path / "0.parquet")
 
 
-def test_two_processes_share_the_work_and_both_have_all_of_it(processes: Any, tmp_path: Path) -> None:
+def test_two_processes_share_the_work_and_both_have_all_of_it(tmp_path: Path) -> None:
     port = free_port()
-    counts = [processes.Value("i", 0) for _ in range(2)]
+    counts = [context().Value("i", 0) for _ in range(2)]
     children = [
-        processes.Process(target=caching_worker.run, args=(rank, 2, port, str(tmp_path), counts[rank]))
+        context().Process(target=caching_worker.run, args=(rank, 2, port, str(tmp_path), counts[rank]))
         for rank in range(2)
     ]
     for child in children:

@@ -1,12 +1,10 @@
 """A killed run, resumed, ends as if nothing had happened."""
 
 import json
-import multiprocessing
 import random
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_rrd.training.checkpoint import SIDECAR, last_complete_checkpoint
-from tests.builders import free_port
+from tests.processes import context, free_port
 from tests.resume_worker import STEPS, run
 
 needs_resume_of_several = pytest.mark.skipif(
@@ -25,19 +23,10 @@ KILLS = 10
 PAIR_KILLS = 4
 
 
-@pytest.fixture(scope="module")
-def context() -> ForkServerContext:
-    """Children that start with everything imported."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.resume_worker"])
-    return context
-
-
 @dataclass
 class Job:
     """A training in so many processes, which goes on from its newest checkpoint."""
 
-    context: ForkServerContext
     family: str
     processes: int = 1
 
@@ -46,9 +35,9 @@ class Job:
 
         As a launcher would, it takes the others down with it.
         """
-        step, port = self.context.Value("i", -1), free_port()
+        step, port = context().Value("i", -1), free_port()
         children = [
-            self.context.Process(target=run, args=(rank, self.processes, port, self.family, str(folder), step))
+            context().Process(target=run, args=(rank, self.processes, port, self.family, str(folder), step))
             for rank in range(self.processes)
         ]
         for child in children:
@@ -85,25 +74,25 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(context: ForkServerContext, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {family: tmp_path_factory.mktemp(family) for family in ("vit", "bert")}
     for family, folder in folders.items():
-        assert Job(context, family).train(folder) == [0]
+        assert Job(family).train(folder) == [0]
     return folders
 
 
 @pytest.mark.parametrize("kill", range(KILLS))
 @pytest.mark.parametrize("family", ["vit", "bert"])
 def test_a_run_killed_at_a_random_moment_ends_bitwise_as_the_undisturbed_one(
-    context: ForkServerContext, undisturbed: dict[str, Path], tmp_path: Path, family: str, kill: int
+    undisturbed: dict[str, Path], tmp_path: Path, family: str, kill: int
 ) -> None:
-    Job(context, family).kill_and_resume(undisturbed[family], tmp_path, seed=f"{family} {kill}")
+    Job(family).kill_and_resume(undisturbed[family], tmp_path, seed=f"{family} {kill}")
 
 
 @pytest.fixture(scope="module")
-def pair(context: ForkServerContext, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
     """A job of two processes, and what they leave undisturbed."""
-    job, folder = Job(context, "vit", 2), tmp_path_factory.mktemp("pair")
+    job, folder = Job("vit", 2), tmp_path_factory.mktemp("pair")
     assert job.train(folder) == [0, 0]
     return job, folder
 
@@ -117,7 +106,6 @@ def test_two_processes_of_which_one_is_killed_end_bitwise_as_undisturbed(
     job.kill_and_resume(undisturbed, tmp_path, seed=f"pair {kill}", victim=kill % 2)
 
 
-def test_the_undisturbed_run_leaves_a_full_bank(undisturbed: dict[str, Path]) -> None:
     checkpoint = last_complete_checkpoint(str(undisturbed["vit"]))
     assert checkpoint is not None
     sidecar = load_file(Path(checkpoint, SIDECAR))

@@ -1,6 +1,5 @@
 """Several real processes do what one does."""
 
-import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -8,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.builders import run_together
 from tests.distributed_worker import SCENARIOS, STEPS, run
+from tests.processes import context, run_together
 
 Results = dict[str, dict[str, Tensor]]
 
@@ -21,10 +20,8 @@ SEVERAL = [(name, processes) for name, (_, most) in SCENARIOS.items() for proces
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What one process ends with, and each of two and of four."""
     folder = tmp_path_factory.mktemp("distributed")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.resume_worker", "tests.distributed_worker"])
     for processes in (1, 2, 4):
-        run_together(context, run, processes, str(folder))
+        run_together(context(), run, processes, str(folder))
     return {path.stem: load_file(path) for path in Path(folder).glob("*-of-*")}
 
 

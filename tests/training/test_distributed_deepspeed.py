@@ -1,6 +1,5 @@
 """Under ZeRO-1, 2 and 3 the run is the one that a process alone would make; skipped where it is not installed."""
 
-import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.builders import run_together
 from tests.deepspeed_worker import run, save_models
 from tests.fsdp_worker import run_alone
+from tests.processes import context, run_together
 
 pytest.importorskip("deepspeed", reason="make test-deepspeed runs these")
 
@@ -25,11 +24,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     stage, by_name = request.param
     folder = tmp_path_factory.mktemp("deepspeed")
     save_models(folder)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.deepspeed_worker"])
-    run_together(context, run_alone, 1, str(folder / "alone"), "vit")
+    run_together(context(), run_alone, 1, str(folder / "alone"), "vit")
     for goes_on in (False, True):
-        run_together(context, run, 2, str(folder), stage, by_name, goes_on, seconds=240)
+        run_together(context(), run, 2, str(folder), stage, by_name, goes_on, seconds=240)
     yield folder
 
 

@@ -1,6 +1,5 @@
 """Under FSDP2, head and teacher are sharded, and the run is the one that a process alone would make."""
 
-import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForImageClassification
 
-from tests.builders import run_together
 from tests.fsdp_worker import STEPS, run, run_alone
+from tests.processes import context, run_together
 
 # Family, kind of checkpoint, layers to wrap: None is accelerate's default, which fails on both families without help.
 CASES = [
@@ -26,11 +25,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """Where the runs of a case left what they ended with."""
     family, kind, layers = request.param
     folder = tmp_path_factory.mktemp("fsdp")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.fsdp_worker"])
-    run_together(context, run_alone, 1, str(folder / "alone"), family)
+    run_together(context(), run_alone, 1, str(folder / "alone"), family)
     for goes_on in (False, True):
-        run_together(context, run, 2, str(folder), family, kind, layers, goes_on)
+        run_together(context(), run, 2, str(folder), family, kind, layers, goes_on)
     return folder
 
 
