@@ -201,7 +201,7 @@ def main() -> None:
 
     # The teacher's outputs, if they are to be computed once.
     if count:
-        how = {"pooling": args.teacher_pooling, "with_logits": args.kd_weight > 0, "teacher_dtype": args.teacher_dtype}
+        how = {"pooling": args.teacher_pooling, "with_logits": args.kd_weight > 0}
         cache = partial(cache_teacher_outputs, teacher=teacher, batch_size=args.per_device_eval_batch_size, **how)
         train, views = cache(train), {split: cache(views[split]) for split in evaluated}
 

@@ -209,7 +209,6 @@ def main() -> None:
             processing_class=teacher_tokenizer,
             pooling=args.teacher_pooling,
             with_logits=args.kd_weight > 0,
-            teacher_dtype=args.teacher_dtype,
         )
     trainer = RelationalDistillationTrainer(
         model=student,

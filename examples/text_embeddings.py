@@ -39,9 +39,9 @@ from hf_rrd import (
     RelationalDistillationConfig,
     RelationalDistillationTrainer,
     cache_teacher_outputs,
+    embed,
     student_from_teacher,
 )
-from hf_rrd.models.pooling import POOLERS
 
 
 @dataclass
@@ -99,15 +99,14 @@ def load(args: DataArguments) -> DatasetDict:
 
 
 @torch.no_grad()
-def embed(model: Any, tokenizer: Any, texts: list[str], pooling: str, max_length: int) -> torch.Tensor:
+def encode_texts(model: Any, tokenizer: Any, texts: list[str], pooling: str, max_length: int) -> torch.Tensor:
     """Unit embeddings of texts, (texts, width), on the CPU."""
     model.eval()
-    pool, parts = POOLERS["mean" if pooling == "auto" else pooling], []
+    parts = []
     for start in range(0, len(texts), 64):
         batch = texts[start : start + 64]
         inputs = tokenizer(batch, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
-        inputs = inputs.to(model.device)
-        parts.append(F.normalize(pool(model(**inputs), inputs["attention_mask"]), dim=-1).float().cpu())
+        parts.append(F.normalize(embed(model, inputs.to(model.device), pooling), dim=-1).float().cpu())
     return torch.cat(parts)
 
 
@@ -171,7 +170,7 @@ def main() -> None:
 
     # Embeddings of the student as it starts; in this part of the work the main process is alone.
     def embeddings(model: Any, its_tokenizer: Any, pooling: str) -> dict[str, torch.Tensor]:
-        return {split: embed(model, its_tokenizer, texts[split], pooling, data_args.max_length) for split in texts}
+        return {split: encode_texts(model, its_tokenizer, texts[split], pooling, data_args.max_length) for split in texts}
 
     rows = {}
     if args.process_index == 0:
@@ -186,7 +185,6 @@ def main() -> None:
             processing_class=teacher_tokenizer,
             pooling=args.teacher_pooling,
             with_logits=False,
-            teacher_dtype=args.teacher_dtype,
         )
     trainer = RelationalDistillationTrainer(
         model=student,

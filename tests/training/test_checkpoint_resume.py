@@ -106,6 +106,7 @@ def test_two_processes_of_which_one_is_killed_end_bitwise_as_undisturbed(
     job.kill_and_resume(undisturbed, tmp_path, seed=f"pair {kill}", victim=kill % 2)
 
 
+def test_the_undisturbed_run_leaves_a_full_bank(undisturbed: dict[str, Path]) -> None:
     checkpoint = last_complete_checkpoint(str(undisturbed["vit"]))
     assert checkpoint is not None
     sidecar = load_file(Path(checkpoint, SIDECAR))
