@@ -11,8 +11,7 @@ class FeatureBank:
 
     Only rows that were put in are ever given out: an empty bank has no rows rather than random ones. A write never
     touches rows that were given out, so that a loss computed before it can still run its backward pass afterwards. It
-    is not a module: under data parallelism a buffer would be overwritten with the first process's rows at every
-    forward.
+    is no module: data parallelism would overwrite a buffer with the first process's rows at every forward.
 
     Args:
         size: How many rows to keep at most; 0 keeps none.
@@ -27,12 +26,9 @@ class FeatureBank:
     def __init__(
         self, size: int, dim: int, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
     ) -> None:
-        if size < 0:
-            raise ValueError(f"`size` must be 0 or more rows, got {size}.")
-        if dim < 1:
-            raise ValueError(f"`dim` must be at least 1, got {dim}.")
-        self.size = size
-        self.dim = dim
+        if size < 0 or dim < 1:
+            raise ValueError(f"`size` must be 0 or more rows and `dim` at least 1, got {size} and {dim}.")
+        self.size, self.dim = size, dim
         self._storage = torch.empty(0, dim, dtype=dtype, device=device)
         self._rows = self._storage  # the part of it that is filled
         self._end = 0  # where that part ends, and free room begins
@@ -94,13 +90,11 @@ class FeatureBank:
         Raises:
             ValueError: `rows` is missing or of another width.
         """
-        if "rows" not in state:
-            raise ValueError(f"a bank's state has the key 'rows', got {sorted(state)}.")
-        saved = state["rows"]
-        if saved.dim() != 2 or saved.shape[1] != self.dim:
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if shapes.get("rows", ())[1:] != (self.dim,):
             raise ValueError(
-                f"the saved bank has rows of shape {tuple(saved.shape)}, this bank has the width {self.dim}. It was "
-                "saved with another teacher or another projection."
+                f"the saved bank must hold `rows` of shape (n, {self.dim}), got {shapes}. It was saved with another "
+                "teacher or another projection."
             )
         self.clear()
-        self.enqueue(saved)
+        self.enqueue(state["rows"])

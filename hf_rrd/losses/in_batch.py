@@ -35,10 +35,9 @@ def rkd_distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Source: Park et al., Relational Knowledge Distillation, arXiv:1904.05068, eq. 5-7.
     """
-    student, teacher = pair(student, teacher)
-    if len(student) < 2:
-        return (student * 0).sum()
-    with torch.autocast(student.device.type, enabled=False):
+    with pair(student, teacher) as (student, teacher):
+        if len(student) < 2:
+            return (student * 0).sum()
         student_distances, teacher_distances = F.pdist(student), F.pdist(teacher)  # each pair once
         return F.huber_loss(
             ratio(student_distances, student_distances.mean()), ratio(teacher_distances, teacher_distances.mean())
@@ -58,10 +57,9 @@ def rkd_angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Source: Park et al., Relational Knowledge Distillation, arXiv:1904.05068, eq. 8-10.
     """
-    student, teacher = pair(student, teacher)
-    if len(student) < 3:
-        return (student * 0).sum()
-    with torch.autocast(student.device.type, enabled=False):
+    with pair(student, teacher) as (student, teacher):
+        if len(student) < 3:
+            return (student * 0).sum()
         terms = F.huber_loss(_angle_cosines(student), _angle_cosines(teacher), reduction="none")
         return terms.triu(1).sum() / (len(student) * math.comb(len(student) - 1, 2))  # (j, i, k) is (j, k, i)
 
@@ -78,8 +76,7 @@ def similarity_preserving_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Source: Tung and Mori, Similarity-Preserving Knowledge Distillation, arXiv:1907.09682, eq. 1-4.
     """
-    student, teacher = pair(student, teacher)
-    with torch.autocast(student.device.type, enabled=False):
+    with pair(student, teacher) as (student, teacher):
         return F.mse_loss(unit(student @ student.T), unit(teacher @ teacher.T))
 
 
@@ -97,10 +94,9 @@ def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Source: Passalis and Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer, arXiv:1803.10837.
     """
-    student, teacher = pair(student, teacher)
-    if len(student) < 2:
-        return (student * 0).sum()
-    with torch.autocast(student.device.type, enabled=False):
+    with pair(student, teacher) as (student, teacher):
+        if len(student) < 2:
+            return (student * 0).sum()
         student_log_probs, teacher_log_probs = _log_affinities(student), _log_affinities(teacher)  # (batch, batch)
         teacher_probs = teacher_log_probs.exp().fill_diagonal_(0)
         return (teacher_probs * (teacher_log_probs - student_log_probs)).sum(-1).mean()
@@ -122,16 +118,14 @@ def correlation_congruence_loss(student: Tensor, teacher: Tensor, gamma: float =
         The squared Frobenius norm over batch**2, a scalar; 0 for 1 example, unless one of its rows is 0.
 
     Raises:
-        ValueError: `student` and `teacher` are not rows of the same examples, `gamma` is not positive, or `order` is
-            below 1.
+        ValueError: They are not rows of the same examples, `gamma` is not positive, or `order` is below 1.
 
     Source: Peng et al., Correlation Congruence for Knowledge Distillation, arXiv:1904.01802, eq. 6-10.
     """
     check_positive("gamma", gamma, 0.4)
     if order < 1:
         raise ValueError(f"`order` must be at least 1, got {order}. Try 2.")
-    student, teacher = pair(student, teacher)
-    with torch.autocast(student.device.type, enabled=False):
+    with pair(student, teacher) as (student, teacher):
         return F.mse_loss(_taylor_kernel(student, gamma, order), _taylor_kernel(teacher, gamma, order))
 
 
@@ -149,20 +143,17 @@ def _angle_cosines(rows: Tensor) -> Tensor:
     return cosines * inverses.unsqueeze(2) * inverses.unsqueeze(1)
 
 
-def _cosines(rows: Tensor) -> Tensor:
-    rows = unit(rows)
-    return rows @ rows.T  # (batch, batch)
-
-
 def _log_affinities(rows: Tensor) -> Tensor:
     """The logarithm of the probability of j given i, (batch, batch). The diagonal is finite and means nothing."""
-    kernel = ((_cosines(rows) + 1) / 2).clamp(min=torch.finfo(rows.dtype).eps)
+    rows = unit(rows)
+    kernel = ((rows @ rows.T + 1) / 2).clamp(min=torch.finfo(rows.dtype).eps)
     own = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
     return kernel.log() - kernel.masked_fill(own, 0).sum(-1, keepdim=True).log()
 
 
 def _taylor_kernel(rows: Tensor, gamma: float, order: int) -> Tensor:
-    exponent = 2 * gamma * _cosines(rows)
+    rows = unit(rows)
+    exponent = 2 * gamma * (rows @ rows.T)  # (batch, batch)
     series = torch.ones_like(exponent)
     for power in range(order, 0, -1):
         series = 1 + exponent / power * series

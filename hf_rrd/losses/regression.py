@@ -3,7 +3,6 @@
 Only `student` gets a gradient. Computed in float32 (float64 for a float64 student), also under autocast.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,8 +27,7 @@ def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Source: the cosine embedding loss of Sanh et al., DistilBERT, arXiv:1910.01108.
     """
-    student, teacher = pair(student, teacher, one_width=True)
-    with torch.autocast(student.device.type, enabled=False):
+    with pair(student, teacher, one_width=True) as (student, teacher):
         return (1 - (unit(student) * unit(teacher)).sum(-1)).mean()
 
 
@@ -45,6 +43,5 @@ def mse_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
     Source: Romero et al., FitNets, arXiv:1412.6550, eq. 3 (there half the sum over the dimensions).
     """
-    student, teacher = pair(student, teacher, one_width=True)
-    with torch.autocast(student.device.type, enabled=False):
+    with pair(student, teacher, one_width=True) as (student, teacher):
         return F.mse_loss(student, teacher)

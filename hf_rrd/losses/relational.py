@@ -1,6 +1,7 @@
 """The relational losses against a bank: RRD and InfoNCE."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,10 +28,9 @@ def relational_loss(
     """Cross-entropy between the teacher's and the student's distribution of similarity over a bank, as a batch mean.
 
     With `p_t = softmax(cosines(teacher, bank) / teacher_temperature)` and `p_s` likewise for the student, the loss of
-    an example is `-sum_k p_t[k] log p_s[k]`. Only `student` gets a gradient; a row of zeros has a cosine of 0 with all
-    others. Computed in float32 (float64 for a float64 student), also under autocast, from one pass over slices of the
-    bank: neither the (batch, bank) matrix nor a copy of the bank is ever there, and memory does not grow with the
-    bank. There is no second derivative.
+    an example is `-sum_k p_t[k] log p_s[k]`. Only `student` gets a gradient, and no second derivative; the cosine of a
+    row of zeros is 0. Computed in float32 (float64 for a float64 student), also under autocast, from one pass over
+    slices of the bank: no (batch, bank) matrix, no copy of the bank, memory does not grow with the bank.
 
     Args:
         student: Rows of the student, (batch, dim), of any scale.
@@ -114,22 +114,10 @@ def infonce_loss(
 ) -> Tensor:
     """InfoNCE against a bank: each student row has to find its own teacher row among those of other examples.
 
-    With cosines `s` to the own row and `s_k` to those of the bank, `-log(exp(s / t) / sum_k exp(s_k / t))` over the
-    bank and the own row: contrastive distillation's aim, and the limit of `relational_loss` at a teacher's temperature
-    of 0.
+    With `p_s` as there, `-log p_s[own]`: what `relational_loss` comes to at a teacher's temperature of 0, and the aim
+    of contrastive distillation.
 
-    Args:
-        student: Rows, (batch, dim), of any scale. Gets the gradient.
-        teacher: Rows of the same examples, (batch, dim), of any scale.
-        bank: Rows of other examples, (bank, dim), of any scale; may be empty.
-        student_temperature: Positive. Lower is sharper.
-        include_own: The own row is one more candidate; false where it is in the bank already.
-
-    Returns:
-        The mean over the batch, a scalar.
-
-    Raises:
-        ValueError: The temperature is not positive, or the shapes do not agree.
+    Args, Returns, Raises: as for `relational_loss`; `include_own` is false where the own rows are in the bank already.
 
     Source: van den Oord et al., arXiv:1807.03748, eq. 4; as distillation: Tian et al., arXiv:1910.10699.
     """
@@ -216,12 +204,9 @@ def _read(queries: Tensor, bank: Tensor, own: Tensor, own_logits: Tensor) -> tup
     return highest + total.log(), read / total
 
 
-def _with_slope(student: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-    """Each example's value, (batch,), as a function of the student whose gradient, (batch, dim), is known."""
-    return _WithSlope.apply(student, value, slope)  # type: ignore[no-untyped-call]
-
-
 class _WithSlope(torch.autograd.Function):
+    """Each example's value, (batch,), as a function of the student whose gradient, (batch, dim), is known."""
+
     @staticmethod
     def forward(ctx: Any, student: Tensor, value: Tensor, slope: Tensor) -> Tensor:
         ctx.save_for_backward(slope)
@@ -234,10 +219,13 @@ class _WithSlope(torch.autograd.Function):
         return grads[0].unsqueeze(-1) * slope, None, None
 
 
+_with_slope: Callable[[Tensor, Tensor, Tensor], Tensor] = _WithSlope.apply
+
+
 def _prepared(student: Tensor, teacher: Tensor, bank: Tensor, student_temperature: float) -> tuple[Tensor, ...]:
     """Checked; student and teacher unit and in full precision, a gradient for the student alone, the bank as it is."""
     check_positive("student_temperature", student_temperature, 0.1)
-    student, teacher = pair(student, teacher, one_width=True)
-    if bank.dim() != 2 or bank.shape[1] != student.shape[1]:
-        raise ValueError(f"`bank` must have the shape (bank, {student.shape[1]}), got {tuple(bank.shape)}.")
-    return unit(student), unit(teacher), bank.detach()
+    with pair(student, teacher, one_width=True) as (student, teacher):
+        if bank.dim() != 2 or bank.shape[1] != student.shape[1]:
+            raise ValueError(f"`bank` must have the shape (bank, {student.shape[1]}), got {tuple(bank.shape)}.")
+        return unit(student), unit(teacher), bank.detach()

@@ -1,6 +1,8 @@
 """What the losses share: checks of their arguments, rows of length 1, and a division by what may be 0."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -17,16 +19,12 @@ def precise(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def pair(student: Tensor, teacher: Tensor, one_width: bool = False) -> tuple[Tensor, Tensor]:
-    """Both sides checked and in the student's `precise` dtype, the teacher without its graph.
-
-    Args:
-        student: (batch, student_dim).
-        teacher: (batch, teacher_dim).
-        one_width: The dimensions have to agree as well.
+@contextmanager
+def pair(student: Tensor, teacher: Tensor, one_width: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both sides checked and `precise`, the teacher without its graph, and no autocast inside.
 
     Raises:
-        ValueError: They are not rows of the same examples, or the widths differ and must not.
+        ValueError: They are not rows of the same examples, (batch, dim), or not of `one_width`.
     """
     if student.dim() != 2 or teacher.dim() != 2 or len(student) != len(teacher) or len(student) == 0:
         raise ValueError(
@@ -39,7 +37,8 @@ def pair(student: Tensor, teacher: Tensor, one_width: bool = False) -> tuple[Ten
             "Project the student into the teacher's width, or use a loss on relations, such as pkt_loss."
         )
     student = precise(student)
-    return student, teacher.detach().to(student.dtype)
+    with torch.autocast(student.device.type, enabled=False):
+        yield student, teacher.detach().to(student.dtype)
 
 
 def unit(rows: Tensor, out: Tensor | None = None) -> Tensor:

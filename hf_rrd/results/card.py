@@ -234,7 +234,7 @@ def _making(facts: dict[str, Any]) -> str:
     if "from_teacher" in student:
         start = student["from_teacher"]
         text += f" It started from layers {', '.join(map(str, start['layers']))} of the teacher"
-        text += f" ({start['copied']} tensors copied, {start['sliced']} cut, {start['fresh']} fresh)."
+        text += f" ({start['copied']} tensors copied, {start['fresh']} fresh)."
     elif "name" in student:
         revision = f" at revision `{student['revision'][:12]}`" if "revision" in student else ""
         text += f" It started from {_link(student['name'], student['name'])}{revision}."

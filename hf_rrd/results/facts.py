@@ -191,7 +191,7 @@ def _origin(trainer: Any, model: Any) -> dict[str, Any]:
     origin: dict[str, Any] = {"family": model.config.model_type}
     origin |= {name: value for name, value in sizes.items() if isinstance(value, int)}
     if hasattr(model, "initialization"):
-        parts = ("copied", "sliced", "fresh")
+        parts = ("copied", "fresh")
         return origin | {
             "from_teacher": {"layers": model.initialization.layers}
             | {part: len(getattr(model.initialization, part)) for part in parts}

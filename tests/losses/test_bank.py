@@ -124,6 +124,19 @@ def test_bank_keeps_its_dtype_whatever_is_put_in(dtype: torch.dtype) -> None:
     assert bank.state_dict()["rows"].dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_a_moved_bank_goes_on_with_its_rows_and_spares_those_given_out(dtype: torch.dtype | None) -> None:
+    bank = FeatureBank(6, DIM)
+    bank.enqueue(numbered(0, 4))
+    before = bank.filled
+    assert bank.to(dtype=dtype) is bank
+    after = bank.filled
+    bank.enqueue(numbered(4, 3))
+    assert bank.filled.dtype == (dtype or torch.float32)
+    assert bank.filled[:, 0].tolist() == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    assert before[:, 0].tolist() == after[:, 0].tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
 def test_bank_says_how_full_it_is() -> None:
     bank = FeatureBank(4, DIM)
     bank.enqueue(numbered(0, 3))
@@ -136,16 +149,16 @@ def test_rows_of_another_width_are_an_error_that_leaves_the_bank_as_it_was(shape
     bank.enqueue(numbered(0, 2))
     with pytest.raises(ValueError, match=r"`rows` must have the shape \(n, 3\), got"):
         bank.enqueue(torch.zeros(shape))
-    with pytest.raises(ValueError, match="this bank has the width 3"):
+    with pytest.raises(ValueError, match=r"must hold `rows` of shape \(n, 3\), got \{'rows': .*another projection"):
         bank.load_state_dict({"rows": torch.zeros(shape)})
-    with pytest.raises(ValueError, match=r"has the key 'rows', got \['queue'\]"):
+    with pytest.raises(ValueError, match=r"must hold `rows` of shape \(n, 3\), got \{'queue': \(2, 3\)\}"):
         bank.load_state_dict({"queue": torch.zeros(2, DIM)})
     assert bank.filled[:, 0].tolist() == [0.0, 1.0]
 
 
 @pytest.mark.parametrize(
     ("size", "dim", "message"),
-    [(-1, 3, "`size` must be 0 or more rows, got -1"), (3, 0, "`dim` must be at least 1, got 0")],
+    [(-1, 3, "`size` must be 0 or more rows and .* got -1 and 3"), (3, 0, "`dim` at least 1, got 3 and 0")],
 )
 def test_a_bank_of_no_possible_shape_is_an_error(size: int, dim: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -73,7 +73,8 @@ def test_a_ratio_over_0_is_0_with_a_gradient_of_0_on_both_sides() -> None:
 def test_both_sides_are_in_the_students_full_precision_and_the_teacher_has_no_graph(
     given: torch.dtype, expected: torch.dtype
 ) -> None:
-    student, teacher = pair(rows(3).to(given).requires_grad_(), rows(3).requires_grad_())
+    with pair(rows(3).to(given).requires_grad_(), rows(3).requires_grad_()) as (student, teacher):
+        pass
     assert student.dtype == teacher.dtype == precise(rows(3).to(given)).dtype == expected
     assert student.requires_grad and not teacher.requires_grad
 
