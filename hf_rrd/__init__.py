@@ -14,6 +14,7 @@ from hf_rrd.losses.in_batch import (
 from hf_rrd.losses.relational import infonce_loss, logit_loss, relational_loss
 from hf_rrd.models.initialization import Initialization, student_from_teacher
 from hf_rrd.results.alignment import relational_alignment
+from hf_rrd.results.card import write_card
 from hf_rrd.results.report import DistillationReport, compare_models
 from hf_rrd.trainer import RelationalDistillationTrainer
 from hf_rrd.training.caching import cache_teacher_outputs, with_views
@@ -43,4 +44,5 @@ __all__ = [
     "similarity_preserving_loss",
     "student_from_teacher",
     "with_views",
+    "write_card",
 ]

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast, broadcast_object_list
 from datasets import Dataset, IterableDataset
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import find_batch_size, nested_detach
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction
-from transformers.utils import find_labels, logging
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction, HubStrategy
+from transformers.utils import PushInProgress, find_labels, logging
 
 from hf_rrd.config import RelationalDistillationConfig, bank_rows
 from hf_rrd.errors import named_errors
@@ -26,8 +27,10 @@ from hf_rrd.models.teacher import (
     load_teacher,
     teacher_outputs,
 )
+from hf_rrd.results.callback import FactsCallback
 from hf_rrd.results.embedding_log import EmbeddingLog
-from hf_rrd.results.publishing import PublishingMixin
+from hf_rrd.results.hub import PushError, create_repository, push_checkpoint, push_student, repository_name
+from hf_rrd.results.report import DistillationReport, chosen_dataset, compare_models, with_columns
 from hf_rrd.training.calibration import calibrate, preserved_randomness
 from hf_rrd.training.checkpoint import (
     checkpoint_to_resume,
@@ -64,7 +67,7 @@ from hf_rrd.training.terms import TermLog
 logger = logging.get_logger(__name__)
 
 
-class RelationalDistillationTrainer(PublishingMixin, Trainer):
+class RelationalDistillationTrainer(Trainer):
     """Trains `model`, the student, on its task and on what a frozen teacher knows.
 
     Takes all that `Trainer` takes, under the same names and in the same order, and two arguments more. The student
@@ -148,17 +151,21 @@ class RelationalDistillationTrainer(PublishingMixin, Trainer):
         if model is not None:
             check_student(model, task=args.task_weight > 0 and not self._has_loss_func)
             self._attach_head(model, args)
+        collate = data_collator or DataCollatorForDistillation(processing_class, teacher_processing_class)
+        own = optimizers != (None, None) or optimizer_cls_and_kwargs is not None
+        saved = processing_class or getattr(collate, "tokenizer", None)  # beside the student, as Trainer does
+        self._facts = FactsCallback(self.teacher, train_dataset, saved, own)
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or DataCollatorForDistillation(processing_class, teacher_processing_class),
+            data_collator=collate,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             model_init=model_init,
             compute_loss_func=compute_loss_func,
             compute_metrics=compute_metrics,
-            callbacks=callbacks,
+            callbacks=[*(callbacks or []), self._facts],
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
@@ -167,7 +174,6 @@ class RelationalDistillationTrainer(PublishingMixin, Trainer):
         # the Trainer has to divide by the accumulation steps. transformers 5.0 does not where there is a
         # `compute_loss_func`.
         self.model_accepts_loss_kwargs = False
-        self.has_own_optimizer = optimizers != (None, None) or optimizer_cls_and_kwargs is not None
         self._trainer_divides = compute_loss_func is None or hasattr(Trainer, "loss_is_scaled_for_ga")
         self.loss_is_scaled_for_ga = False
         self._student_columns = forward_columns(self.model)
@@ -370,7 +376,7 @@ class RelationalDistillationTrainer(PublishingMixin, Trainer):
         # Also after `auto_find_batch_size` ran out of memory in the middle of a step.
         self.distillation.reset()
         self._apply_settings()
-        self._terms, self._resumed, self.last_report = TermLog(), None, None
+        self._terms, self._resumed = TermLog(), None
         self._finite = FiniteCheck(self._terms.not_finite)
         if not self._resuming:  # else both come from the checkpoint
             self._calibrate()
@@ -574,6 +580,119 @@ class RelationalDistillationTrainer(PublishingMixin, Trainer):
 
     def _is_sharded(self) -> bool:
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    # ---- Results ----
+
+    def report(self, dataset: Any = None, teacher: nn.Module | None = None) -> DistillationReport | None:
+        """Compare student and teacher on the same examples and machine; see `compare_models`.
+
+        The facts are written to `distillation_report.json` in `output_dir`, and the next card tells them. Only the
+        main process measures; the others get None.
+
+        Args:
+            dataset: What to measure on, or its name among several evaluation sets. Default: `eval_dataset`.
+            teacher: The teacher, where the trainer has none because its outputs were cached.
+
+        Raises:
+            ValueError: There is no data set, or the student is sharded over processes.
+        """
+        dataset, collate = chosen_dataset(dataset, self.eval_dataset), self.data_collator
+        if self._is_sharded():
+            raise ValueError(
+                "a report needs the whole student in one process, and FSDP or DeepSpeed has it in parts. Load the "
+                "saved student, and call compare_models."
+            )
+        if not self.is_world_process_zero():
+            return None
+        if self.args.remove_unused_columns:
+            self._set_signature_columns_if_needed()
+            dataset, collate = with_columns(dataset, collate, self._signature_columns)
+        self._facts.report = compare_models(
+            self._unwrapped_student(),
+            self.teacher if teacher is None else teacher.to(self.args.device),
+            dataset,
+            collate,
+            self.args.per_device_eval_batch_size,
+            self.args.student_pooling,
+            self.args.teacher_pooling,
+            self.label_names or ["labels"],
+        )
+        self._facts.report.save(self.args.output_dir)
+        return self._facts.report
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the student's card, `README.md`, into `output_dir`, with its facts in `model_card.json` beside it.
+
+        It says what is known of this run and nothing else. With `report` called before, it has the comparison with the
+        teacher, and with matplotlib the pictures, in `figures`. Of several tasks or data sets it names the first.
+
+        Args:
+            args, kwargs: As in `Trainer`: `language`, `license`, `tags`, `model_name`, `finetuned_from`, `tasks`,
+                `dataset_tags` (the name on the Hub), `dataset` (what to call it), `dataset_args`; and `teacher_name`,
+                what to call the teacher (by default its name and revision on the Hub, if it was loaded by them).
+        """
+        if self.is_world_process_zero():
+            self._facts.write_card(self.hub_model_id, *args, **kwargs)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository, or find it. A failure is a warning: the training goes on, the push tries again."""
+        self.push_in_progress = None
+        if self.is_world_process_zero():
+            validate_repo_id(repository_name(self.args))  # a ValueError now, not after the training
+            failure = "`push_to_hub` is on, and the student has no place on the Hub yet"
+            try:
+                self.hub_model_id = create_repository(self.args, failure, token, private)
+            except PushError as error:
+                logger.warning(f"{error} Training goes on; the student will be in {self.args.output_dir}.")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `Trainer`: with `push_to_hub` it pushes, too. That a push failed is a warning here."""
+        try:
+            super().save_model(output_dir, _internal_call)
+        except PushError as error:
+            logger.warning(str(error))
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As in `Trainer`; only the student, its processing class, its card and the card's pictures are uploaded.
+
+        `kwargs` go to `create_model_card`.
+
+        Raises:
+            PushError: An `OSError`: the Hub could not be reached, or it refused. The student is in `output_dir`.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)  # on all processes: each may hold a part of it
+        if not self.is_world_process_zero():
+            return None
+        failure = f"the student is in {self.args.output_dir}, and not on the Hub"
+        try:
+            self.hub_model_id = self.hub_model_id or create_repository(self.args, failure, token, private)
+        finally:
+            self.create_model_card(**kwargs)  # also where there is no Hub
+        self._finish_current_push()
+        student = (self.model, self._facts.processing_class, self.args)
+        how = {"token": token, "revision": revision, "run_as_future": not blocking}
+        return push_student(self.hub_model_id, commit_message, *student, failure, **how)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As in `Trainer`, with the student's files alone, from the checkpoint itself."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END or self.hub_model_id is None:
+            return
+        jobs = [job for job in getattr(self.push_in_progress, "jobs", []) if not job.done()]
+        if not jobs or self.args.hub_always_push:
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+            student = (self.model, self._facts.processing_class, self.args, self.state)
+            self.push_in_progress = PushInProgress(
+                [*jobs, *push_checkpoint(self.hub_model_id, checkpoint_folder, *student)]
+            )
 
     # ---- Logging ----
 

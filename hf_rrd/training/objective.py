@@ -11,9 +11,6 @@ from hf_rrd.losses.bank import FeatureBank
 from hf_rrd.losses.in_batch import BATCH_LOSSES
 from hf_rrd.losses.relational import infonce_terms, logit_terms, relational_terms
 
-TERMS = ("task_loss", "kd_loss", "relational_loss", "relational_kl")
-"""The terms' names, in the order of the log."""
-
 RELATIONAL_LOSSES = ("rrd", "infonce", *BATCH_LOSSES)
 """The values of `relational_loss=`: the first two compare with the bank, the others within the micro-batch."""
 

@@ -18,9 +18,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import BertTokenizer
 
 from hf_rrd import RelationalDistillationTrainer, cache_teacher_outputs, student_from_teacher
-from hf_rrd.results.card import TEMPLATE, render_card
-from hf_rrd.results.facts import command_of, dataset_facts, hub_name, task_of
-from hf_rrd.results.publishing import FACTS_FILE
+from hf_rrd.results.card import FACTS_FILE
+from hf_rrd.results.facts import CardFacts, hub_name, source_of, task_of
+from hf_rrd.results.render import TEMPLATE, render_card
 from tests.builders import Images, Texts, tiny_bert, tiny_vit, trainer
 from tests.loopback_hub import header_errors
 
@@ -44,7 +44,7 @@ def finished(folder: Path, report: bool = True, **settings: Any) -> RelationalDi
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RelationalDistillationTrainer:
     patch = pytest.MonkeyPatch()
-    patch.setattr("hf_rrd.results.report.MOST", 3)
+    patch.setattr("hf_rrd.results.measure.MOST", 3)
     yield finished(tmp_path_factory.mktemp("run") / "student", alignment_examples=40, kd_weight=0.5)  # type: ignore[misc]
     patch.undo()
 
@@ -134,14 +134,15 @@ def test_the_cards_of_our_own_students_say_the_facts_beside_them() -> None:
         assert header_errors(str(card)) == [], folder.name
         pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", card.text)
         assert len(pictures) >= 3 and all((folder / picture).is_file() for picture in pictures)
-        again = render_card(facts, {Path(picture).stem: picture for picture in pictures})
-        assert again.text.strip() == card.text.strip(), f"{folder.name} was rendered by another version"
+        again = render_card(CardFacts.from_json(facts))
+        assert str(again).strip() == str(card).strip(), f"{folder.name} was rendered by another version"
 
 
 def test_a_card_is_a_function_of_its_facts(run: RelationalDistillationTrainer) -> None:
-    card = card_of(run, **DATASET)
-    pictures = {name: f"figures/{name}.png" for name in ("losses", "similarities", "embeddings", "reliability")}
-    assert str(render_card(facts_of(run), pictures)).strip() == str(card).strip()
+    card = card_of(run, license="mit", tags="mine", language=["en", "de"], finetuned_from="org/base", **DATASET)
+    facts = CardFacts.from_json(facts_of(run))
+    assert str(render_card(facts)).strip() == str(card).strip()
+    assert facts.to_json() == facts_of(run)
 
 
 def test_the_header_has_what_the_hub_reads(run: RelationalDistillationTrainer) -> None:
@@ -223,60 +224,7 @@ def test_no_path_no_token_and_no_home_is_on_a_card(tmp_path: Path, monkeypatch: 
         assert not any(
             hidden in text for hidden in (str(tmp_path), secret, os.path.expanduser("~"), socket.gethostname())
         )
-    assert facts_of(run)["command"].endswith("--output_dir student --hub_token ... --seed 3")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "shown"),
-    [
-        (["--seed", "1"], "--seed 1"),
-        (["--name", "two words"], "--name 'two words'"),
-        (["--text", "it's"], """--text 'it'"'"'s'"""),
-        (["--empty", ""], "--empty ''"),
-        (["--overrides", "hidden_size=128,num_layers=2"], "--overrides hidden_size=128,num_layers=2"),
-        (["--train_file", "data/train.csv"], "--train_file data/train.csv"),
-        (["--lr", "-1e-3", "--max_new_tokens", "128"], "--lr -1e-3 --max_new_tokens 128"),
-        (["--tokenizer_name", "x"], "--tokenizer_name x"),
-        (["--train_file", "/data/of/me/a.csv"], "--train_file a.csv"),
-        (["--f=/data/of/me/a.csv"], "--f=a.csv"),
-        (["~/a.yaml"], "a.yaml"),
-        # What may be private is not shown.
-        (["--hub_token", "abc", "--seed", "1"], "--hub_token ... --seed 1"),
-        (["--hub_token=abc"], "--hub_token=..."),
-        (["hub_token=abc"], "hub_token=..."),
-        (["--api_key", "sk-123"], "--api_key ..."),
-        (["--wandb-key=abc"], "--wandb-key=..."),
-        (["--password", "hunter2"], "--password ..."),
-        (["--x", "hf_" + "a" * 30], "--x ..."),
-        (["--kwargs", '{"token": "x"}'], "--kwargs ..."),
-        (["--kwargs", '{"cache_dir": "/home/alice/cache"}'], "--kwargs ..."),
-        (["--files", "a.csv,/home/alice/b.csv"], "--files ..."),
-        (["--data_files=train=/home/alice/t.csv"], "--data_files=..."),
-        (["file:///home/alice/y"], "..."),
-        (["--x", "./../../home/alice"], "--x ..."),
-        (["-o/home/alice/o"], "..."),
-        (["https://user:pw@host/x"], "..."),
-        (["--x", "C:\\Users\\alice"], "--x ..."),
-    ],
-)
-def test_a_command_shows_words_numbers_and_paths_in_its_folder(
-    arguments: list[str], shown: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(Path(__file__).parents[2])
-    assert command_of(["examples/quickstart.py", *arguments]) == f"python examples/quickstart.py {shown}"
-
-
-@pytest.mark.parametrize("arguments", [["-c"], [""], [], ["no/such/script.py"], [pytest.__file__]])
-def test_what_is_no_script_has_no_command(arguments: list[str]) -> None:
-    assert command_of(arguments) is None
-
-
-def test_the_command_names_the_launcher_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).parents[2])
-    script = str(Path("examples/quickstart.py").absolute())
-    assert command_of([script], 2) is None, "by what else is not known"
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    assert command_of([script], 2) == "accelerate launch --num_processes 2 examples/quickstart.py"
+    assert "command" not in facts_of(run) and "--seed" not in (folder / "README.md").read_text()
 
 
 def test_hub_names_are_told_from_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,7 +332,7 @@ def test_a_cached_data_set_is_still_from_where_it_was() -> None:
     rows.info.download_checksums = {"hf://datasets/org/images@0123abc/a.parquet": {}}
     rows.info.config_name = "plain"
     cached = cache_teacher_outputs(rows, tiny_vit())
-    assert dataset_facts(cached) == {"id": "org/images", "config": "plain", "split": "train"}
+    assert source_of(cached) == {"id": "org/images", "config": "plain", "split": "train"}
 
 
 def test_nothing_is_fetched_for_a_card(run: RelationalDistillationTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -507,7 +455,7 @@ def test_a_picture_that_fails_costs_no_card(tmp_path: Path, monkeypatch: pytest.
     def fail(*args: Any) -> None:
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr("hf_rrd.results.publishing.plot_losses", fail)
+    monkeypatch.setattr("hf_rrd.results.pictures.plot_losses", fail)
     run = trainer(tmp_path)
     run.train()
     assert "![" not in card_of(run).text

@@ -15,16 +15,11 @@ from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from hf_rrd.results.plots import (
-    COLORS,
-    MARKERS,
-    plot_embeddings,
-    plot_losses,
-    plot_reliability,
-    plot_similarities,
-    save_plots,
-)
+from hf_rrd.results.loss_plot import plot_losses
+from hf_rrd.results.pictures import save_plots
+from hf_rrd.results.plots import plot_embeddings, plot_reliability, plot_similarities
 from hf_rrd.results.reliability import calibration_error, reliability_bins
+from hf_rrd.results.style import COLORS, MARKERS
 from tests.builders import Images, trainer
 
 
@@ -341,17 +336,6 @@ def test_names_of_classes_come_from_a_list_or_a_dict_and_are_plain_text() -> Non
     assert legend_of(plot_embeddings(*sets, labels, names[:1])) == ["no label", r"\$a\$", "1", "2", "3"]
 
 
-def test_tsne_gives_the_same_plane_each_time_without_units() -> None:
-    figures = [plot_embeddings(embeddings(), embeddings(seed=1), method="tsne") for _ in range(2)]
-    assert np.array_equal(points(figures[0])[1], points(figures[1])[1])
-    assert figures[0].axes[1].get_xlabel() == "t-SNE axis 1 (no unit)"
-
-
-def test_an_unknown_method_is_named() -> None:
-    with pytest.raises(ValueError, match=r"one of \['pca', 'tsne'\], got 'umap'"):
-        plot_embeddings(embeddings(), embeddings(), method="umap")
-
-
 # ---- Embedding sets that are awkward or wrong ----
 
 AWKWARD = {
@@ -376,13 +360,6 @@ def test_awkward_sets_are_drawn(case: str, plot: Any) -> None:
     figure = draw(plot(student, teacher, labels))
     assert len(figure.axes) >= 2
     assert all(image.get_clim()[0] < image.get_clim()[1] for axes in figure.axes[:2] for image in axes.images)
-
-
-@pytest.mark.parametrize("case", ["2 examples", "width 1", "both of width 1", "all the same", "all 0"])
-def test_awkward_sets_are_laid_out_by_tsne(case: str) -> None:
-    student, teacher, labels = AWKWARD[case]
-    figure = draw(plot_embeddings(student, teacher, labels, method="tsne"))
-    assert all(np.isfinite(each).all() for each in points(figure))
 
 
 @pytest.mark.parametrize("plot", [plot_similarities, plot_embeddings])
@@ -529,7 +506,9 @@ def test_no_setting_of_matplotlib_and_of_the_random_numbers_is_touched(name: str
 def test_pyplot_is_not_imported_and_matplotlib_only_to_draw(tmp_path: Path) -> None:
     code = """
 import sys, torch
-from hf_rrd.results.plots import plot_embeddings, plot_losses, plot_reliability, plot_similarities, save_plots
+from hf_rrd.results.loss_plot import plot_losses
+from hf_rrd.results.pictures import save_plots
+from hf_rrd.results.plots import plot_embeddings, plot_reliability, plot_similarities
 assert "matplotlib" not in sys.modules
 rows, labels = torch.eye(3), torch.arange(3)
 figures = {"a": plot_losses([{"loss": 1.0, "step": 1}]), "b": plot_similarities(rows, rows, labels)}
@@ -541,11 +520,8 @@ assert "matplotlib.pyplot" not in sys.modules
     assert len(list(tmp_path.iterdir())) == 4
 
 
-@pytest.mark.parametrize("missing", ["matplotlib", "sklearn"])
 @pytest.mark.parametrize("name", FIGURES)
-def test_a_missing_package_gives_an_error_that_names_the_extra(
-    name: str, missing: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, missing, None)
+def test_without_matplotlib_the_error_names_the_extra(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'hf_rrd\[plots\]'"):
         FIGURES[name]()

@@ -18,7 +18,7 @@ from tests.builders import CLASSES, Images, Texts, tiny_bert, tiny_vit, trainer
 
 @pytest.fixture(autouse=True)
 def few_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_rrd.results.report.MOST", 3)
+    monkeypatch.setattr("hf_rrd.results.measure.MOST", 3)
 
 
 def logits_of(model: Any, data: Images) -> torch.Tensor:
@@ -200,12 +200,12 @@ def test_the_trainers_report_is_written_as_json_and_is_of_its_evaluation_set(tmp
     run = trainer(tmp_path, eval_dataset=data)
     run.train()
     report = run.report()
-    assert report is run.last_report is not None
+    assert report is run._facts.report is not None
     assert json.loads((tmp_path / REPORT_FILE).read_text()) == report.facts
     expected = (logits_of(run.model.eval(), data).argmax(1) == data.labels).float().mean()
     assert report.facts["student"]["accuracy"] == pytest.approx(float(expected))
     run.train()
-    assert run.last_report is None, "it is of another student now"
+    assert run._facts.report is None, "it is of another student now"
 
 
 def test_one_of_several_evaluation_sets_is_named(tmp_path: Path) -> None:
