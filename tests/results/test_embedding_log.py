@@ -124,6 +124,7 @@ def _evaluate(rank: int, processes: int, port: int, folder: str) -> None:
     Path(folder, f"{processes}-{rank}.txt").write_text(repr(found))
 
 
+@pytest.mark.slow
 def test_two_processes_compare_what_one_does(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     for processes in (1, 2):
