@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast, broadcast_object_list
 from datasets import Dataset, IterableDataset
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import find_batch_size, nested_detach
@@ -29,7 +28,7 @@ from hf_rrd.models.teacher import (
 )
 from hf_rrd.results.callback import FactsCallback
 from hf_rrd.results.embedding_log import EmbeddingLog
-from hf_rrd.results.hub import PushError, create_repository, push_checkpoint, push_student, repository_name
+from hf_rrd.results.hub import PushError, create_repository, push_checkpoint, push_student
 from hf_rrd.results.report import DistillationReport, chosen_dataset, compare_models, with_columns
 from hf_rrd.training.calibration import calibrate, preserved_randomness
 from hf_rrd.training.checkpoint import (
@@ -638,7 +637,6 @@ class RelationalDistillationTrainer(Trainer):
         """Create the repository, or find it. A failure is a warning: the training goes on, the push tries again."""
         self.push_in_progress = None
         if self.is_world_process_zero():
-            validate_repo_id(repository_name(self.args))  # a ValueError now, not after the training
             failure = "`push_to_hub` is on, and the student has no place on the Hub yet"
             try:
                 self.hub_model_id = create_repository(self.args, failure, token, private)

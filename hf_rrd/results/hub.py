@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
@@ -100,54 +101,40 @@ def adapters_of(model: Any) -> list[str]:
 # ---- Pushes ----
 
 
-def repository_name(args: Any) -> str:
-    """The name of a run's repository: `hub_model_id`, or that of the output folder."""
-    return str(args.hub_model_id or Path(args.output_dir).absolute().name)
-
-
 def create_repository(args: Any, failure: str, token: str | None = None, private: bool | None = None) -> str:
     """Create a run's repository, or find it; returns its name with the user's.
 
     Args:
-        args: The run's settings: its name, token and whether it is private.
+        args: The run's settings. The name is `hub_model_id`, or that of the output folder.
         failure: What it means that there is none, as the beginning of the error.
         token, private: In place of those of the settings.
 
     Raises:
+        ValueError: The Hub does not take such a name.
         PushError: The Hub could not be reached, or it refused.
     """
+    name = args.hub_model_id or Path(args.output_dir).absolute().name
+    validate_repo_id(name)
     token = args.hub_token if token is None else token
     private = args.hub_private_repo if private is None else private
     with explained_hub_errors(failure):
-        return str(HUB.create_repo(repository_name(args), token=token, private=private, exist_ok=True).repo_id)
-
-
-def upload(repository: str, folder: str | Path, files: list[str], message: str | None, args: Any, **how: Any) -> Any:
-    """Upload some files of a folder in one commit.
-
-    Args:
-        repository: Its name on the Hub.
-        folder: Where the files are.
-        files: Their names in it.
-        message: The commit's.
-        args: The run's settings: its token and its branch.
-        how: More arguments of `huggingface_hub.HfApi.upload_folder`; None stands for the default.
-
-    Returns:
-        The commit, or its future with `run_as_future=True`.
-    """
-    settings = {"token": args.hub_token, "revision": args.hub_revision}
-    settings |= {name: value for name, value in how.items() if value is not None}
-    names = [glob.escape(name) for name in files]
-    return HUB.upload_folder(
-        repo_id=repository, folder_path=folder, commit_message=message, allow_patterns=names, **settings
-    )
+        return str(HUB.create_repo(name, token=token, private=private, exist_ok=True).repo_id)
 
 
 def push_student(
     repository: str, message: str | None, model: Any, processing_class: Any, args: Any, failure: str, **how: Any
 ) -> Any:
-    """Upload the student in `output_dir`, with its processing class, card and pictures; returns as `upload` does.
+    """Upload the student in `output_dir`, with its processing class, card and pictures.
+
+    Args:
+        repository: Its name on the Hub.
+        message: The commit's.
+        model, processing_class, args: The run's.
+        failure: What it means that it was not pushed, as the beginning of the error.
+        how: More arguments of `huggingface_hub.HfApi.upload_folder`; None stands for the default.
+
+    Returns:
+        The commit, or its future with `run_as_future=True`.
 
     Raises:
         PushError: There are no weights, the Hub could not be reached, or it refused.
@@ -156,7 +143,7 @@ def push_student(
     if not any(name.endswith(".safetensors") for name in names):
         raise PushError(f"{failure}: no weights were found there, among {sorted(os.listdir(args.output_dir))}.")
     with explained_hub_errors(failure):
-        return upload(repository, args.output_dir, names, message, args, **how)
+        return _upload(repository, args.output_dir, names, message, args, **how)
 
 
 def push_checkpoint(
@@ -164,27 +151,31 @@ def push_checkpoint(
 ) -> list[Any]:
     """Push the student of a checkpoint, and with some of the strategies the checkpoint, in the background.
 
-    Its files are linked, because it may be deleted before they are uploaded.
-
-    Returns:
-        The futures, in order.
+    Its files are linked, because it may be deleted before they are uploaded. Returns the futures, in order.
     """
     links = tempfile.mkdtemp(prefix="_push-", dir=args.output_dir)
     shutil.copytree(checkpoint, links, copy_function=link, dirs_exist_ok=True)
-    steps = args.save_strategy == SaveStrategy.STEPS
-    message = f"Training in progress, {'step' if steps else 'epoch'} "
-    message += str(state.global_step if steps else int(state.epoch))
+    step = f"step {state.global_step}" if args.save_strategy == SaveStrategy.STEPS else f"epoch {int(state.epoch)}"
+    message, how = f"Training in progress, {step}", {"run_as_future": True}
     names = published_files(links, processing_class, model, with_card=False)
-    jobs = [upload(repository, links, names, message, args, run_as_future=True)]
+    jobs = [_upload(repository, links, names, message, args, **how)]
     if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
         place = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else Path(checkpoint).name
         files = [file for file in Path(links).rglob("*") if file.is_file() and file.name != CARD]  # PEFT's names paths
         names = [str(file.relative_to(links)) for file in files]
-        how = {"run_as_future": True, "path_in_repo": place}
-        jobs.append(upload(repository, links, names, f"{message}, checkpoint", args, **how))
+        jobs.append(_upload(repository, links, names, f"{message}, checkpoint", args, path_in_repo=place, **how))
     for job in jobs:
         job.add_done_callback(_warn_of_failure)
     return [*jobs, HUB.run_as_future(shutil.rmtree, links, ignore_errors=True)]
+
+
+def _upload(repository: str, folder: str, files: list[str], message: str | None, args: Any, **how: Any) -> Any:
+    settings = {"token": args.hub_token, "revision": args.hub_revision}
+    settings |= {name: value for name, value in how.items() if value is not None}
+    names = [glob.escape(name) for name in files]
+    return HUB.upload_folder(
+        repo_id=repository, folder_path=folder, commit_message=message, allow_patterns=names, **settings
+    )
 
 
 def _warn_of_failure(job: Any) -> None:

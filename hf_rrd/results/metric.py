@@ -39,14 +39,6 @@ class RelationalAlignment(evaluate.Metric):
     """`hf_rrd.relational_alignment` of all embeddings that were added.
 
     Its mean over batches would be another number, so all are kept until `compute`.
-
-    Example:
-
-    ```python
-    metric = RelationalAlignment()
-    metric.add_batch(predictions=student_embeddings, references=teacher_embeddings)
-    metric.compute(neighbors=10)
-    ```
     """
 
     def _info(self) -> evaluate.MetricInfo:

@@ -49,7 +49,9 @@ def draw_pictures(
         Path(folder, place_of(name)).unlink(missing_ok=True)
     try:
         figures = figures_of(log_history, report, names)
-        save_plots(figures, Path(folder, FIGURES))
+        for name, figure in figures.items():
+            with written_whole(Path(folder, place_of(name))) as temporary:
+                figure.savefig(temporary, format="png", dpi=150, facecolor="white", metadata={"Software": None})
     except Exception as error:  # whatever it is: a picture must not cost the card and the push
         logger.warning(f"The card has no pictures. {error}")
         return []
@@ -76,26 +78,3 @@ def figures_of(
         others = {"teacher": tensors["teacher_logits"]} if is_rival else None
         figures["reliability"] = plot_reliability(tensors["student_logits"], labels, others=others)
     return figures
-
-
-def save_plots(figures: Mapping[str, "Figure"], folder: str | Path) -> list[Path]:
-    """Write each figure to `<name>.png`, 150 dots per inch; the same figure gives the same bytes.
-
-    Args:
-        figures: By name, which becomes that of the file.
-        folder: Made where there is none. A file of that name is replaced, at once and whole.
-
-    Returns:
-        The files, in the order of the figures.
-
-    Raises:
-        ValueError: A name is no plain file name; then nothing is written.
-    """
-    for name in figures:
-        if not name or Path(name).name != name or "\\" in name:
-            raise ValueError(f"a figure's name must be a plain file name without a folder, got {name!r}.")
-    paths = [Path(folder, f"{name}.png") for name in figures]
-    for path, figure in zip(paths, figures.values(), strict=True):
-        with written_whole(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=150, facecolor="white", metadata={"Software": None})
-    return paths

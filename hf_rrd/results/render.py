@@ -119,12 +119,10 @@ def _making(facts: CardFacts, learned: list[str]) -> str:
     is_known = {"kd_weight", "relational_weight"} & settings.keys()
     text = f"With `hf_rrd`{': the student learned its task, without a teacher' if is_known else ''}."
     if learned:
-        learned = ["its task"] * (settings.get("task_weight", 0) > 0) + learned
+        what = [*["its task"] * (settings.get("task_weight", 0) > 0), *learned]
         how = "By [relational representation distillation](https://arxiv.org/abs/2407.12073) with `hf_rrd`"
         how = how if settings.get("relational_weight", 0) > 0 else "With `hf_rrd`"
-        text = (
-            f"{how}: the student learned {' and '.join([', '.join(learned[:-1]), learned[-1]][len(learned) < 2 :])}."
-        )
+        text = f"{how}: the student learned {', '.join(what[:-1])}{' and ' * (len(what) > 1)}{what[-1]}."
     if teacher and teacher.name and not teacher.description:
         text += f" The teacher is {_named(teacher)}; it was frozen, and its weights are not part of the student."
     if student.teacher_layers:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
@@ -84,8 +84,7 @@ class DistillationReport:
         return table
 
 
-@dataclass
-class _Side:
+class _Side(NamedTuple):
     """One of the two models: how it is pooled, and what of a batch its forward takes."""
 
     model: nn.Module
@@ -130,7 +129,7 @@ def compare_models(
         )
     collate = data_collator or DataCollatorForDistillation()
     dataset = with_cached_arrays(dataset) if isinstance(dataset, Dataset) else dataset
-    sides = _sides(student, teacher, student_pooling, teacher_pooling, label_names)
+    sides = _sides(student, teacher, (student_pooling, teacher_pooling), label_names)
     facts: dict[str, Any] = {name: size_of(side.model) for name, side in sides.items()}
     with evaluating(side.model for side in sides.values()):
         tensors = _outputs(DataLoader(dataset, batch_size=batch_size, collate_fn=collate), sides, label_names)
@@ -147,11 +146,7 @@ def compare_models(
 
 
 def chosen_dataset(dataset: Any, eval_dataset: Any) -> Any:
-    """The data set that a trainer's report is of.
-
-    Args:
-        dataset: A data set, the name of one among several evaluation sets, or None for the only one.
-        eval_dataset: The trainer's evaluation set, several by name, or None.
+    """The data set that a trainer's report is of: `dataset`, the evaluation set of that name, or the only one.
 
     Raises:
         ValueError: There is none, or it is not said which one.
@@ -181,25 +176,16 @@ def class_names(model: nn.Module | None) -> dict[int, str] | None:
 
 
 def _sides(
-    student: nn.Module,
-    teacher: nn.Module | None,
-    student_pooling: Any,
-    teacher_pooling: Any,
-    label_names: Iterable[str],
+    student: nn.Module, teacher: nn.Module | None, poolings: tuple[Any, Any], label_names: Iterable[str]
 ) -> dict[str, _Side]:
-    columns = [] if teacher is None else forward_columns(teacher)
+    own, others = forward_columns(student), [] if teacher is None else forward_columns(teacher)
 
-    def without_labels(inputs: dict[str, Any]) -> dict[str, Any]:
+    def unlabelled(inputs: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in inputs.items() if name not in label_names}
 
-    own = forward_columns(student)
-    sides = {
-        "student": _Side(student, student_pooling, lambda batch: without_labels(student_inputs(batch, own, columns)))
-    }
+    sides = {"student": _Side(student, poolings[0], lambda batch: unlabelled(student_inputs(batch, own, others)))}
     if teacher is not None:
-        sides["teacher"] = _Side(
-            teacher, teacher_pooling, lambda batch: without_labels(teacher_inputs(batch, columns))
-        )
+        sides["teacher"] = _Side(teacher, poolings[1], lambda batch: unlabelled(teacher_inputs(batch, others)))
     return sides
 
 

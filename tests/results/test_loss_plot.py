@@ -4,40 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.figure import Figure
 
 from hf_rrd.results.loss_plot import plot_losses
 from hf_rrd.results.style import MARKERS
 from tests.builders import Images, trainer
-
-
-def log(lines: int = 12, kd: bool = True) -> list[dict[str, float]]:
-    """Of a distillation: an evaluation each 4 lines, the summary at the end and a test after it."""
-    history: list[dict[str, float]] = []
-    for step in range(10, 10 * lines + 1, 10):
-        terms = {"task_loss": 9.0 / step, "relational_loss": 6.0, "relational_kl": 0.5, "teacher_perplexity": 20.0}
-        terms |= {"kd_loss": 2.0} if kd else {}
-        terms |= {"loss": terms["task_loss"] + 60.0}
-        history.append(terms | {"learning_rate": 0.1, "grad_norm": 1.0, "epoch": step / 40, "step": step})
-        if step % 40 == 0:
-            history.append({f"eval_{name}": value + 1 for name, value in terms.items()} | {"step": step})
-            history[-1] |= {"eval_accuracy": 0.9, "eval_runtime": 1.0}
-    history.append({"train_loss": 3.0, "train_runtime": 1.0, "step": 10 * lines})
-    return [*history, {f"test_{name}": value + 2 for name, value in terms.items()} | {"step": 10 * lines}]
-
-
-def draw(figure: Figure) -> Figure:
-    figure.draw_without_rendering()
-    return figure
-
-
-def lines_of(axes: Any) -> dict[str, Any]:
-    """The lines of a panel by their labels."""
-    return {line.get_label(): line for line in axes.lines}
-
-
-def legend_of(figure: Figure) -> list[str]:
-    return [text.get_text() for text in figure.legends[0].get_texts()]
+from tests.results.figures import (
+    draw,
+    legend_of,
+    lines_of,
+    log,
+)
 
 
 @pytest.mark.parametrize(

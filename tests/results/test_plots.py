@@ -6,52 +6,21 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 from torch import Tensor
 
 from hf_rrd.results.plots import plot_embeddings, plot_reliability, plot_similarities
 from hf_rrd.results.reliability import calibration_error, reliability_bins
-
-
-def embeddings(count: int = 30, width: int = 8, seed: int = 0, mean: float = 0.0) -> Tensor:
-    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed)) + mean
-
-
-def classes(count: int = 30, classes: int = 3) -> Tensor:
-    return torch.randint(0, classes, (count,), generator=torch.Generator().manual_seed(5))
-
-
-def predictions(count: int = 200, classes: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, classes, (count,), generator=generator)
-    logits = 3 * torch.randn(count, classes, generator=generator)
-    logits[torch.arange(count), labels] += 2
-    return logits, labels
-
-
-def draw(figure: Figure) -> Figure:
-    figure.draw_without_rendering()
-    return figure
-
-
-def lines_of(axes: Any) -> dict[str, Any]:
-    """The lines of a panel by their labels."""
-    return {line.get_label(): line for line in axes.lines}
-
-
-def matrices(figure: Figure) -> list[np.ndarray]:
-    return [np.asarray(axes.images[0].get_array()) for axes in figure.axes[:2]]
-
-
-def points(figure: Figure) -> list[np.ndarray]:
-    """Where the points of each panel are, class after class."""
-    return [np.concatenate([np.asarray(dots.get_offsets()) for dots in axes.collections]) for axes in figure.axes[:2]]
-
-
-def legend_of(figure: Figure) -> list[str]:
-    return [text.get_text() for text in figure.legends[0].get_texts()]
-
+from tests.results.figures import (
+    classes,
+    draw,
+    embeddings,
+    legend_of,
+    lines_of,
+    matrices,
+    points,
+    predictions,
+)
 
 AWKWARD = {
     "2 examples": (embeddings(2), embeddings(2, seed=1), None),
