@@ -46,7 +46,7 @@ from hf_rrd import (
     student_from_teacher,
     with_views,
 )
-from hf_rrd.results.report import size_of
+from hf_rrd.results.measure import size_of
 
 
 @dataclass

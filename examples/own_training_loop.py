@@ -33,14 +33,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from hf_rrd import FeatureBank, compare_models, logit_loss, relational_loss, student_from_teacher
+from hf_rrd import FeatureBank, compare_models, logit_loss, relational_loss, student_from_teacher, write_card
 from hf_rrd.models.pooling import mean_pool
-from hf_rrd.results.card import render_card
-from hf_rrd.results.facts import command_of, versions_in_use
-from hf_rrd.results.hub import published_files
-from hf_rrd.results.plots import save_plots
-from hf_rrd.results.publishing import figures_of
-from hf_rrd.results.report import size_of
 
 
 @dataclass
@@ -95,43 +89,23 @@ def describe(args: Arguments, student: Any, teacher: Any, tokenizer: Any, rows: 
     report = compare_models(student, teacher, rows, collate)
     Console().print(report.table())
     report.save(args.output_dir)
-    name = args.hub_model_id or Path(args.output_dir).name
-    facts = {
-        "name": name.split("/")[-1],
-        "repository": args.hub_model_id,
-        "task": "text-classification",
-        "library": "transformers",
-        "usage": {
-            "model_class": "AutoModelForSequenceClassification",
-            "processor_class": "AutoTokenizer",
-            "input": "input_ids",
-            "output": "logits",
-        },
-        "student": size_of(student),
-        "teacher": size_of(teacher) | ({"description": args.card_teacher} if args.card_teacher else {}),
-        "dataset": {"id": args.card_dataset, "title": args.card_dataset} if args.card_dataset else {},
-        "settings": {
-            "task_weight": 1.0,
-            "relational_weight": args.relational_weight,
-            "kd_weight": args.kd_weight,
-            "bank_size": args.bank_size,
-        },
-        "training": {"epochs": args.num_train_epochs, "learning_rate": args.learning_rate, "seed": args.seed},
-        "metrics": [{"name": "accuracy", "value": report.facts["student"]["accuracy"], "split": "validation"}],
-        "report": report.facts,
-        "command": command_of(sys.argv),
-        "versions": versions_in_use(),
-    }
-    if args.card_dataset:
-        facts["metrics"][0]["id"] = args.card_dataset
-    files = save_plots(figures_of([], report, None), Path(args.output_dir, "figures"))
-    card = render_card(facts, {file.stem: f"figures/{file.name}" for file in files})
-    card.save(Path(args.output_dir, "README.md"))
-    Path(args.output_dir, "model_card.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_card(
+        args.output_dir,
+        student,
+        teacher=teacher,
+        teacher_name=args.card_teacher,
+        dataset=args.card_dataset,
+        settings={"task_weight": 1.0}
+        | {name: getattr(args, name) for name in ("relational_weight", "kd_weight", "bank_size")},
+        training={"epochs": args.num_train_epochs, "learning_rate": args.learning_rate, "seed": args.seed},
+        report=report,
+        processing_class=tokenizer,
+        repository=args.hub_model_id,
+    )
     if args.push_to_hub:
-        repository = create_repo(name, exist_ok=True).repo_id
-        names = published_files(args.output_dir, tokenizer)
-        upload_folder(repo_id=repository, folder_path=args.output_dir, allow_patterns=names)
+        repository = create_repo(args.hub_model_id or Path(args.output_dir).name, exist_ok=True).repo_id
+        files = ["README.md", "figures/*", "*.safetensors", "config.json", "token*", "vocab*", "special_tokens*"]
+        upload_folder(repo_id=repository, folder_path=args.output_dir, allow_patterns=files)
 
 
 def main() -> None:

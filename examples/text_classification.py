@@ -46,7 +46,7 @@ from hf_rrd import (
     cache_teacher_outputs,
     student_from_teacher,
 )
-from hf_rrd.results.report import size_of
+from hf_rrd.results.measure import size_of
 
 
 @dataclass

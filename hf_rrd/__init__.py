@@ -16,6 +16,7 @@ from hf_rrd.models.embedding import embed
 from hf_rrd.models.head import detach_head
 from hf_rrd.models.initialization import Initialization, student_from_teacher
 from hf_rrd.results.alignment import relational_alignment
+from hf_rrd.results.card import write_card
 from hf_rrd.results.report import DistillationReport, compare_models
 from hf_rrd.trainer import RelationalDistillationTrainer
 from hf_rrd.training.caching import cache_teacher_outputs, with_views
@@ -47,4 +48,6 @@ __all__ = [
     "similarity_preserving_loss",
     "student_from_teacher",
     "with_views",
+    "write_card",
+    "write_card",
 ]

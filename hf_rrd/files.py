@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Writing a file whole or not at all."""
 
 import json
 import os
@@ -11,25 +11,53 @@ from uuid import uuid4
 
 @contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Write a file under a name of its own in the same folder, which then becomes the file's.
+    """A temporary path to write to, which takes the place of `path` at the end of the block.
 
-    A failure leaves the old file as it was, and nothing beside it.
+    A reader sees the old file or the new one, never a part. If the block raises, the old file stays and the temporary
+    one is removed. A process that is killed leaves a hidden file whose name ends in `.tmp`.
+
+    Args:
+        path: The file. Its folder is made where there is none.
 
     Yields:
-        The path to write to.
+        A path in the same folder that does not exist yet. A file that is opened there has the usual permissions.
+
+    Example:
+
+    ```python
+    with written_whole("report.json") as temporary:
+        temporary.write_text("{}")
+    ```
     """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{uuid4().hex}.tmp")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
         yield temporary
-        os.replace(temporary, target)
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write a value as JSON, NumPy's numbers as plain ones; the folder is made where there is none."""
-    text = json.dumps(value, indent=2, allow_nan=False, default=lambda number: number.item())
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+def write_json(path: str | os.PathLike[str], value: Any) -> Path:
+    """Write a value as JSON, indented by two spaces, whole or not at all; returns the file.
+
+    Args:
+        path: The file.
+        value: Dicts, lists, texts and numbers, NumPy's among them.
+
+    Raises:
+        ValueError: A number is nan or infinite.
+        TypeError: A value has no form in JSON.
+    """
+    text = json.dumps(value, indent=2, allow_nan=False, default=_as_python)
     with written_whole(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
+    return Path(path)
+
+
+def _as_python(value: Any) -> Any:
+    """The Python number of a scalar of NumPy or torch."""
+    if not hasattr(value, "item"):
+        raise TypeError(f"JSON has no form for {type(value).__name__}: pass dicts, lists, texts or numbers.")
+    return value.item()

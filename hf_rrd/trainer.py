@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast, broadcast_object_list
@@ -11,16 +11,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer import Trainer
 from transformers.trainer_pt_utils import find_batch_size, nested_detach
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction
-from transformers.utils import find_labels, logging
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction, HubStrategy
+from transformers.utils import PushInProgress, find_labels, logging
 
 from hf_rrd.config import RelationalDistillationConfig
 from hf_rrd.errors import named_errors
 from hf_rrd.models.body import unwrapped
 from hf_rrd.models.columns import forward_columns, student_inputs
-from hf_rrd.models.head import HEAD, WITH_EMBEDDING, check_student, split_embedding
+from hf_rrd.models.head import HEAD, WITH_EMBEDDING, StudentOutputs, check_student, split_embedding
 from hf_rrd.models.teacher import Teacher, check_teacher, load_teacher
+from hf_rrd.results.callback import FactsCallback
 from hf_rrd.results.embedding_log import EmbeddingLog
+from hf_rrd.results.hub import PushError, create_repository, push_checkpoint, push_student
+from hf_rrd.results.report import DistillationReport, chosen_dataset, compare_in_run
 from hf_rrd.training.checkpoint import (
     checkpoint_to_resume,
     explained_write_errors,
@@ -45,15 +48,6 @@ from hf_rrd.training.identity import check_identity, teacher_identity
 from hf_rrd.training.terms import TermLog
 
 logger = logging.get_logger(__name__)
-
-
-class StudentOutputs(NamedTuple):
-    """What one forward of the student gives; what there is not is None."""
-
-    task_loss: Tensor | None
-    outputs: Any  # as the model gives them without us
-    embedding: Tensor | None = None  # projected, (batch, dim)
-    pooled: Tensor | None = None  # before that, (batch, width); in evaluation
 
 
 class RelationalDistillationTrainer(Trainer):
@@ -97,6 +91,8 @@ class RelationalDistillationTrainer(Trainer):
 
     args: RelationalDistillationConfig
     model: nn.Module
+    hub_model_id: Any
+    _signature_columns: Any
 
     def __init__(
         self,
@@ -143,17 +139,21 @@ class RelationalDistillationTrainer(Trainer):
             student = model_init(*trial)  # type: ignore[misc]
             return prepared(student, self._teacher, self.distillation, needs_task_head)
 
+        collate = data_collator or DataCollatorForDistillation(processing_class, teacher_processing_class)
+        own_optimizer = optimizers != (None, None) or optimizer_cls_and_kwargs is not None
+        saved_beside = processing_class or getattr(collate, "tokenizer", None)
+        self._facts = FactsCallback(self.teacher, train_dataset, saved_beside, own_optimizer)
         super().__init__(
             model=prepared(model, self._teacher, self.distillation, needs_task_head),
             args=args,
-            data_collator=data_collator or DataCollatorForDistillation(processing_class, teacher_processing_class),
+            data_collator=collate,
             train_dataset=with_cached_arrays(train_dataset),
             eval_dataset=with_cached_arrays(eval_dataset),
             processing_class=processing_class,
             model_init=model_init and wraps(model_init)(initialized),
             compute_loss_func=compute_loss_func,
             compute_metrics=compute_metrics,
-            callbacks=[_Phases(self), *(callbacks or [])],
+            callbacks=[_Phases(self), *(callbacks or []), self._facts],
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
@@ -166,8 +166,7 @@ class RelationalDistillationTrainer(Trainer):
         self.loss_is_scaled_for_ga = False
         self._student_columns = forward_columns(self.model)
         self._set_signature_columns_if_needed()
-        columns = [*(self._signature_columns or ()), *self._teacher.signature_columns]
-        self._signature_columns = columns  # type: ignore[assignment]
+        self._signature_columns = [*self._signature_columns, *self._teacher.signature_columns]
         mend_wrap_policy(self.model, self.accelerator)
         identity = teacher_identity(self._teacher, args.teacher_pooling, preview)
         self._identity = broadcast_object_list([identity])[0]  # the others may have no weights yet (FSDP)
@@ -195,18 +194,7 @@ class RelationalDistillationTrainer(Trainer):
         self._finite.note_teacher(self.state.global_step + model.training, *teacher)
         student = self._ask_student(model, inputs)
         with named_errors("comparing student and teacher", inputs):
-            terms = self.distillation.terms(
-                student.task_loss,
-                student.outputs.get("logits") if isinstance(student.outputs, dict) else None,
-                student.embedding,
-                teacher,
-                inputs.get("attention_mask"),
-                model.training,
-            )
-        if not terms:
-            raise ValueError(
-                "nothing to compare with: this batch has neither labels to learn nor a teacher's outputs."
-            )
+            terms = self.distillation.terms(student, teacher, inputs.get("attention_mask"), model.training)
         loss, examples = self.distillation.total(terms), find_batch_size(inputs) or 1
         if model.training:
             step = self._step or StepExamples(self.accelerator, [examples])
@@ -387,6 +375,106 @@ class RelationalDistillationTrainer(Trainer):
         state, about = load_sidecar(checkpoint)
         check_identity(about, self._identity, checkpoint)
         self.distillation.load_state_dict(state, head=not self._is_sharded)
+
+    # ---- Results ----
+
+    def report(self, dataset: Any = None, teacher: nn.Module | None = None) -> DistillationReport | None:
+        """Compare student and teacher on the same examples and machine; see `compare_models`.
+
+        The facts are written to `distillation_report.json` in `output_dir`, and the next card tells them. Only the
+        main process measures; the others get None.
+
+        Args:
+            dataset: What to measure on, or its name among several evaluation sets. Default: `eval_dataset`.
+            teacher: The teacher, where the trainer has none because its outputs were cached.
+
+        Raises:
+            ValueError: There is no data set, or the student is sharded over processes.
+        """
+        if self._is_sharded:
+            raise ValueError(
+                "a report needs the whole student in one process, and FSDP or DeepSpeed has it in parts. Load the "
+                "saved student, and call compare_models."
+            )
+        dataset = chosen_dataset(dataset, self.eval_dataset)
+        if self.is_world_process_zero():
+            teacher = self.teacher if teacher is None else teacher.to(self.args.device)
+            how = (self.data_collator, self._signature_columns, self.label_names or ["labels"], self.args)
+            self._facts.report = compare_in_run(self._unwrapped_student(), teacher, dataset, *how)
+        return self._facts.report
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the student's card, `README.md`, into `output_dir`, with its facts in `model_card.json` beside it.
+
+        It says what is known of this run and nothing else. With `report` called before, it has the comparison with the
+        teacher, and with matplotlib the pictures, in `figures`. Of several tasks or data sets it names the first.
+
+        Args:
+            args, kwargs: As in `Trainer`: `language`, `license`, `tags`, `model_name`, `finetuned_from`, `tasks`,
+                `dataset_tags` (the name on the Hub), `dataset` (what to call it), `dataset_args`; and `teacher_name`,
+                what to call the teacher (by default its name and revision on the Hub, if it was loaded by them).
+        """
+        if self.is_world_process_zero():
+            self._facts.write_card(self.hub_model_id, *args, **kwargs)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository, or find it. A failure is a warning: the training goes on, the push tries again."""
+        self.push_in_progress = None
+        if self.is_world_process_zero():
+            failure = "`push_to_hub` is on, and the student has no place on the Hub yet"
+            try:
+                self.hub_model_id = create_repository(self.args, failure, token, private)
+            except PushError as error:
+                logger.warning(f"{error} Training goes on; the student will be in {self.args.output_dir}.")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in `Trainer`: with `push_to_hub` it pushes, too. That a push failed is a warning here."""
+        try:
+            super().save_model(output_dir, _internal_call)
+        except PushError as error:
+            logger.warning(str(error))
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As in `Trainer`; only the student, its processing class, its card and the card's pictures are uploaded.
+
+        `kwargs` go to `create_model_card`.
+
+        Raises:
+            PushError: An `OSError`: the Hub could not be reached, or it refused. The student is in `output_dir`.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)  # on all processes: each may hold a part of it
+        if not self.is_world_process_zero():
+            return None
+        failure = f"the student is in {self.args.output_dir}, and not on the Hub"
+        try:
+            self.hub_model_id = self.hub_model_id or create_repository(self.args, failure, token, private)
+        finally:
+            self.create_model_card(**kwargs)  # also where there is no Hub
+        self._finish_current_push()
+        student = (self.model, self._facts.processing_class, self.args)
+        how = {"token": token, "revision": revision, "run_as_future": not blocking}
+        return push_student(self.hub_model_id, commit_message, *student, failure, **how)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As in `Trainer`, with the student's files alone, from the checkpoint itself."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END or self.hub_model_id is None:
+            return
+        jobs = [job for job in getattr(self.push_in_progress, "jobs", []) if not job.done()]
+        if not jobs or self.args.hub_always_push:
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+            student = (self.model, self._facts.processing_class, self.args, self.state)
+            self.push_in_progress = PushInProgress(
+                [*jobs, *push_checkpoint(self.hub_model_id, checkpoint_folder, *student)]
+            )
 
     def _mean_over_processes(self, values: Tensor) -> Tensor:
         mean: Tensor = self.accelerator.reduce(values.to(self.args.device), "mean")

@@ -19,8 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_rrd.results.card import markdown
-from hf_rrd.results.table import decimal, percent, whole
+from hf_rrd.results.card import CARD, FACTS_FILE
+from hf_rrd.results.facts import CardFacts
+from hf_rrd.results.pictures import FIGURES
+from hf_rrd.results.table import decimal, markdown, percent, whole
 
 ROOT = Path(__file__).resolve().parents[2]
 SST2 = (
@@ -54,8 +56,6 @@ RUNS = {
     "--logging_steps 20 --max_train_samples 10000 --max_eval_samples 2000 --report",
 }
 """The commands by the name of the student."""
-
-COPIED = ("README.md", "model_card.json")
 
 
 @dataclass
@@ -114,20 +114,24 @@ def collect(name: str, folder: Path, cards: Path) -> None:
 
     target = cards / name
     shutil.rmtree(target, ignore_errors=True)
-    (target / "figures").mkdir(parents=True)
-    for file in COPIED:
+    (target / FIGURES).mkdir(parents=True)
+    for file in (CARD, FACTS_FILE):
         shutil.copyfile(folder / file, target / file)
-    for picture in (folder / "figures").glob("*.png"):
+    for picture in (folder / FIGURES).glob("*.png"):
         few = Image.open(picture).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-        few.save(target / "figures" / picture.name, optimize=True)
+        few.save(target / FIGURES / picture.name, optimize=True)
+
+
+def share(facts: dict[str, Any], name: str) -> str:
+    """A share in percent, where it was measured."""
+    return percent(facts[name]) if name in facts else ""
 
 
 def index(cards: Path) -> str:
     """A table of all cards in a folder, from their facts."""
     rows = []
-    for file in sorted(cards.glob("*/model_card.json")):
-        facts = json.loads(file.read_text())
-        report: dict[str, Any] = facts["report"]
+    for file in sorted(cards.glob(f"*/{FACTS_FILE}")):
+        report = CardFacts.from_json(json.loads(file.read_text())).report
         student, teacher = report["student"], report["teacher"]
         speed = student["examples_per_second"] / teacher["examples_per_second"]
         rows.append(
@@ -136,9 +140,8 @@ def index(cards: Path) -> str:
                 whole(student["parameters"]),
                 f"{teacher['parameters'] / student['parameters']:.1f}",
                 f"{speed:.1f}",
-                percent(student.get("accuracy")),
-                percent(teacher.get("accuracy")),
-                percent(report.get("agreement")),
+                *(share(facts, "accuracy") for facts in (student, teacher)),
+                share(report, "agreement"),
                 decimal(report["alignment"]["cka"]),
                 percent(report["alignment"]["neighbor_overlap"]),
             ]
@@ -146,7 +149,7 @@ def index(cards: Path) -> str:
     header = ["student", "parameters", "times smaller", "times faster", "accuracy", "its teacher's", "same class"]
     return (
         "# Model cards\n\nThe students that the scripts in `examples/` train, as their cards describe them. None is "
-        "on the Hub: each card has the command that makes it, and `examples/benchmarks/write_cards.py` runs them all. "
+        "on the Hub: `examples/benchmarks/write_cards.py` has the commands and runs them all. "
         "One run each, with one seed; how the losses compare over seeds is in "
         "[`examples/benchmarks/comparison`](../examples/benchmarks/comparison).\n\n"
         + markdown([*header, "CKA", "neighbours in common"], rows)
@@ -162,9 +165,9 @@ def main(args: Arguments) -> None:
     if not args.only_index:
         prepare()
         for name, command in RUNS.items():
-            if args.only in (None, name) and (args.again or not (cards / name / "model_card.json").is_file()):
+            if args.only in (None, name) and (args.again or not (cards / name / FACTS_FILE).is_file()):
                 collect(name, train(name, command), cards)
-    (cards / "README.md").write_text(index(cards))
+    (cards / CARD).write_text(index(cards))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_rrd.results.card import markdown
+from hf_rrd.results.table import markdown
 
 REGIMES = {"all": "All labels", "few": "500 labels, all examples distilled", "none": "No labels"}
 

@@ -6,7 +6,7 @@ forward asks for the embedding; without it the student behaves as if there were 
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -146,6 +146,15 @@ def check_student(student: nn.Module, task: bool) -> None:
             f"`task_weight` is above 0, so the student needs a head: {type(unwrapped(student)).__name__} has none. "
             "Load it with an AutoModelFor... class, pass a `compute_loss_func`, or set task_weight=0."
         )
+
+
+class StudentOutputs(NamedTuple):
+    """What one forward of the student gives; what there is not is None."""
+
+    task_loss: Tensor | None
+    outputs: Any  # as the model gives them without us
+    embedding: Tensor | None = None  # projected, (batch, dim)
+    pooled: Tensor | None = None  # before that, (batch, width); in evaluation mode
 
 
 def split_embedding(outputs: Any) -> tuple[Any, Tensor, Tensor | None]:

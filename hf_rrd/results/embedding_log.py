@@ -48,12 +48,11 @@ class EmbeddingLog:
         """`relational_alignment` of what was added, without what so few examples leave undefined."""
         if len(self._student) < 2:
             return {}
-        student, teacher = evenly(self._student, self.examples), evenly(self._teacher, self.examples)
-        return {name: value for name, value in relational_alignment(student, teacher).items() if value == value}
+        some = evenly_spaced(len(self._student), self.examples)
+        alignment = relational_alignment(self._student[some], self._teacher[some])
+        return {name: value for name, value in alignment.items() if value == value}
 
 
-def evenly(rows: Tensor, count: int) -> Tensor:
-    """At most so many of the rows, spread evenly over them."""
-    if len(rows) <= count:
-        return rows
-    return rows[torch.linspace(0, len(rows) - 1, count, dtype=torch.float64).long()]
+def evenly_spaced(count: int, most: int) -> Tensor:
+    """Up to `most` of `count` places, evenly spaced, the first and the last among them: (places,), whole numbers."""
+    return torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).round().long()

@@ -1,5 +1,6 @@
-"""What belongs on the Hub, and what may go wrong on the way there."""
+"""A student on its way to the Hub: which files belong there, and how they get there."""
 
+import glob
 import json
 import os
 import shutil
@@ -9,7 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_SAFE_WEIGHTS_NAME,
@@ -17,16 +21,16 @@ from transformers.utils import (
     GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
+    logging,
 )
 
-CARD = "README.md"
+from hf_rrd.results.card import CARD
+from hf_rrd.results.pictures import PICTURES, place_of
 
-FIGURES = "figures"
-"""The folder of a card's pictures, beside it."""
+logger = logging.get_logger(__name__)
 
-WEIGHTS = (".safetensors",)
-
-PICTURES = ("losses", "similarities", "embeddings", "reliability")
+HUB = HfApi(library_name="hf_rrd")
+"""One for all pushes: what it does in the background it does in order."""
 
 HUB_ERRORS: tuple[Any, ...] = (OSError, RuntimeError, ValueError, *HfHubHTTPError.__bases__)
 """What a push may raise; among its bases is the HTTP library's own error, and that library differs by version."""
@@ -36,52 +40,9 @@ class PushError(OSError):
     """The Hub could not be reached, or it refused; the student is on disk."""
 
 
-def model_files(folder: str, adapters: list[str] | None = None) -> list[str]:
-    """The files of a student in a folder: config and weights in one file or in shards, or its adapters alone."""
-    if adapters:  # the one called `default` lies in the folder itself
-        places = ["" if name == "default" else f"{name}/" for name in adapters]
-        names = [f"{place}{file}" for place in places for file in (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME)]
-        return [name for name in names if Path(folder, name).is_file()]
-    names = [CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME]
-    index = Path(folder, SAFE_WEIGHTS_INDEX_NAME)
-    if index.is_file() and not Path(folder, SAFE_WEIGHTS_NAME).is_file():  # not one of an earlier run
-        names += [SAFE_WEIGHTS_INDEX_NAME, *sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    config = Path(folder, CONFIG_NAME)
-    if config.is_file() and "auto_map" in json.loads(config.read_text()):  # code of its own
-        names += sorted(file.name for file in Path(folder).glob("*.py"))
-    return [name for name in names if Path(folder, name).is_file()]
-
-
-def files_in(folder: str) -> list[Path]:
-    """All files in a folder and the folders in it."""
-    return [file for file in sorted(Path(folder).rglob("*")) if file.is_file()]
-
-
-def link(source: Path, target: Path) -> None:
-    """Give a file a second name, or copy it where that cannot be."""
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without links
-        shutil.copy(source, target)
-
-
-def published_files(
-    folder: str, processing_class: Any, adapters: list[str] | None = None, with_card: bool = True
-) -> list[str]:
-    """What of a folder belongs on the Hub: the student, its processing class, the card and its pictures."""
-    names = model_files(folder, adapters)
-    if with_card:
-        names += [CARD, *(f"{FIGURES}/{name}.png" for name in PICTURES)]
-    if processing_class is not None:
-        with tempfile.TemporaryDirectory() as saved:  # its files have no fixed names
-            processing_class.save_pretrained(saved)
-            names += [str(file.relative_to(saved)) for file in files_in(saved)]
-    return [name for name in dict.fromkeys(names) if Path(folder, name).is_file()]
-
-
 @contextmanager
 def explained_hub_errors(what: str) -> Iterator[None]:
-    """Say in one sentence what failed on the way to the Hub, and what to do."""
+    """Turn an error on the way to the Hub into a `PushError`: in one sentence what failed, and what to do."""
     try:
         yield
     except HUB_ERRORS as error:
@@ -95,3 +56,136 @@ def explained_hub_errors(what: str) -> Iterator[None]:
                 "call trainer.push_to_hub()."
             )
         raise PushError(f"{what}: {reason}. {advice}") from error
+
+
+# ---- Files ----
+
+
+def published_files(folder: str | Path, processing_class: Any, model: Any = None, with_card: bool = True) -> list[str]:
+    """What of a folder belongs on the Hub: the student, its processing class, the card and its pictures."""
+    names = model_files(folder, adapters_of(model))
+    if with_card:
+        names += [CARD, *map(place_of, PICTURES)]
+    if processing_class is not None:
+        with tempfile.TemporaryDirectory() as saved:  # its files have no fixed names
+            processing_class.save_pretrained(saved)
+            names += sorted(str(file.relative_to(saved)) for file in Path(saved).rglob("*"))
+    return [name for name in dict.fromkeys(names) if Path(folder, name).is_file()]
+
+
+def model_files(folder: str | Path, adapters: list[str] | None = None) -> list[str]:
+    """The files of a student in a folder: config and weights in one file or in shards, or its adapters alone."""
+    if adapters:  # the one called `default` lies in the folder itself
+        places = ["" if name == "default" else f"{name}/" for name in adapters]
+        names = [f"{place}{file}" for place in places for file in (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME)]
+        return [name for name in names if Path(folder, name).is_file()]
+    names = [CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME]
+    index = Path(folder, SAFE_WEIGHTS_INDEX_NAME)
+    if index.is_file() and not Path(folder, SAFE_WEIGHTS_NAME).is_file():  # not one of an earlier run
+        names += [SAFE_WEIGHTS_INDEX_NAME, *sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return [name for name in names if Path(folder, name).is_file()]
+
+
+def adapters_of(model: Any) -> list[str]:
+    """The names of the adapters of a PEFT student; warns of a base that nobody else can load."""
+    configs = getattr(model, "peft_config", None) or {}
+    for base in {config.base_model_name_or_path for config in configs.values()}:
+        if base and os.path.isdir(base):
+            logger.warning_once(
+                f"The adapter names the folder {base} as its base model: nobody else can load it, and the path is "
+                "published. Push the base first, and load it by its name."
+            )
+    return list(configs)
+
+
+# ---- Pushes ----
+
+
+def create_repository(args: Any, failure: str, token: str | None = None, private: bool | None = None) -> str:
+    """Create a run's repository, or find it; returns its name with the user's.
+
+    Args:
+        args: The run's settings. The name is `hub_model_id`, or that of the output folder.
+        failure: What it means that there is none, as the beginning of the error.
+        token, private: In place of those of the settings.
+
+    Raises:
+        ValueError: The Hub does not take such a name.
+        PushError: The Hub could not be reached, or it refused.
+    """
+    name = args.hub_model_id or Path(args.output_dir).absolute().name
+    validate_repo_id(name)
+    token = args.hub_token if token is None else token
+    private = args.hub_private_repo if private is None else private
+    with explained_hub_errors(failure):
+        return str(HUB.create_repo(name, token=token, private=private, exist_ok=True).repo_id)
+
+
+def push_student(
+    repository: str, message: str | None, model: Any, processing_class: Any, args: Any, failure: str, **how: Any
+) -> Any:
+    """Upload the student in `output_dir`, with its processing class, card and pictures.
+
+    Args:
+        repository: Its name on the Hub.
+        message: The commit's.
+        model, processing_class, args: The run's.
+        failure: What it means that it was not pushed, as the beginning of the error.
+        how: More arguments of `huggingface_hub.HfApi.upload_folder`; None stands for the default.
+
+    Returns:
+        The commit, or its future with `run_as_future=True`.
+
+    Raises:
+        PushError: There are no weights, the Hub could not be reached, or it refused.
+    """
+    names = published_files(args.output_dir, processing_class, model)
+    if not any(name.endswith(".safetensors") for name in names):
+        raise PushError(f"{failure}: no weights were found there, among {sorted(os.listdir(args.output_dir))}.")
+    with explained_hub_errors(failure):
+        return _upload(repository, args.output_dir, names, message, args, **how)
+
+
+def push_checkpoint(
+    repository: str, checkpoint: str, model: Any, processing_class: Any, args: Any, state: Any
+) -> list[Any]:
+    """Push the student of a checkpoint, and with some of the strategies the checkpoint, in the background.
+
+    Its files are linked, because it may be deleted before they are uploaded. Returns the futures, in order.
+    """
+    links = tempfile.mkdtemp(prefix="_push-", dir=args.output_dir)
+    shutil.copytree(checkpoint, links, copy_function=link, dirs_exist_ok=True)
+    step = f"step {state.global_step}" if args.save_strategy == SaveStrategy.STEPS else f"epoch {int(state.epoch)}"
+    message, how = f"Training in progress, {step}", {"run_as_future": True}
+    names = published_files(links, processing_class, model, with_card=False)
+    jobs = [_upload(repository, links, names, message, args, **how)]
+    if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        place = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else Path(checkpoint).name
+        files = [file for file in Path(links).rglob("*") if file.is_file() and file.name != CARD]  # PEFT's names paths
+        names = [str(file.relative_to(links)) for file in files]
+        jobs.append(_upload(repository, links, names, f"{message}, checkpoint", args, path_in_repo=place, **how))
+    for job in jobs:
+        job.add_done_callback(_warn_of_failure)
+    return [*jobs, HUB.run_as_future(shutil.rmtree, links, ignore_errors=True)]
+
+
+def _upload(repository: str, folder: str, files: list[str], message: str | None, args: Any, **how: Any) -> Any:
+    settings = {"token": args.hub_token, "revision": args.hub_revision}
+    settings |= {name: value for name, value in how.items() if value is not None}
+    names = [glob.escape(name) for name in files]
+    return HUB.upload_folder(
+        repo_id=repository, folder_path=folder, commit_message=message, allow_patterns=names, **settings
+    )
+
+
+def _warn_of_failure(job: Any) -> None:
+    if job.exception() is not None:
+        logger.warning(f"A checkpoint was not pushed; a later push makes up for it. {job.exception()}")
+
+
+def link(source: str, target: str) -> None:
+    """Give a file a second name, or copy it where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy(source, target)

@@ -1,32 +1,28 @@
 """Teacher and student side by side: size, speed, quality and likeness, on the same examples and the same machine."""
 
-import json
 import os
-import platform
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
+from transformers.trainer_utils import RemoveColumnsCollator
 
 from hf_rrd.errors import named_errors
+from hf_rrd.files import write_json
 from hf_rrd.models.body import body_of, placed, unwrapped
-from hf_rrd.models.columns import forward_columns, student_inputs, teacher_inputs
+from hf_rrd.models.columns import CACHED_COLUMNS, forward_columns, student_inputs, teacher_inputs
 from hf_rrd.models.embedding import embed
-from hf_rrd.models.head import HEAD
 from hf_rrd.results.alignment import relational_alignment
-from hf_rrd.results.embedding_log import evenly
+from hf_rrd.results.embedding_log import evenly_spaced
+from hf_rrd.results.measure import environment_of, evaluating, flops_of, forward_times, size_of
 from hf_rrd.results.reliability import NO_LABEL, calibration_error
 from hf_rrd.results.table import HEADER, place, rows_of
-from hf_rrd.training.data import DataCollatorForDistillation, examples_in, with_cached_arrays
+from hf_rrd.training.data import DataCollatorForDistillation, examples_in, is_map_style, with_cached_arrays
 from hf_rrd.training.distillation import preserved_randomness
 
 REPORT_FILE = "distillation_report.json"
@@ -40,9 +36,6 @@ ALIGNED_EXAMPLES = 4096
 
 NEIGHBORS = 10
 """As `relational_alignment` has it."""
-
-WARM_UP, FEWEST, MOST, SECONDS = 3, 10, 50, 10.0
-"""Forwards before the clock, and how many are timed: from 10 to 50, fewer where 10 seconds are over."""
 
 
 @dataclass
@@ -85,6 +78,14 @@ class DistillationReport:
         return table
 
 
+class _Side(NamedTuple):
+    """One of the two models: how it is pooled, and what of a batch its forward takes."""
+
+    model: nn.Module
+    pooling: Any
+    inputs_of: Callable[[dict[str, Any]], dict[str, Any]]
+
+
 def compare_models(
     student: nn.Module,
     teacher: nn.Module | None,
@@ -108,39 +109,26 @@ def compare_models(
         data_collator: Default: `DataCollatorForDistillation()`.
         batch_size: Examples of a forward while quality is measured.
         student_pooling: How the student's embedding is pooled: as in the settings.
-        teacher_pooling: The same of the teacher.
+        teacher_pooling: How the teacher's embedding is pooled.
         label_names: The batch's columns that are labels.
 
     Raises:
         ValueError: The data set has no examples, or is a stream.
     """
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or len(dataset) == 0:
+    if not is_map_style(dataset) or len(dataset) == 0:
         raise ValueError(
             "a report needs a data set with examples and a length, got "
             f"{'none in it' if hasattr(dataset, '__len__') else type(dataset).__name__}. Of a stream take some: "
             "datasets.Dataset.from_list(list(stream.take(1000)))."
         )
     collate = data_collator or DataCollatorForDistillation()
-    dataset = with_cached_arrays(dataset) if isinstance(dataset, Dataset) else dataset
-    labels = [*label_names]
-    teacher_columns = [] if teacher is None else forward_columns(teacher)
-    inputs_of = {
-        "student": lambda batch: _without(student_inputs(batch, forward_columns(student), teacher_columns), labels),
-        "teacher": lambda batch: _without(teacher_inputs(batch, teacher_columns), labels),
-    }
-    models = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
-    poolings = {"student": student_pooling, "teacher": teacher_pooling}
-    with _evaluating(models.values()):
-        loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
-        tensors = _outputs(loader, models, inputs_of, poolings, labels)
-        facts: dict[str, Any] = {"student": size_of(student)} | (
-            {} if teacher is None else {"teacher": size_of(teacher)}
-        )
-        timed = {count: collate([dataset[i] for i in range(min(count, len(dataset)))]) for count in LATENCY_BATCHES}
-        for name, model in models.items():
-            flops = _flops(model, inputs_of[name](timed[1]))
-            facts[name] |= {} if flops is None else {"flops": flops}
-        for name, speed in _speed(models, inputs_of, timed).items():
+    dataset = with_cached_arrays(dataset)
+    sides = _sides(student, teacher, (student_pooling, teacher_pooling), label_names)
+    facts: dict[str, Any] = {name: size_of(side.model) for name, side in sides.items()}
+    with evaluating(side.model for side in sides.values()):
+        tensors = _outputs(DataLoader(dataset, batch_size=batch_size, collate_fn=collate), sides, label_names)
+        batches = [collate([dataset[i] for i in range(min(count, len(dataset)))]) for count in LATENCY_BATCHES]
+        for name, speed in _speed(sides, batches).items():
             facts[name] |= speed
     comparable = _same_classes(student, teacher)
     for name, quality in _quality(tensors, ["student", "teacher"] if comparable else ["student"]).items():
@@ -148,7 +136,89 @@ def compare_models(
     facts |= _likeness(tensors, comparable and not _is_multiple(student))
     split = getattr(dataset, "split", None)
     facts |= {"examples": len(dataset)} | ({} if split is None else {"split": str(split)})
-    return DistillationReport(facts | {"environment": _environment(student)}, tensors)
+    return DistillationReport(facts | {"environment": environment_of(student)}, tensors)
+
+
+def chosen_dataset(dataset: Any, eval_dataset: Any) -> Any:
+    """The data set that a trainer's report is of: `dataset`, the evaluation set of that name, or the only one.
+
+    Raises:
+        ValueError: There is none, or it is not said which one.
+    """
+    dataset = eval_dataset if dataset is None else dataset
+    if isinstance(dataset, str) and isinstance(eval_dataset, dict):
+        dataset = eval_dataset.get(dataset, dataset)
+    if dataset is None or isinstance(dataset, dict | str):
+        known = f"one of {sorted(eval_dataset)}" if isinstance(eval_dataset, dict) else "a data set"
+        came = "none" if dataset is None else dataset if isinstance(dataset, str) else f"several, {sorted(dataset)}"
+        raise ValueError(f"`dataset` must be {known}, got {came}.")
+    return dataset
+
+
+def compare_in_run(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    dataset: Any,
+    data_collator: Any,
+    columns: list[str],
+    label_names: list[str],
+    args: Any,
+) -> DistillationReport:
+    """`compare_models` as a trainer reads its data; the report is saved in the run's folder.
+
+    Args:
+        student, teacher, dataset, data_collator, label_names: As of `compare_models`.
+        columns: Those that the models read: the others are left out, unless the settings keep them.
+        args: The settings.
+    """
+    kept = [*columns, *CACHED_COLUMNS]  # cached logits are of use, also without kd_weight
+    if args.remove_unused_columns and isinstance(dataset, Dataset):
+        dataset = dataset.select_columns([name for name in dataset.column_names if name in kept])
+    elif args.remove_unused_columns:
+        data_collator = RemoveColumnsCollator(data_collator, kept)
+    poolings = (args.student_pooling, args.teacher_pooling)
+    batch_size = args.per_device_eval_batch_size
+    report = compare_models(student, teacher, dataset, data_collator, batch_size, *poolings, label_names)
+    report.save(args.output_dir)
+    return report
+
+
+def class_names(model: nn.Module | None) -> dict[int, str] | None:
+    """A model's classes by number; None where its config only numbers them."""
+    names = getattr(getattr(unwrapped(model), "config", None), "id2label", None) or {}
+    return None if all(name == f"LABEL_{label}" for label, name in names.items()) else names
+
+
+def _sides(
+    student: nn.Module, teacher: nn.Module | None, poolings: tuple[Any, Any], label_names: Iterable[str]
+) -> dict[str, _Side]:
+    own, others = forward_columns(student), [] if teacher is None else forward_columns(teacher)
+
+    def unlabelled(inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in inputs.items() if name not in label_names}
+
+    sides = {"student": _Side(student, poolings[0], lambda batch: unlabelled(student_inputs(batch, own, others)))}
+    if teacher is not None:
+        sides["teacher"] = _Side(teacher, poolings[1], lambda batch: unlabelled(teacher_inputs(batch, others)))
+    return sides
+
+
+# ---- Speed ----
+
+
+def _speed(sides: dict[str, _Side], batches: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of each model `flops` of the first batch, `latency_ms` by batch size, `examples_per_second` of the last one."""
+    speed: dict[str, dict[str, Any]] = {}
+    for name, side in sides.items():
+        flops = flops_of(side.model, side.inputs_of(batches[0]))
+        speed[name] = ({} if flops is None else {"flops": flops}) | {"latency_ms": {}}
+    for batch in batches:
+        examples = examples_in(batch)
+        inputs = {name: side.inputs_of(batch) for name, side in sides.items()}
+        for name, times in forward_times({name: side.model for name, side in sides.items()}, inputs).items():
+            speed[name]["latency_ms"][str(examples)] = times
+            speed[name]["examples_per_second"] = 1000 * examples / times["median"]
+    return speed
 
 
 # ---- Outputs and quality ----
@@ -156,30 +226,24 @@ def compare_models(
 
 @torch.no_grad()
 def _outputs(
-    loader: Iterable[dict[str, Any]],
-    models: dict[str, nn.Module],
-    inputs_of: dict[str, Any],
-    poolings: dict[str, Any],
-    label_names: list[str],
+    loader: Iterable[dict[str, Any]], sides: dict[str, _Side], label_names: Iterable[str]
 ) -> dict[str, Tensor]:
+    """What each model gives for all examples, in float32 on the CPU; the keys are those of a report's `tensors`."""
     parts: dict[str, list[Tensor]] = {}
     with preserved_randomness():  # a loader draws a seed
         for batch in loader:
             found = {f"teacher_{name}": batch.get(f"teacher_{name}") for name in ("embedding", "logits")}
-            for name, model in models.items():
+            for name, side in sides.items():
                 with named_errors(f"the {name}", batch):
-                    found |= {
-                        f"{name}_{key}": value
-                        for key, value in _observe(model, poolings[name], inputs_of[name](batch)).items()
-                    }
-            rows = {
-                name: value.float() for name, value in found.items() if isinstance(value, Tensor) and value.dim() == 2
-            }
+                    outputs = _observe(side.model, side.pooling, side.inputs_of(batch))
+                found |= {f"{name}_{key}": value for key, value in outputs.items()}
             labels = next((batch[name] for name in label_names if name in batch), None)
+            # GLUE's test sets have -1.
             if isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point():
-                rows["labels"] = labels.masked_fill(labels < 0, NO_LABEL)  # GLUE's test sets have -1
-            for name, value in rows.items():
-                parts.setdefault(name, []).append(value.detach().cpu())
+                parts.setdefault("labels", []).append(labels.masked_fill(labels < 0, NO_LABEL).cpu())
+            for name, value in found.items():
+                if isinstance(value, Tensor) and value.dim() == 2:
+                    parts.setdefault(name, []).append(value.float().cpu())
     return {name: torch.cat(values) for name, values in parts.items()}
 
 
@@ -206,12 +270,6 @@ def _same_classes(student: nn.Module, teacher: nn.Module | None) -> bool:
     return None in names or names[0] == names[1]
 
 
-def class_names(model: nn.Module | None) -> dict[int, str] | None:
-    """A model's classes by number; None where its config only numbers them."""
-    names = getattr(getattr(unwrapped(model), "config", None), "id2label", None) or {}
-    return None if all(name == f"LABEL_{label}" for label, name in names.items()) else names
-
-
 def _quality(tensors: dict[str, Tensor], models: list[str]) -> dict[str, dict[str, float]]:
     """Accuracy and calibration of models with the same classes, where there are labels of such."""
     labels, quality = tensors.get("labels"), {}
@@ -235,112 +293,10 @@ def _likeness(tensors: dict[str, Tensor], same_classes: bool) -> dict[str, Any]:
         likeness["agreement"] = (logits[0].argmax(1) == logits[1].argmax(1)).float().mean().item()
     rows = [tensors[name] for name in ("student_embedding", "teacher_embedding") if name in tensors]
     if len(rows) == 2 and len(rows[0]) > 1 and all(each.isfinite().all() for each in rows):
-        student, teacher = (evenly(each, ALIGNED_EXAMPLES) for each in rows)
-        alignment = relational_alignment(student, teacher)
-        if len(student) <= NEIGHBORS + 1:  # all the others are near
+        some = evenly_spaced(len(rows[0]), ALIGNED_EXAMPLES)
+        alignment = relational_alignment(rows[0][some], rows[1][some])
+        if len(some) <= NEIGHBORS + 1:  # all the others are near
             del alignment["neighbor_overlap"]
         likeness["alignment"] = {name: value for name, value in alignment.items() if value == value}
-        likeness["aligned_examples"] = len(student)
+        likeness["aligned_examples"] = len(some)
     return likeness
-
-
-# ---- Size and speed ----
-
-
-def size_of(model: nn.Module) -> dict[str, Any]:
-    """Class, parameters, bytes and dtype of the weights: without our head, tied ones once, an adapter's base too."""
-    weights = {name: weight for name, weight in model.named_parameters() if not name.startswith(f"{HEAD}.")}
-    saved = model.state_dict().keys()
-    buffers = {name: value for name, value in model.named_buffers() if name in saved}
-    stored = [value for values in (weights, buffers) for value in values.values()]
-    return {
-        "class": type(unwrapped(model)).__name__,
-        "parameters": sum(weight.numel() for weight in weights.values()),
-        "bytes": sum(value.numel() * value.element_size() for value in stored),
-        "dtype": next((str(each.dtype).removeprefix("torch.") for each in stored if each.is_floating_point()), "none"),
-    }
-
-
-@torch.no_grad()
-def _flops(model: nn.Module, inputs: dict[str, Any]) -> int | None:
-    """Of the forward of one example, as torch counts matrix products and convolutions; None where it counts none."""
-    try:
-        # The counter knows no fused attention of a CPU: the plain one is made of products that it does.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(**placed(inputs, model))
-    except (NotImplementedError, RuntimeError):  # kernels that are not torch's, as of some quantised weights
-        return None
-    return counter.get_total_flops() or None
-
-
-@torch.no_grad()
-def _speed(models: dict[str, nn.Module], inputs_of: dict[str, Any], timed: dict[int, Any]) -> dict[str, Any]:
-    """Median and 95th percentile of a forward in milliseconds by batch size, the models in turns."""
-    speed: dict[str, dict[str, Any]] = {name: {"latency_ms": {}} for name in models}
-    for batch in timed.values():
-        examples = examples_in(batch)
-        ready = {name: placed(inputs_of[name](batch), model) for name, model in models.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in models}
-        start = time.perf_counter()
-        for turn in range(WARM_UP + MOST):
-            if turn >= WARM_UP + FEWEST and time.perf_counter() - start > SECONDS * len(models):
-                break
-            for name, model in models.items():
-                seconds[name].append(_time_of(model, ready[name]))
-        for name, taken in seconds.items():
-            milliseconds = 1000 * torch.tensor(taken[WARM_UP:], dtype=torch.float64)
-            median, p95 = milliseconds.quantile(torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
-            speed[name]["latency_ms"][str(examples)] = {"median": median, "p95": p95}
-            speed[name]["examples_per_second"] = 1000 * examples / median
-    return speed
-
-
-def _time_of(model: nn.Module, inputs: dict[str, Any]) -> float:
-    device = next(model.parameters()).device
-    _wait_for(device)
-    start = time.perf_counter()
-    model(**inputs)
-    _wait_for(device)
-    return time.perf_counter() - start
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize(device)
-
-
-def _environment(model: nn.Module) -> dict[str, Any]:
-    device = next(model.parameters()).device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-    threads = {"threads": torch.get_num_threads()} if device.type == "cpu" else {}
-    return {"device": name, **threads, "torch": torch.__version__, "machine": platform.machine()}
-
-
-# ---- Small things ----
-
-
-@contextmanager
-def _evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
-    """The models in evaluation mode, and back."""
-    modules = {module: module.training for model in models for module in model.modules()}
-    try:
-        for module in modules:
-            module.training = False
-        yield
-    finally:
-        for module, training in modules.items():
-            module.training = training
-
-
-def _without(inputs: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    return {name: value for name, value in inputs.items() if name not in names}
-
-
-def write_json(file: Path, facts: dict[str, Any]) -> Path:
-    """Write facts as JSON, under a temporary name that is then renamed."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
-    text = json.dumps(facts, indent=2, allow_nan=False, default=lambda value: value.item())  # NumPy's numbers
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, file)
-    return file

@@ -1,38 +1,12 @@
-"""Facts of a report in words: numbers with their units, and the table of teacher and student."""
+"""Numbers in words: with their units, and as the table of teacher and student."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 HEADER = ("", "teacher", "student", "student / teacher")
 
 
-def rows_of(facts: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """The table of a report: what is measured, of the teacher, of the student, and the student's share of it.
-
-    Args:
-        facts: Of a `DistillationReport`; what is not among them has no row.
-    """
-    models = [facts.get(name, {}) for name in ("teacher", "student")]
-    rows = []
-    for path, (title, form, has_ratio) in {**SIZES, **_latencies(models), **QUALITY}.items():
-        values = [_at(model, path) for model in models]
-        if values != [None, None]:
-            rows.append((title, *(form(value) for value in values), _ratio(*values) if has_ratio else ""))
-    for path, (title, form) in SHARED_MEASURES.items():
-        value = _at(facts, path)
-        if value is not None:
-            rows.append((title, "", form(value), ""))
-    return rows
-
-
-def place(environment: dict[str, Any]) -> str:
-    """Where a report was measured, in words."""
-    threads = environment.get("threads")
-    on = f"{environment['device']} ({environment['machine']})"
-    on += "" if threads is None else f", {threads} thread{'s' * (threads != 1)}"
-    return f"{on}, torch {environment['torch']}"
-
-
-def digits(value: float, count: int = 3) -> str:
+def digits(value: Any, count: int = 3) -> str:
     """So many digits that count, and more only before the point: 0.0120, 1.20, 120, 1,200."""
     if abs(value) < 10**count - 0.5 or abs(value) >= 1e12:
         return f"{value:#.{count}g}".rstrip(".")
@@ -41,39 +15,21 @@ def digits(value: float, count: int = 3) -> str:
 
 def whole(value: Any) -> str:
     """A number of things."""
-    return "" if value is None else f"{value:,}"
+    return f"{value:,}"
 
 
 def percent(value: Any) -> str:
     """A share from 0 to 1."""
-    return "" if value is None else f"{100 * value:.1f} %"
+    return f"{100 * value:.1f} %"
 
 
 def decimal(value: Any) -> str:
     """A measure without a unit."""
-    return "" if value is None else f"{value:.3f}"
+    return f"{value:.3f}"
 
 
-def size(value: Any) -> str:
-    """Bytes, in powers of 1,000."""
-    return _scaled(value, "B")
-
-
-def _flop(value: Any) -> str:
-    return _scaled(value, "FLOP")
-
-
-def _milliseconds(value: Any) -> str:
-    return "" if value is None else f"{digits(value)} ms"
-
-
-def _per_second(value: Any) -> str:
-    return "" if value is None else digits(value)
-
-
-def _scaled(value: Any, unit: str) -> str:
-    if value is None:
-        return ""
+def size(value: Any, unit: str = "B") -> str:
+    """Bytes, or another unit, in powers of 1,000."""
     for prefix in ("", "k", "M", "G", "T"):
         if value < 999.5:
             return f"{digits(value)} {prefix}{unit}"
@@ -81,51 +37,78 @@ def _scaled(value: Any, unit: str) -> str:
     return f"{value:,.0f} P{unit}"
 
 
-def _ratio(teacher: Any, student: Any) -> str:
-    return "" if not teacher or student is None else digits(student / teacher)
+class Measure(NamedTuple):
+    """A row of the table: its title, how a value is written, and whether student / teacher is of interest."""
 
+    title: str
+    written: Callable[[Any], str]
+    has_ratio: bool = False
 
-def _at(facts: dict[str, Any], path: str) -> Any:
-    value: Any = facts
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
-
-
-def _latencies(models: list[dict[str, Any]]) -> dict[str, Any]:
-    batches = dict.fromkeys(batch for model in models for batch in model.get("latency_ms", {}))
-    kinds = {"median": "median", "p95": "p95"}
-    return {
-        f"latency_ms.{batch}.{kind}": (f"latency, batch of {batch}, {title}", _milliseconds, True)
-        for batch in batches
-        for kind, title in kinds.items()
-    }
-
-
-SIZES = {
-    "parameters": ("parameters", whole, True),
-    "bytes": ("weights", size, True),
-    "dtype": ("dtype", lambda name: name or "", False),
-    "flops": ("forward of one example", _flop, True),
-}
-"""By its place among the facts of a model: the row's title, its form, and whether student / teacher is of interest."""
-
-QUALITY = {
-    "examples_per_second": ("examples per second", _per_second, True),
-    "accuracy": ("accuracy", percent, False),
-    "calibration_error": ("expected calibration error", percent, False),
-}
-"""The same for what comes after the latencies."""
 
 ALIGNMENT = {
-    "cka": ("CKA with the teacher", decimal),
-    "rank_correlation": ("rank correlation with the teacher", decimal),
-    "neighbor_overlap": ("nearest neighbours in common", percent),
+    "cka": Measure("CKA with the teacher", decimal),
+    "rank_correlation": Measure("rank correlation with the teacher", decimal),
+    "neighbor_overlap": Measure("nearest neighbours in common", percent),
 }
-"""Of `relational_alignment`."""
+"""The measures of `relational_alignment`, by their names there."""
 
-SHARED_MEASURES = {
-    "agreement": ("same top class as the teacher", percent),
-    **{f"alignment.{name}": measure for name, measure in ALIGNMENT.items()},
+AGREEMENT = Measure("same top class as the teacher", percent)
+
+
+def rows_of(facts: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """The table of a report: what was measured, of the teacher, of the student, and the student's share of it.
+
+    Args:
+        facts: Those of a `DistillationReport`. What is not among them has no row.
+    """
+    rows = []
+    for measure, values in _of_each(*(facts.get(name, {}) for name in ("teacher", "student"))):
+        teacher, student = ("" if value is None else measure.written(value) for value in values)
+        if teacher or student:
+            has_ratio = measure.has_ratio and values[0] and values[1] is not None
+            rows.append((measure.title, teacher, student, digits(values[1] / values[0]) if has_ratio else ""))
+    shared = [(AGREEMENT, facts.get("agreement"))]
+    shared += [(measure, facts.get("alignment", {}).get(name)) for name, measure in ALIGNMENT.items()]
+    return rows + [(measure.title, "", measure.written(value), "") for measure, value in shared if value is not None]
+
+
+def _of_each(teacher: dict[str, Any], student: dict[str, Any]) -> list[tuple[Measure, tuple[Any, ...]]]:
+    """What is measured of each model, in the order of the rows, with the teacher's value and the student's."""
+    found = []
+    for name, measure in _MEASURES.items():
+        found.append((measure, (teacher.get(name), student.get(name))))
+        if name == "flops":
+            latencies = [model.get("latency_ms", {}) for model in (teacher, student)]
+            for batch in {**latencies[0], **latencies[1]}:
+                for kind in ("median", "p95"):
+                    measure = Measure(f"latency, batch of {batch}, {kind}", lambda ms: f"{digits(ms)} ms", True)
+                    found.append((measure, tuple(each.get(batch, {}).get(kind) for each in latencies)))
+    return found
+
+
+_MEASURES = {
+    "parameters": Measure("parameters", whole, True),
+    "bytes": Measure("weights", size, True),
+    "dtype": Measure("dtype", str),
+    "flops": Measure("forward of one example", lambda flops: size(flops, "FLOP"), True),
+    "examples_per_second": Measure("examples per second", digits, True),
+    "accuracy": Measure("accuracy", percent),
+    "calibration_error": Measure("expected calibration error", percent),
 }
-"""The same for what is measured of both together."""
+"""By their names among a model's facts. The latencies, which depend on the batch, come after the forward."""
+
+
+def place(environment: dict[str, Any]) -> str:
+    """Where a report was measured, in words."""
+    threads = environment.get("threads")
+    count = "" if threads is None else f", {threads} thread{'s' * (threads != 1)}"
+    return f"{environment['device']} ({environment['machine']}){count}, torch {environment['torch']}"
+
+
+def markdown(header: Any, rows: Any) -> str:
+    """A Markdown table. All columns but the first are numbers; no text in a cell can break it."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    cells = [
+        [" ".join(str(cell).split()).replace("|", "&#124;").replace("<", "&lt;") for cell in line] for line in lines
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)

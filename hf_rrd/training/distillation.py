@@ -14,7 +14,7 @@ from hf_rrd.losses.in_batch import BATCH_LOSSES
 from hf_rrd.losses.logits import logit_terms
 from hf_rrd.losses.relational import infonce_terms, relational_terms
 from hf_rrd.losses.rows import unit
-from hf_rrd.models.head import RelationalHead, attach_head, detach_head, head_of, load_head
+from hf_rrd.models.head import RelationalHead, StudentOutputs, attach_head, detach_head, head_of, load_head
 from hf_rrd.models.teacher import Teacher, TeacherOutputs
 from hf_rrd.training.data import has_cached_embeddings, sample_of
 from hf_rrd.training.projection import TeacherProjection
@@ -72,9 +72,7 @@ class Distillation:
 
     def terms(
         self,
-        task_loss: Tensor | None,
-        logits: Tensor | None,
-        embedding: Tensor | None,
+        student: StudentOutputs,
         teacher: TeacherOutputs,
         attention_mask: Tensor | None,
         training: bool,
@@ -82,23 +80,26 @@ class Distillation:
         """The terms of one micro-batch by name, each of every example, (batch,), or their mean.
 
         Args:
-            task_loss: A scalar; None where the task is not learned.
-            logits: The student's, (batch, classes) or (batch, length, classes).
-            embedding: The student's, projected, (batch, dim).
+            student: What is None has no term.
             teacher: Of the same examples; what is None has no term.
             attention_mask: Which of the tokens' logits count.
             training: Evaluation leaves the bank as it is.
 
         Raises:
-            ValueError: The teacher has logits, and the student has none.
+            ValueError: The teacher has logits, and the student has none; or there is no term at all.
         """
-        terms = {} if task_loss is None else {"task_loss": task_loss}
+        terms = {} if student.task_loss is None else {"task_loss": student.task_loss}
         if teacher.logits is not None:
+            logits = student.outputs.get("logits") if isinstance(student.outputs, dict) else None
             if logits is None:
                 raise ValueError("`kd_weight` is above 0, but the student returns no logits. Set kd_weight=0.")
             terms |= self.kd_terms(logits, teacher.logits, attention_mask)
-        if teacher.embedding is not None and embedding is not None:
-            terms |= self.relational_terms(embedding, teacher.embedding, training)
+        if teacher.embedding is not None and student.embedding is not None:
+            terms |= self.relational_terms(student.embedding, teacher.embedding, training)
+        if not terms:
+            raise ValueError(
+                "nothing to compare with: this batch has neither labels to learn nor a teacher's outputs."
+            )
         return terms
 
     def relational_terms(self, student: Tensor, teacher_embedding: Tensor, training: bool) -> dict[str, Tensor]:

@@ -15,6 +15,9 @@ TERMS = ("task_loss", "kd_loss", "relational_loss", "relational_kl")
 PERPLEXITY = "teacher_perplexity"
 """Over how many rows of the bank the target is spread; logged beside the relational loss."""
 
+LOGGED = ("loss", *TERMS, PERPLEXITY)
+"""What a log line has of the loss, in that order."""
+
 NEAR_ONE = 1.1
 """Below this perplexity the teacher's distribution counts as certain."""
 

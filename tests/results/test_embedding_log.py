@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_rrd import cache_teacher_outputs, relational_alignment
-from hf_rrd.results.embedding_log import EmbeddingLog, evenly
+from hf_rrd.results.embedding_log import EmbeddingLog, evenly_spaced
 from tests.builders import Images, be_process, run_together, tiny_vit, trainer
 
 MEASURES = ("cka", "rank_correlation", "neighbor_overlap")
@@ -111,7 +111,7 @@ def test_training_outputs_carry_no_pooled_embedding(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("length", "count"), [(1, 1), (5, 9), (9, 5), (10, 3), (7, 1)])
 def test_evenly_takes_the_first_the_last_and_none_twice(length: int, count: int) -> None:
-    rows = evenly(torch.arange(length), count)
+    rows = evenly_spaced(length, count)
     assert len(rows) == len(set(rows.tolist())) == min(length, count)
     assert rows[0] == 0 and (len(rows) == 1 or rows[-1] == length - 1)
 
@@ -124,6 +124,7 @@ def _evaluate(rank: int, processes: int, port: int, folder: str) -> None:
     Path(folder, f"{processes}-{rank}.txt").write_text(repr(found))
 
 
+@pytest.mark.slow
 def test_two_processes_compare_what_one_does(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     for processes in (1, 2):

@@ -206,6 +206,7 @@ def test_a_length_that_the_exporter_fixed_fails_the_check(tmp_path: Path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_a_student_trained_in_bf16_is_exported_from_its_trainer_in_float32(tmp_path: Path) -> None:
     run = trainer(tmp_path, model=tiny_bert(), teacher=tiny_bert(24, seed=1), train_dataset=Texts(), bf16=True)
@@ -220,6 +221,7 @@ def test_a_student_trained_in_bf16_is_exported_from_its_trainer_in_float32(tmp_p
     torch.testing.assert_close(run_alone(tmp_path / "student.onnx", texts(4))["logits"], expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_a_text_of_one_token_in_its_padding_does_for_a_model_that_pools_by_the_mean(tmp_path: Path) -> None:
     settings = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "local_attention": 4}
@@ -230,6 +232,7 @@ def test_a_text_of_one_token_in_its_padding_does_for_a_model_that_pools_by_the_m
     assert export_onnx(ModernBertForSequenceClassification(config), tmp_path / "student.onnx", inputs) < 1e-5
 
 
+@pytest.mark.slow
 @needs_onnx
 def test_weights_in_bf16_and_kernels_of_attention_are_replaced_in_the_file_alone(tmp_path: Path) -> None:
     student = tiny_bert().to(torch.bfloat16)

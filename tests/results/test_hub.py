@@ -1,107 +1,117 @@
 """A student's life on a Hub: distilled from a teacher by name, pushed with its card, loaded without this package."""
 
 import json
+import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
-from huggingface_hub import ModelCard
+import torch
+import transformers
+from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
+from transformers import ViTImageProcessor
 
-from hf_rrd.results import hub as hub_files
-from hf_rrd.results.hub import model_files, published_files
-from tests.builders import tiny_vit
+from hf_rrd.results import hub as hub_module
+from hf_rrd.results.hub import (
+    PushError,
+    adapters_of,
+    explained_hub_errors,
+    link,
+    model_files,
+    published_files,
+    push_student,
+)
+from tests.builders import Images, config, tiny_vit, trainer
 from tests.loopback_hub import LoopbackHub, header_errors, run_script
 
 WEIGHTS = {"config.json", "model.safetensors"}
 PICTURES = {f"figures/{name}.png" for name in ("losses", "similarities", "embeddings", "reliability")}
 STUDENT = WEIGHTS | {"preprocessor_config.json", "README.md"} | PICTURES
 
-# What each process begins with: a teacher on the Hub, and a trainer of a student under it.
-SETUP = """
-import sys
-import torch
-import transformers
-from safetensors.torch import save_file
-from transformers import ViTImageProcessor
-import hf_rrd.results.report
-from tests.builders import Images, tiny_vit, trainer
+DATA = Images(24)
+PROCESSOR = ViTImageProcessor(size={"height": 16, "width": 16})
 
-transformers.logging.set_verbosity_warning()
-hf_rrd.results.report.MOST = 3
-data = Images(24)
-processor = ViTImageProcessor(size={"height": 16, "width": 16})
 
-def accuracy(prediction):
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
+    """A Hub that this process talks to, with its user's token; the tests run in a folder of their own."""
+    monkeypatch.chdir(tmp_path)
+    with LoopbackHub() as hub:
+        quiet = {"HF_HUB_DISABLE_XET": True, "HF_HUB_DISABLE_TELEMETRY": True}
+        for name, value in {"HF_HUB_OFFLINE": False, "ENDPOINT": hub.url, **quiet}.items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        monkeypatch.setattr(hub_module, "HUB", HfApi(endpoint=hub.url, token=hub.token))
+        yield hub
 
-def new_trainer(folder="student", **given):
-    given = {"teacher": tiny_vit(width=24, seed=1), "processing_class": processor, "eval_dataset": data} | given
-    return trainer(folder, train_dataset=data, compute_metrics=accuracy, **given)
 
-def logits(model):
+def new_trainer(folder: str = "student", **given: Any) -> Any:
+    given = {"processing_class": PROCESSOR, "eval_dataset": DATA, "train_dataset": DATA} | given
+    return trainer(folder, **given)
+
+
+def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(pixel_values=data.pixels).logits
-"""
-
-
-def run(hub: LoopbackHub, source: str, home: Path, *args: str, **how: Any) -> str:
-    done = run_script(hub, SETUP + source, *args, home=home, **how)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
-def header_of(files: dict[str, bytes]) -> Any:
-    card = files["README.md"].decode()
-    assert header_errors(card) == []
-    return ModelCard(card).data
+        return model.eval()(pixel_values=DATA.pixels).logits
 
 
 def texts_of(files: dict[str, bytes]) -> str:
     return "\n".join(data.decode() for name, data in files.items() if not name.endswith((".png", ".safetensors")))
 
 
+# ---- A whole life, in processes of its own ----
+
+
 @pytest.mark.slow
 def test_the_whole_life_of_a_student(tmp_path: Path) -> None:
     with LoopbackHub() as hub:
-        run(
+        done = run_script(
             hub,
             """
+import torch
+import hf_rrd.results.measure
+from safetensors.torch import save_file
+from transformers import ViTImageProcessor
+from tests.builders import Images, tiny_vit, trainer
+
+hf_rrd.results.measure.MOST = 3
+data = Images(24)
+processor = ViTImageProcessor(size={"height": 16, "width": 16})
 tiny_vit(width=24, seed=1).push_to_hub("teacher")
 processor.push_to_hub("teacher")
+
+def accuracy(prediction):
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+how = {"train_dataset": data, "eval_dataset": data, "processing_class": processor, "compute_metrics": accuracy}
+run = trainer("student", teacher="tester/teacher", **how)
+for message in ("End of training", "Once more"):
+    run.train()
+    run.evaluate(metric_key_prefix="test")
+    run.report()
+    run.push_to_hub(message, dataset_tags="org/images", license="apache-2.0")
+with torch.no_grad():
+    save_file({"logits": run.model.eval()(data.pixels).logits, "pixels": data.pixels}, "expected.safetensors")
 """,
-            tmp_path / "publisher",
+            home=tmp_path / "student",
         )
-        run(
-            hub,
-            """
-run = new_trainer(teacher="tester/teacher")
-run.train()
-run.evaluate(metric_key_prefix="test")
-run.report()
-run.push_to_hub(dataset_tags="org/images", license="apache-2.0")
-run.train()
-run.evaluate(metric_key_prefix="test")
-run.report()
-run.push_to_hub("Once more", dataset_tags="org/images", license="apache-2.0")
-save_file({"logits": logits(run.model), "pixels": data.pixels}, "expected.safetensors")
-""",
-            tmp_path / "student",
-        )
+        assert done.returncode == 0, done.stderr
         files = hub.files("tester/student")
         assert files.keys() == STUDENT
         assert hub.commits("tester/student") == ["initial commit", "End of training", "Once more"]
-        header = header_of(files)
+        card = files["README.md"].decode()
+        header = ModelCard(card).data
+        assert header_errors(card) == []
         assert header.base_model == header.distilled_from == "tester/teacher"
         assert header.eval_results[0].metric_type == "accuracy" and header.datasets == ["org/images"]
         revision = hub.shas("tester/teacher")[-1]
-        assert f"[tester/teacher](https://huggingface.co/tester/teacher) at revision `{revision[:12]}`" in texts_of(
-            files
-        )
+        assert f"[tester/teacher](https://huggingface.co/tester/teacher) at revision `{revision[:12]}`" in card
         assert str(tmp_path) not in texts_of(files) and hub.token not in texts_of(files)
 
-        usage = re.search(r"```python\n(.*?)```", files["README.md"].decode(), re.DOTALL)[1]  # type: ignore[index]
+        usage = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]  # type: ignore[index]
         assert 'from_pretrained("tester/student")' in usage and len(usage.splitlines()) == 4
         done = run_script(
             hub,
@@ -131,152 +141,166 @@ except ImportError:
         assert hub.unhandled == []
 
 
-@pytest.mark.slow
-def test_pushes_from_checkpoints_hold_the_student_and_resume(tmp_path: Path) -> None:
-    with LoopbackHub() as hub:
-        run(
-            hub,
-            """
-settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "push_to_hub": True}
-secret = sys.argv[1]
-for strategy in ("every_save", "checkpoint", "all_checkpoints"):
-    how = {"hub_strategy": strategy, "hub_always_push": True, "save_total_limit": 1}
-    run = new_trainer(strategy, hub_token=secret, **how, **settings)
+# ---- Pushes of a trainer ----
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
+def test_pushes_from_checkpoints_hold_the_student_in_order_and_resume(hub: LoopbackHub, strategy: str) -> None:
+    saves = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    pushes = {"push_to_hub": True, "hub_strategy": strategy, "hub_always_push": True, "hub_token": hub.token}
+    run = new_trainer(strategy, **saves, **pushes)
     run.train()
     run._finish_current_push()
-    assert all(job.exception() is None for job in run.push_in_progress.jobs)
-""",
-            tmp_path / "student",
-            hub.token,
-            token=False,
-        )
-        assert list((tmp_path / "student").glob("*/_push-*")) == [], "what was kept for a push is gone after it"
-        every = hub.files("tester/every_save")
-        assert every.keys() == WEIGHTS | {"preprocessor_config.json"}
-        progress = [f"Training in progress, step {step}" for step in (1, 2, 3)]
+    assert all(job.exception() is None for job in run.push_in_progress.jobs) and hub.unhandled == []
+    assert list(Path().glob("*/_push-*")) == [], "what was kept for a push is gone after it"
+    files = hub.files(f"tester/{strategy}")
+    assert all(hub.token.encode() not in data for data in files.values())
+    progress = [f"Training in progress, step {step}" for step in (1, 2, 3)]
+    if strategy == "every_save":
+        assert files.keys() == WEIGHTS | {"preprocessor_config.json"}
         assert hub.commits("tester/every_save") == ["initial commit", *progress]
-        last = hub.files("tester/checkpoint")
-        inside = {name.removeprefix("last-checkpoint/") for name in last if name.startswith("last-checkpoint/")}
-        assert {"optimizer.pt", "trainer_state.json", "_relational_distillation.safetensors"} | WEIGHTS <= inside
-        folders = {name.split("/")[0] for name in hub.files("tester/all_checkpoints") if "/" in name}
+        return
+    each_twice = [message + end for message in progress for end in ("", ", checkpoint")]
+    assert hub.commits(f"tester/{strategy}") == ["initial commit", *each_twice]
+    if strategy == "all_checkpoints":
+        folders = {name.split("/")[0] for name in files if "/" in name}
         assert folders == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
-        for repo in ("every_save", "checkpoint", "all_checkpoints"):
-            for name, data in hub.files(f"tester/{repo}").items():
-                assert hub.token.encode() not in data, f"the token is in {repo}/{name}"
-
-        run(
-            hub,
-            """
-from huggingface_hub import snapshot_download
-folder = snapshot_download("tester/checkpoint", allow_patterns="last-checkpoint/*", local_dir="there")
-run = new_trainer("resumed", save_strategy="no", max_steps=5)
-run.train(resume_from_checkpoint="there/last-checkpoint")
-assert run.state.global_step == 5
-run.push_to_hub()
-""",
-            tmp_path / "resumed",
-        )
-        assert hub.files("tester/resumed").keys() == WEIGHTS | {
-            "preprocessor_config.json",
-            "README.md",
-            "figures/losses.png",
-        }
-        assert hub.unhandled == []
+        return
+    inside = {name: data for name, data in files.items() if name.startswith("last-checkpoint/")}
+    for name, data in inside.items():
+        Path("there", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("there", name).write_bytes(data)
+    needed = {"optimizer.pt", "trainer_state.json", "_relational_distillation.safetensors"} | WEIGHTS
+    assert needed <= {Path(name).name for name in inside}
+    resumed = new_trainer("resumed", save_strategy="no", max_steps=5, hub_token=hub.token)
+    resumed.train(resume_from_checkpoint="there/last-checkpoint")
+    assert resumed.state.global_step == 5
+    resumed.push_to_hub()
+    expected = WEIGHTS | {"preprocessor_config.json", "README.md", "figures/losses.png"}
+    assert hub.files("tester/resumed").keys() == expected
 
 
-@pytest.mark.slow
-def test_without_a_token_or_a_network_all_but_the_push_works(tmp_path: Path) -> None:
-    source = """
-import os
-saves = {"save_strategy": "steps", "save_steps": 2, "hub_strategy": "every_save"}
-run = new_trainer("student", push_to_hub=sys.argv[1] == "on", **saves)
-run.train()
-run.save_model()
-print(run.evaluate()["eval_accuracy"])
-try:
-    run.push_to_hub()
-except OSError as error:
-    print(error)
-loaded = transformers.AutoModelForImageClassification.from_pretrained("student")
-assert torch.equal(logits(loaded), logits(run.model)) and os.path.exists("student/README.md")
-"""
-    for name, token, environment in (
-        ("no token", False, {}),
-        ("offline", True, {"HF_HUB_OFFLINE": "1"}),
-        ("down", True, {}),
-    ):
-        with LoopbackHub() as hub:
-            if name == "down":
-                hub.down()
-            switch = "on" if name == "down" else "off"
-            done = run_script(hub, SETUP + source, switch, home=tmp_path / name, token=token, env=environment)
-            assert done.returncode == 0, done.stderr
-            accuracy, failure = done.stdout.strip().splitlines()[-2:]
-            assert 0 <= float(accuracy) <= 1
-            assert failure.startswith("the student is in student, and not on the Hub: ")
-            assert failure.endswith("(`hf auth login`, or hub_token=), and call trainer.push_to_hub().")
-            assert "\n" not in failure
-            assert hub.token not in failure
-            warned = "`push_to_hub` is on, and the student has no place on the Hub yet" in done.stderr
-            assert warned == (switch == "on")
+def test_a_push_that_is_not_over_is_not_joined_by_another_unless_asked(
+    hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unfinished:
+        def done(self) -> bool:
+            return False
+
+    pushed: list[str] = []
+    monkeypatch.setattr(
+        "hf_rrd.trainer.push_checkpoint", lambda repository, folder, *more: pushed.append(folder) or []
+    )
+    for always, expected in ((False, []), (True, ["a"])):
+        run = new_trainer("student", push_to_hub=True, hub_always_push=always, hub_strategy="every_save")
+        run.push_in_progress = transformers.utils.PushInProgress([Unfinished()])
+        run._push_from_checkpoint("a")
+        assert pushed == expected
 
 
-@pytest.mark.slow
-def test_a_private_student_on_a_branch_with_its_own_name(tmp_path: Path) -> None:
-    with LoopbackHub() as hub:
-        run(
-            hub,
-            """
-run = new_trainer("here", hub_model_id="tester/there", hub_private_repo=True, max_steps=1)
-run.train()
-run.push_to_hub(blocking=False).result()
-""",
-            tmp_path,
-        )
-        assert hub.is_private("tester/there")
-        files = hub.files("tester/there")
-        assert (
-            'from_pretrained("tester/there")' in files["README.md"].decode()
-            and "# there\n" in files["README.md"].decode()
-        )
-        assert hub.unhandled == []
+@pytest.mark.parametrize("failure", ["no token", "offline", "down"])
+def test_without_a_token_or_a_network_all_but_the_push_works(
+    hub: LoopbackHub, failure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if failure == "no token":
+        monkeypatch.setattr(hub_module, "HUB", HfApi(endpoint=hub.url, token=False))
+    elif failure == "offline":
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    else:
+        hub.down()
+    warnings: list[str] = []
+    monkeypatch.setattr("hf_rrd.trainer.logger.warning", warnings.append)
+    for switch in (True, False):
+        saves = {"save_strategy": "steps", "save_steps": 2, "hub_strategy": "every_save"}
+        run = new_trainer("student", push_to_hub=switch, **saves)
+        run.train()
+        run.save_model()
+        run.evaluate()
+        with pytest.raises(OSError) as error:
+            run.push_to_hub()
+        said = str(error.value)
+        assert said.startswith("the student is in student, and not on the Hub: ") and "\n" not in said
+        assert said.endswith("(`hf auth login`, or hub_token=), and call trainer.push_to_hub().")
+        assert hub.token not in said
+        loaded = transformers.AutoModelForImageClassification.from_pretrained("student")
+        assert torch.equal(logits(loaded), logits(run.model)) and os.path.exists("student/README.md")
+        found = ["the student has no place on the Hub yet" in warning for warning in warnings]
+        assert any(found) == switch
+        assert any("is in student, and not on the Hub" in warning for warning in warnings) == switch, "while saving"
+        warnings.clear()
+
+
+def test_a_private_student_on_a_branch_with_its_own_name(hub: LoopbackHub) -> None:
+    run = new_trainer("here", hub_model_id="tester/there", hub_private_repo=True, max_steps=1)
+    run.train()
+    run.push_to_hub(blocking=False).result()
+    assert hub.is_private("tester/there")
+    card = hub.files("tester/there")["README.md"].decode()
+    assert 'from_pretrained("tester/there")' in card and "# there\n" in card
+    HfApi(endpoint=hub.url, token=hub.token).create_branch("tester/there", branch="other")
+    run.push_to_hub("On a branch", revision="other", tags="other")
+    assert hub.commits("tester/there", "other")[-1] == "On a branch"
+    assert hub.commits("tester/there")[-1] == "End of training" and hub.unhandled == []
+
+
+def test_an_upload_that_the_hub_refuses_is_a_push_error_and_a_warning_while_saving(
+    hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_trainer("student", push_to_hub=True, max_steps=1)
+    run.train()
+    with pytest.raises(PushError, match="the student is in student, and not on the Hub: .*language"):
+        run.push_to_hub(language="no language")
+    run.push_to_hub(tags="fine")
+    assert hub.files("tester/student").keys() >= WEIGHTS
+    hub.fail(403)
+    warnings: list[str] = []
+    monkeypatch.setattr("hf_rrd.trainer.logger.warning", warnings.append)
+    run.save_model()
+    assert len(warnings) == 1 and "not on the Hub" in warnings[0]
+
+
+def test_a_name_that_the_hub_does_not_take_is_an_error_at_construction(hub: LoopbackHub) -> None:
+    with pytest.raises(ValueError, match="Repo id must"):
+        new_trainer("a name with spaces", push_to_hub=True)
+    assert hub.requests == []
+
+
+def test_a_folder_without_weights_is_not_pushed(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(PushError, match=r"it failed: no weights were found there, among \['notes.txt'\]"):
+        push_student("tester/student", None, tiny_vit(), None, config(tmp_path), "it failed")
+
+
+# ---- Files ----
 
 
 def test_only_the_student_its_processor_card_and_pictures_are_published(tmp_path: Path) -> None:
     tiny_vit().save_pretrained(tmp_path)
-    for name in (
-        *("README.md", "training_args.bin", "trainer_state.json", "all_results.json", "model_card.json", "notes.txt"),
-        *("distillation_report.json", "pytorch_model.bin", "optimizer.pt", "code.py", "figures/losses.png"),
-        *(
-            "figures/mine.png",
-            "teacher/model.safetensors",
-            "teacher/config.json",
-            "runs/events",
-            "_push-1/config.json",
-        ),
-        *("checkpoint-3/model.safetensors", "vocab.txt"),
-    ):
+    others = "training_args.bin trainer_state.json all_results.json model_card.json notes.txt optimizer.pt code.py"
+    others += " distillation_report.json pytorch_model.bin figures/mine.png teacher/model.safetensors"
+    others += " teacher/config.json runs/events _push-1/config.json checkpoint-3/model.safetensors"
+    for name in (*others.split(), "README.md", "figures/losses.png", "vocab.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
     expected = {"config.json", "model.safetensors", "README.md", "figures/losses.png"}
-    assert set(published_files(str(tmp_path), None)) == expected
+    assert set(published_files(tmp_path, None)) == expected
 
     class Tokenizer:
         def save_pretrained(self, folder: str) -> None:
             Path(folder, "vocab.txt").write_text("")
             Path(folder, "not_there.txt").write_text("")
 
-    assert set(published_files(str(tmp_path), Tokenizer())) == expected | {"vocab.txt"}
+    assert set(published_files(tmp_path, Tokenizer())) == expected | {"vocab.txt"}
 
 
-def test_shards_and_code_of_its_own_are_published(tmp_path: Path) -> None:
+def test_shards_are_published_and_code_is_not(tmp_path: Path) -> None:
     tiny_vit().save_pretrained(tmp_path, max_shard_size="20KB")
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "code.Model"}}))
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"auto_map": {"AutoModel": "code.Model"}}))
     (tmp_path / "code.py").write_text("")
-    found = set(published_files(str(tmp_path), None))
+    found = set(published_files(tmp_path, None))
     shards = {file.name for file in tmp_path.glob("model-*.safetensors")}
-    assert len(shards) > 1 and found == shards | {"config.json", "model.safetensors.index.json", "code.py"}
+    assert len(shards) > 1 and found == shards | {"config.json", "model.safetensors.index.json"}
     assert sum(len(load_file(tmp_path / shard)) for shard in shards) == len(tiny_vit().state_dict())
 
 
@@ -285,14 +309,14 @@ def test_a_push_has_links_of_a_checkpoint_or_copies_where_there_are_none(
 ) -> None:
     source = tmp_path / "model.safetensors"
     source.write_bytes(b"weights")
-    hub_files.link(source, tmp_path / "linked")
+    link(str(source), str(tmp_path / "linked"))
     assert (tmp_path / "linked").stat().st_ino == source.stat().st_ino
 
     def refuse(*paths: Path) -> None:
         raise OSError("no links here")
 
-    monkeypatch.setattr(hub_files.os, "link", refuse)
-    hub_files.link(source, tmp_path / "copied")
+    monkeypatch.setattr(hub_module.os, "link", refuse)
+    link(str(source), str(tmp_path / "copied"))
     assert (tmp_path / "copied").read_bytes() == b"weights"
     assert (tmp_path / "copied").stat().st_ino != source.stat().st_ino
 
@@ -302,14 +326,28 @@ def test_adapters_are_published_without_a_base_that_lies_beside_them(tmp_path: P
     for name in ("adapter_config.json", "adapter_model.safetensors", "lora/adapter_config.json", "lora/README.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
-    assert model_files(str(tmp_path), ["default"]) == ["adapter_config.json", "adapter_model.safetensors"]
-    assert model_files(str(tmp_path), ["lora"]) == ["lora/adapter_config.json"]
+    assert model_files(tmp_path, ["default"]) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert model_files(tmp_path, ["lora"]) == ["lora/adapter_config.json"]
+
+
+def test_an_adapter_of_a_base_in_a_folder_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Adapter:
+        def __init__(self, base: str) -> None:
+            self.base_model_name_or_path = base
+
+    class Model:
+        peft_config = {"default": Adapter(str(tmp_path)), "other": Adapter("org/base")}
+
+    warnings: list[str] = []
+    monkeypatch.setattr(hub_module.logger, "warning_once", warnings.append)
+    assert adapters_of(Model()) == ["default", "other"] and adapters_of(tiny_vit()) == []
+    assert len(warnings) == 1 and f"The adapter names the folder {tmp_path} as its base model" in warnings[0]
 
 
 def test_an_index_of_an_earlier_run_is_not_published(tmp_path: Path) -> None:
     tiny_vit().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
-    assert set(model_files(str(tmp_path))) == WEIGHTS
+    assert set(model_files(tmp_path)) == WEIGHTS
 
 
 def test_any_failure_on_the_way_is_one_sentence_with_its_cause_and_what_to_do() -> None:
@@ -320,36 +358,7 @@ def test_any_failure_on_the_way_is_one_sentence_with_its_cause_and_what_to_do() 
     ]
     for error, expected in failures:
         error.__cause__ = cause if isinstance(error, RuntimeError) else None
-        with (
-            pytest.raises(hub_files.PushError, match=re.escape(f"it failed: {expected}")),
-            hub_files.explained_hub_errors("it failed"),
-        ):
+        with pytest.raises(PushError, match=re.escape(f"it failed: {expected}")), explained_hub_errors("it failed"):
             raise error
-    with pytest.raises(KeyError), hub_files.explained_hub_errors("it failed"):
+    with pytest.raises(KeyError), explained_hub_errors("it failed"):
         raise KeyError("a bug is a bug")
-
-
-@pytest.mark.slow
-def test_an_upload_that_the_hub_refuses_is_a_push_error_and_a_warning_while_saving(tmp_path: Path) -> None:
-    with LoopbackHub() as hub:
-        said = run(
-            hub,
-            """
-import hf_rrd.results.hub
-run = new_trainer("student", push_to_hub=True, max_steps=1)
-run.train()
-for refused in ({"language": "no language"}, {"tags": "fine"}):
-    try:
-        run.push_to_hub(**refused)
-    except hf_rrd.results.hub.PushError as error:
-        print(error, file=sys.stderr)
-try:
-    new_trainer("a name with spaces", push_to_hub=True)
-except ValueError as error:
-    print("at construction:", error, file=sys.stderr)
-""",
-            tmp_path,
-        )
-        assert hub.files("tester/student").keys() >= WEIGHTS
-    assert "the student is in student, and not on the Hub: " in said and "language" in said
-    assert "at construction: Repo id must" in said

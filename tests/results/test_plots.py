@@ -1,203 +1,39 @@
-"""The pictures: what is in them, what they refuse, and that they leave matplotlib as it was."""
+"""The pictures of embeddings and of reliability: what is in them, and what they refuse."""
 
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from hf_rrd.results.plots import (
-    COLORS,
-    MARKERS,
-    plot_embeddings,
-    plot_losses,
-    plot_reliability,
-    plot_similarities,
-    save_plots,
-)
+from hf_rrd.results.plots import plot_embeddings, plot_reliability, plot_similarities
 from hf_rrd.results.reliability import calibration_error, reliability_bins
-from tests.builders import Images, trainer
-
-
-def embeddings(count: int = 30, width: int = 8, seed: int = 0, mean: float = 0.0) -> Tensor:
-    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed)) + mean
-
-
-def classes(count: int = 30, classes: int = 3) -> Tensor:
-    return torch.randint(0, classes, (count,), generator=torch.Generator().manual_seed(5))
-
-
-def log(lines: int = 12, kd: bool = True) -> list[dict[str, float]]:
-    """Of a distillation: an evaluation each 4 lines, the summary at the end and a test after it."""
-    history: list[dict[str, float]] = []
-    for step in range(10, 10 * lines + 1, 10):
-        terms = {"task_loss": 9.0 / step, "relational_loss": 6.0, "relational_kl": 0.5, "teacher_perplexity": 20.0}
-        terms |= {"kd_loss": 2.0} if kd else {}
-        terms |= {"loss": terms["task_loss"] + 60.0}
-        history.append(terms | {"learning_rate": 0.1, "grad_norm": 1.0, "epoch": step / 40, "step": step})
-        if step % 40 == 0:
-            history.append({f"eval_{name}": value + 1 for name, value in terms.items()} | {"step": step})
-            history[-1] |= {"eval_accuracy": 0.9, "eval_runtime": 1.0}
-    history.append({"train_loss": 3.0, "train_runtime": 1.0, "step": 10 * lines})
-    return [*history, {f"test_{name}": value + 2 for name, value in terms.items()} | {"step": 10 * lines}]
-
-
-def predictions(count: int = 200, classes: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, classes, (count,), generator=generator)
-    logits = 3 * torch.randn(count, classes, generator=generator)
-    logits[torch.arange(count), labels] += 2
-    return logits, labels
-
-
-FIGURES: dict[str, Callable[[], Figure]] = {
-    "losses": lambda: plot_losses(log()),
-    "similarities": lambda: plot_similarities(embeddings(), embeddings(width=5, seed=1), classes()),
-    "embeddings": lambda: plot_embeddings(embeddings(), embeddings(width=5, seed=1), classes()),
-    "many classes": lambda: plot_embeddings(embeddings(), embeddings(width=5, seed=1), torch.arange(30)),
-    "reliability": lambda: plot_reliability(*predictions(), others={"teacher": predictions()[0] / 2}),
-}
-
-
-def draw(figure: Figure) -> Figure:
-    figure.draw_without_rendering()
-    return figure
-
-
-def lines_of(axes: Any) -> dict[str, Any]:
-    """The lines of a panel by their labels."""
-    return {line.get_label(): line for line in axes.lines}
-
-
-def matrices(figure: Figure) -> list[np.ndarray]:
-    return [np.asarray(axes.images[0].get_array()) for axes in figure.axes[:2]]
-
-
-def points(figure: Figure) -> list[np.ndarray]:
-    """Where the points of each panel are, class after class."""
-    return [np.concatenate([np.asarray(dots.get_offsets()) for dots in axes.collections]) for axes in figure.axes[:2]]
-
-
-def legend_of(figure: Figure) -> list[str]:
-    return [text.get_text() for text in figure.legends[0].get_texts()]
-
-
-# ---- Losses ----
-
-
-@pytest.mark.parametrize(
-    ("history", "labels"),
-    [
-        (
-            log(),
-            [
-                "loss, weighted sum",
-                "task loss, nats",
-                "kd loss, nats x T²",
-                "relational loss, nats",
-                "relational KL, nats",
-                "teacher perplexity, keys",
-            ],
-        ),
-        ([{"loss": 1.0, "step": 1}], ["loss"]),
-        ([{"loss": 1.0, "relational_loss": 3.0, "step": 1}], ["loss, weighted sum", "relational loss"]),
-        ([{"eval_loss": 1.0, "eval_relational_kl": 3.0, "step": 1}], ["loss, weighted sum", "relational KL, nats"]),
-    ],
+from tests.results.figures import (
+    classes,
+    draw,
+    embeddings,
+    legend_of,
+    lines_of,
+    matrices,
+    points,
+    predictions,
 )
-def test_each_term_has_a_panel_with_its_unit_where_that_is_known(history: Any, labels: list[str]) -> None:
-    assert [axes.get_ylabel() for axes in plot_losses(history).axes] == labels
 
-
-@pytest.mark.parametrize("kd", [True, False])
-def test_the_panels_share_the_steps_and_the_lowest_name_them(kd: bool) -> None:
-    figure = draw(plot_losses([*log(kd=kd), {"loss": 60.0, "step": 500}]))  # where the others have no value
-    assert {axes.get_xlim() for axes in figure.axes} == {figure.axes[0].get_xlim()}
-    assert [axes.get_xlabel() for axes in figure.axes] == [""] * (len(figure.axes) - 2) + ["optimizer step"] * 2
-
-
-def test_of_an_odd_number_of_terms_the_first_has_a_row_for_itself() -> None:
-    wide, narrow, *_ = draw(plot_losses(log(kd=False))).axes
-    assert wide.get_position().width > 1.9 * narrow.get_position().width
-
-
-def test_training_is_a_line_and_each_evaluation_has_its_own_markers() -> None:
-    lines = lines_of(plot_losses(log()).axes[1])
-    assert [(line.get_linestyle(), line.get_marker()) for line in lines.values()] == [
-        ("-", ""),
-        ("None", MARKERS[1]),
-        ("None", MARKERS[2]),
-    ]
-    assert list(lines) == ["training", "eval", "test"]
-    assert lines["training"].get_xydata().tolist() == [[step, 9.0 / step] for step in range(10, 121, 10)]
-    assert lines["eval"].get_xydata().tolist() == [[step, 9.0 / step + 1] for step in (40, 80, 120)]
-    assert lines["test"].get_xydata().tolist() == [[120, 9.0 / 120 + 2]]
-
-
-def test_the_legend_has_what_several_panels_share_once() -> None:
-    assert legend_of(plot_losses(log())) == ["training", "eval", "test"]
-
-
-def test_the_summary_at_the_end_is_no_evaluation() -> None:
-    assert legend_of(plot_losses([{"loss": 1.0, "step": 1}, {"train_loss": 2.0, "step": 1}])) == ["training"]
-
-
-def test_a_metric_that_is_called_a_loss_is_no_evaluation_of_its_own() -> None:
-    history = [{"eval_loss": 1.0, "eval_my_loss": 7.0, "step": 1}, {"eval_small_loss": 2.0, "step": 1}]
-    lines = lines_of(plot_losses(history).axes[0])
-    assert {name: line.get_ydata().tolist() for name, line in lines.items()} == {"eval": [1.0], "eval_small": [2.0]}
-
-
-def test_the_divergence_starts_at_0_where_student_and_teacher_agree() -> None:
-    assert plot_losses(log()).axes[4].get_ylim()[0] == 0
-
-
-def test_a_log_of_one_line_shows_a_dot() -> None:
-    assert lines_of(plot_losses([{"loss": 1.0, "step": 1}]).axes[0])["training"].get_marker() == "o"
-
-
-def test_lines_are_drawn_in_the_order_of_their_steps() -> None:
-    figure = plot_losses([{"loss": 1.0, "step": 20}, {"loss": 2.0, "step": 10}])
-    assert lines_of(figure.axes[0])["training"].get_xdata().tolist() == [10, 20]
-
-
-def test_a_long_log_is_averaged_and_the_legend_says_so() -> None:
-    history = [{"loss": float(step), "step": step} for step in range(2500)]
-    history += [{"eval_loss": float(step), "step": step} for step in range(2500)]
-    train, evaluated = plot_losses(history).axes[0].lines
-    assert train.get_label() == "training (means of 3 log lines)"
-    assert train.get_xydata().tolist() == [[step, step] for step in [*range(1, 2499, 3), 2499]]
-    assert evaluated.get_label() == "eval (40 of 2,500)"
-    assert evaluated.get_xdata()[[0, -1]].tolist() == [0, 2499]
-
-
-def test_a_loss_that_is_not_finite_leaves_a_gap() -> None:
-    history = [{"loss": value, "step": step} for step, value in enumerate([1.0, float("nan"), float("inf"), 2.0])]
-    assert draw(plot_losses(history)).axes[0].get_ylim()[1] < 3
-
-
-@pytest.mark.parametrize("history", [[], [{"loss": 1.0}], [{"train_loss": 1.0, "step": 3}], [{"step": 3}]])
-def test_a_log_without_a_loss_at_a_step_is_an_error(history: Any) -> None:
-    with pytest.raises(ValueError, match=f"got {len(history)} lines without. Draw after training"):
-        plot_losses(history)
-
-
-def test_the_log_of_a_run_is_drawn(tmp_path: Path) -> None:
-    run = trainer(tmp_path, eval_dataset=Images(8), eval_strategy="steps", eval_steps=2, kd_weight=1.0)
-    run.train()
-    figure = draw(plot_losses(run.state.log_history))
-    assert len(figure.axes) == 6 and legend_of(figure) == ["training", "eval"]
-
-
-# ---- Similarities ----
+AWKWARD = {
+    "2 examples": (embeddings(2), embeddings(2, seed=1), None),
+    "2 examples of 2 classes": (embeddings(2), embeddings(2, seed=1), torch.tensor([0, 1])),
+    "1 class": (embeddings(), embeddings(seed=1), torch.zeros(30).long()),
+    "no known label": (embeddings(), embeddings(seed=1), torch.full((30,), -100)),
+    "width 1": (embeddings(width=1), embeddings(seed=1), classes()),
+    "both of width 1": (embeddings(width=1), embeddings(width=1), None),
+    "all the same": (torch.ones(30, 4), embeddings(), classes()),
+    "all 0": (torch.zeros(30, 4), torch.zeros(30, 4), classes()),
+    "1,000 classes": (embeddings(1000), embeddings(1000, seed=1), torch.arange(1000)),
+    "half precision with a gradient": (embeddings().bfloat16().requires_grad_(), embeddings().half(), classes()),
+}
 
 
 def test_the_matrices_are_cosines_of_the_examples_in_the_order_of_their_classes() -> None:
@@ -262,9 +98,6 @@ def test_of_many_examples_an_evenly_spaced_subset_is_drawn_and_counted() -> None
     assert figure.axes[0].get_ylabel() == "4 of 30 examples, as given"
 
 
-# ---- Embeddings ----
-
-
 def test_the_teachers_plane_is_scikit_learns_pca() -> None:
     teacher = embeddings(width=5, seed=1)
     expected = PCA(2, svd_solver="full").fit_transform(teacher.double().numpy())
@@ -316,10 +149,6 @@ def test_up_to_20_classes_have_a_colour_and_a_shape_that_no_other_has() -> None:
     assert legend_of(figure) == [str(label) for label in range(20)]
 
 
-def test_colours_and_shapes_together_tell_72_classes_apart() -> None:
-    assert len({(COLORS[index % 8], MARKERS[index % 9]) for index in range(72)}) == 72
-
-
 def test_more_classes_are_told_by_a_colour_bar_and_no_legend() -> None:
     figure = plot_embeddings(embeddings(), embeddings(), torch.arange(30) * 10)
     assert figure.legends == []
@@ -332,42 +161,6 @@ def test_without_labels_there_is_one_colour_and_no_legend() -> None:
     assert figure.legends == [] and len(figure.axes) == 2 and len(figure.axes[0].collections) == 1
 
 
-def test_names_of_classes_come_from_a_list_or_a_dict_and_are_plain_text() -> None:
-    labels, sets = torch.tensor([0, 1, 2, 3, -100, 0]), (embeddings(6), embeddings(6))
-    names = ["$a$", "_b", "long name of a class, first", "long name of a class, second"]
-    expected = ["no label", r"\$a\$", " _b", "long name of a clas…", "long name of a clas…"]
-    assert legend_of(draw(plot_embeddings(*sets, labels, names))) == expected
-    assert legend_of(plot_embeddings(*sets, labels, dict(enumerate(names)))) == expected
-    assert legend_of(plot_embeddings(*sets, labels, names[:1])) == ["no label", r"\$a\$", "1", "2", "3"]
-
-
-def test_tsne_gives_the_same_plane_each_time_without_units() -> None:
-    figures = [plot_embeddings(embeddings(), embeddings(seed=1), method="tsne") for _ in range(2)]
-    assert np.array_equal(points(figures[0])[1], points(figures[1])[1])
-    assert figures[0].axes[1].get_xlabel() == "t-SNE axis 1 (no unit)"
-
-
-def test_an_unknown_method_is_named() -> None:
-    with pytest.raises(ValueError, match=r"one of \['pca', 'tsne'\], got 'umap'"):
-        plot_embeddings(embeddings(), embeddings(), method="umap")
-
-
-# ---- Embedding sets that are awkward or wrong ----
-
-AWKWARD = {
-    "2 examples": (embeddings(2), embeddings(2, seed=1), None),
-    "2 examples of 2 classes": (embeddings(2), embeddings(2, seed=1), torch.tensor([0, 1])),
-    "1 class": (embeddings(), embeddings(seed=1), torch.zeros(30).long()),
-    "no known label": (embeddings(), embeddings(seed=1), torch.full((30,), -100)),
-    "width 1": (embeddings(width=1), embeddings(seed=1), classes()),
-    "both of width 1": (embeddings(width=1), embeddings(width=1), None),
-    "all the same": (torch.ones(30, 4), embeddings(), classes()),
-    "all 0": (torch.zeros(30, 4), torch.zeros(30, 4), classes()),
-    "1,000 classes": (embeddings(1000), embeddings(1000, seed=1), torch.arange(1000)),
-    "half precision with a gradient": (embeddings().bfloat16().requires_grad_(), embeddings().half(), classes()),
-}
-
-
 @pytest.mark.filterwarnings("error::RuntimeWarning", "error::UserWarning")
 @pytest.mark.parametrize("plot", [plot_similarities, plot_embeddings])
 @pytest.mark.parametrize("case", AWKWARD)
@@ -376,13 +169,6 @@ def test_awkward_sets_are_drawn(case: str, plot: Any) -> None:
     figure = draw(plot(student, teacher, labels))
     assert len(figure.axes) >= 2
     assert all(image.get_clim()[0] < image.get_clim()[1] for axes in figure.axes[:2] for image in axes.images)
-
-
-@pytest.mark.parametrize("case", ["2 examples", "width 1", "both of width 1", "all the same", "all 0"])
-def test_awkward_sets_are_laid_out_by_tsne(case: str) -> None:
-    student, teacher, labels = AWKWARD[case]
-    figure = draw(plot_embeddings(student, teacher, labels, method="tsne"))
-    assert all(np.isfinite(each).all() for each in points(figure))
 
 
 @pytest.mark.parametrize("plot", [plot_similarities, plot_embeddings])
@@ -406,9 +192,6 @@ def test_awkward_sets_are_laid_out_by_tsne(case: str) -> None:
 def test_an_error_says_what_came(plot: Any, student: Tensor, teacher: Tensor, more: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plot(student, teacher, **more)
-
-
-# ---- Reliability ----
 
 
 def test_the_diagram_shows_the_bins_and_the_legend_the_error() -> None:
@@ -462,90 +245,3 @@ def test_an_error_says_of_which_model() -> None:
         plot_reliability(logits, labels, others={"teacher": logits[:3]})
     with pytest.raises(ValueError, match="student: `bins` must be at least 1, got 0"):
         plot_reliability(logits, labels, bins=0)
-
-
-# ---- Files, and matplotlib as it was ----
-
-
-def test_the_same_figure_gives_the_same_bytes_again_and_made_anew(tmp_path: Path) -> None:
-    once = {name: make() for name, make in FIGURES.items()}
-    anew = {name: make() for name, make in FIGURES.items()}
-    first, again, other = (
-        [path.read_bytes() for path in save_plots(figures, tmp_path / str(place))]
-        for place, figures in enumerate((once, once, anew))
-    )
-    assert first == again == other
-    assert all(data.startswith(b"\x89PNG") and b"Software" not in data for data in first)
-
-
-def test_files_are_named_by_their_figures_and_nothing_else_is_left(tmp_path: Path) -> None:
-    paths = save_plots({"b": Figure(), "a": Figure()}, tmp_path / "deep" / "er")
-    assert paths == [tmp_path / "deep" / "er" / "b.png", tmp_path / "deep" / "er" / "a.png"]
-    assert sorted((tmp_path / "deep" / "er").iterdir()) == sorted(paths)
-
-
-def test_a_file_stays_whole_when_its_figure_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (path,) = save_plots({"a": Figure()}, tmp_path)
-    before = path.read_bytes()
-
-    def fail(self: Figure, target: Path, **_: Any) -> None:
-        target.write_bytes(b"half")
-        raise OSError("the disk is full")
-
-    monkeypatch.setattr(Figure, "savefig", fail)
-    with pytest.raises(OSError, match="full"):
-        save_plots({"a": Figure()}, tmp_path)
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("name", ["", "../a", "a/b", "a\\b"])
-def test_a_name_that_is_no_file_name_is_an_error_before_anything_is_written(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match="plain file name"):
-        save_plots({"fine": Figure(), name: Figure()}, tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_text_is_dark_on_white_and_8_points_or_more_whatever_the_style(name: str) -> None:
-    with matplotlib.rc_context({"text.color": "white", "axes.facecolor": "black", "figure.facecolor": "black"}):
-        with matplotlib.rc_context({"font.size": 5, "xtick.color": "white", "axes.labelcolor": "white"}):
-            figure = draw(FIGURES[name]())
-    assert to_hex(figure.get_facecolor()) == "#ffffff"
-    assert {to_hex(axes.get_facecolor()) for axes in figure.axes} == {"#ffffff"}
-    texts = [text for text in figure.findobj(matplotlib.text.Text) if text.get_text() and text.get_visible()]
-    assert {to_hex(text.get_color()) for text in texts} == {"#333333"}
-    assert min(text.get_fontsize() for text in texts) >= 8
-    assert 6.5 <= figure.get_figwidth() <= 8
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_no_setting_of_matplotlib_and_of_the_random_numbers_is_touched(name: str) -> None:
-    settings, state = dict(matplotlib.rcParams), (torch.get_rng_state(), np.random.get_state()[1])
-    draw(FIGURES[name]())
-    assert dict(matplotlib.rcParams) == settings
-    assert torch.equal(torch.get_rng_state(), state[0]) and np.array_equal(np.random.get_state()[1], state[1])
-
-
-def test_pyplot_is_not_imported_and_matplotlib_only_to_draw(tmp_path: Path) -> None:
-    code = """
-import sys, torch
-from hf_rrd.results.plots import plot_embeddings, plot_losses, plot_reliability, plot_similarities, save_plots
-assert "matplotlib" not in sys.modules
-rows, labels = torch.eye(3), torch.arange(3)
-figures = {"a": plot_losses([{"loss": 1.0, "step": 1}]), "b": plot_similarities(rows, rows, labels)}
-figures |= {"c": plot_embeddings(rows, rows, labels), "d": plot_reliability(rows, labels)}
-save_plots(figures, sys.argv[1])
-assert "matplotlib.pyplot" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
-    assert len(list(tmp_path.iterdir())) == 4
-
-
-@pytest.mark.parametrize("missing", ["matplotlib", "sklearn"])
-@pytest.mark.parametrize("name", FIGURES)
-def test_a_missing_package_gives_an_error_that_names_the_extra(
-    name: str, missing: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ImportError, match=r"pip install 'hf_rrd\[plots\]'"):
-        FIGURES[name]()

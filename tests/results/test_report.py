@@ -7,18 +7,16 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from hf_rrd import cache_teacher_outputs, compare_models, relational_alignment
-from hf_rrd.models.head import attach_head
 from hf_rrd.results.report import REPORT_FILE
 from tests.builders import CLASSES, Images, Texts, tiny_bert, tiny_vit, trainer
 
 
 @pytest.fixture(autouse=True)
 def few_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_rrd.results.report.MOST", 3)
+    monkeypatch.setattr("hf_rrd.results.measure.MOST", 3)
 
 
 def logits_of(model: Any, data: Images) -> torch.Tensor:
@@ -29,33 +27,6 @@ def logits_of(model: Any, data: Images) -> torch.Tensor:
 def embedding_of(model: Any, data: Images) -> torch.Tensor:
     with torch.no_grad():
         return model.vit(data.pixels).last_hidden_state[:, 0]
-
-
-def test_parameters_and_bytes_are_those_of_the_saved_file_without_our_head(tmp_path: Path) -> None:
-    student = tiny_vit()
-    attach_head(student, 24)
-    student.save_pretrained(tmp_path)
-    saved = load_file(tmp_path / "model.safetensors").values()
-    facts = compare_models(student, None, Images(8)).facts["student"]
-    assert facts["parameters"] == sum(weight.numel() for weight in saved)
-    assert facts["bytes"] == sum(weight.numel() * weight.element_size() for weight in saved)
-
-
-def test_half_precision_has_half_the_bytes() -> None:
-    whole, half = (
-        compare_models(tiny_vit().to(dtype), None, Images(8)).facts for dtype in (torch.float32, torch.half)
-    )
-    assert half["student"]["bytes"] * 2 == whole["student"]["bytes"]
-    assert (whole["student"]["dtype"], half["student"]["dtype"]) == ("float32", "float16")
-
-
-def test_flops_are_those_of_the_formula() -> None:
-    width, length = 16, 9
-    layer = 4 * 2 * length * width * width  # queries, keys, values, output
-    layer += 2 * 2 * length * length * width  # scores, and their weighted sum
-    layer += 2 * 2 * length * width * 2 * width  # the two of the feed-forward part
-    head = 2 * width * width + 2 * width * CLASSES  # pooler and classifier
-    assert compare_models(tiny_bert(), None, Texts(8)).facts["student"]["flops"] == 2 * layer + head
 
 
 def test_quality_and_agreement_are_shares_of_the_examples() -> None:
@@ -181,31 +152,17 @@ def test_nothing_to_measure_on_is_an_error(data: Any, came: str) -> None:
         compare_models(tiny_vit(), None, data)
 
 
-def test_the_table_has_a_row_for_each_measure_and_the_ratio() -> None:
-    report = compare_models(tiny_vit(), tiny_vit(width=24, seed=1), Images(40))
-    table = report.table()
-    assert [column.header for column in table.columns] == ["", "teacher", "student", "student / teacher"]
-    assert table.row_count == 15
-    sizes = [report.facts[name]["parameters"] for name in ("teacher", "student")]
-    assert [list(column.cells)[0] for column in table.columns] == [
-        "parameters",
-        f"{sizes[0]:,}",
-        f"{sizes[1]:,}",
-        f"{sizes[1] / sizes[0]:.3g}",
-    ]
-
-
 def test_the_trainers_report_is_written_as_json_and_is_of_its_evaluation_set(tmp_path: Path) -> None:
     data = Images(40, seed=3)
     run = trainer(tmp_path, eval_dataset=data)
     run.train()
     report = run.report()
-    assert report is run.last_report is not None
+    assert report is run._facts.report is not None
     assert json.loads((tmp_path / REPORT_FILE).read_text()) == report.facts
     expected = (logits_of(run.model.eval(), data).argmax(1) == data.labels).float().mean()
     assert report.facts["student"]["accuracy"] == pytest.approx(float(expected))
     run.train()
-    assert run.last_report is None, "it is of another student now"
+    assert run._facts.report is None, "it is of another student now"
 
 
 def test_one_of_several_evaluation_sets_is_named(tmp_path: Path) -> None:
