@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from hf_rrd.training.checkpoint import (
 from hf_rrd.training.data import (
     DataCollatorForDistillation,
     Preview,
+    check_batch_labels,
     check_dataset,
     examples_in,
     with_cached_arrays,
@@ -79,12 +80,7 @@ class RelationalDistillationTrainer(Trainer):
     Example:
 
     ```python
-    trainer = RelationalDistillationTrainer(
-        model=student,
-        teacher="google/vit-base-patch16-224",
-        args=RelationalDistillationConfig(output_dir="out"),
-        train_dataset=train,
-    )
+    trainer = RelationalDistillationTrainer(student, args, train_dataset=train, teacher="google/vit-base-patch16-224")
     trainer.train()
     ```
     """
@@ -118,14 +114,10 @@ class RelationalDistillationTrainer(Trainer):
             raise TypeError(f"`args` must be a RelationalDistillationConfig, got {type(args).__name__}.")
         if isinstance(model, str):
             raise TypeError(f"`model` must be a model, got {model!r}. Load it with from_pretrained.")
-        check_dataset("train_dataset", train_dataset)
-        check_dataset("eval_dataset", eval_dataset)
         preview = Preview(train_dataset)
-        label_names = args.label_names or (find_labels(type(unwrapped(model))) if model is not None else None)
-        if args.task_weight > 0 and train_dataset is not None and data_collator is None and label_names:
-            preview.check_labels(label_names)
+        check_data(preview, eval_dataset, model, args, data_collator)
         self._teacher = teacher_for(teacher, args, preview, model)
-        if self.teacher is not None and model is not None and data_collator is None and train_dataset is not None:
+        if self.teacher is not None and data_collator is None:
             preview.warn_of_shared_tokens(model, self.teacher)
         self.distillation = Distillation(args, self._teacher)
         self._terms = TermLog()
@@ -133,24 +125,19 @@ class RelationalDistillationTrainer(Trainer):
         self._embeddings = EmbeddingLog(args.alignment_examples)
         self._step: StepExamples | None = None
         self._resumed_from: str | None = None
-        needs_task_head = args.task_weight > 0 and compute_loss_func is None
-
-        def initialized(*trial: Any) -> Any:
-            student = model_init(*trial)  # type: ignore[misc]
-            return prepared(student, self._teacher, self.distillation, needs_task_head)
-
+        prepare = partial(prepared, self._teacher, self.distillation, compute_loss_func is None)
         collate = data_collator or DataCollatorForDistillation(processing_class, teacher_processing_class)
         own_optimizer = optimizers != (None, None) or optimizer_cls_and_kwargs is not None
         saved_beside = processing_class or getattr(collate, "tokenizer", None)
         self._facts = FactsCallback(self.teacher, train_dataset, saved_beside, own_optimizer)
         super().__init__(
-            model=prepared(model, self._teacher, self.distillation, needs_task_head),
+            model=prepare(model),
             args=args,
             data_collator=collate,
             train_dataset=with_cached_arrays(train_dataset),
             eval_dataset=with_cached_arrays(eval_dataset),
             processing_class=processing_class,
-            model_init=model_init and wraps(model_init)(initialized),
+            model_init=model_init and wraps(model_init)(lambda *trial: prepare(model_init(*trial))),
             compute_loss_func=compute_loss_func,
             compute_metrics=compute_metrics,
             callbacks=[_Phases(self), *(callbacks or []), self._facts],
@@ -214,20 +201,14 @@ class RelationalDistillationTrainer(Trainer):
         inputs = student_inputs(inputs, self._student_columns, self._teacher.columns)
         if self.distillation.head is not None:
             inputs[WITH_EMBEDDING] = True
-        with_task = self.args.task_weight > 0
-        if with_task and self.label_names and self.compute_loss_func is None and not self._has_labels(inputs):
-            raise ValueError(
-                f"`task_weight` is above 0, so each batch needs labels: none of {self.label_names} is in it. Set "
-                "task_weight=0 to train without labels."
-            )
+        if self.args.task_weight > 0 and self.compute_loss_func is None:
+            check_batch_labels(inputs, self.label_names)
         task_loss = None
         with named_errors("the student", inputs):
-            if with_task:
+            if self.args.task_weight > 0:
                 task_loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
             else:
                 outputs = model(**{name: value for name, value in inputs.items() if name not in self.label_names})
-        if self.distillation.head is None:
-            return StudentOutputs(task_loss, outputs)
         return StudentOutputs(task_loss, *split_embedding(outputs))
 
     def _has_labels(self, inputs: dict[str, Any]) -> bool:
@@ -244,16 +225,6 @@ class RelationalDistillationTrainer(Trainer):
         """As in `Trainer`. `resume_from_checkpoint=True` takes the newest checkpoint that was written to its end."""
         self._resumed_from = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         return super().train(self._resumed_from, trial, ignore_keys_for_eval)
-
-    def _begin_training(self) -> None:
-        # Also after `auto_find_batch_size` ran out of memory in the middle of a step.
-        self.distillation.start(self._unwrapped_student())
-        self._terms.start_training()
-        self._finite.start()
-        if self._resumed_from is None:
-            self._calibrate()
-        else:
-            self._restore(self._resumed_from)
 
     def _calibrate(self) -> None:
         def embed(sample: Any) -> Tensor:
@@ -272,17 +243,6 @@ class RelationalDistillationTrainer(Trainer):
         if batches:  # a stream is asked on at its end
             self._step = StepExamples(self.accelerator, [examples_in(batch) for batch in batches])
         return batches, num_items
-
-    def _end_step(self) -> None:
-        if self._step is not None:
-            self.distillation.update_bank(self._step.gather)
-
-    def _end_training(self) -> None:
-        check_weights(self.model, "the last step broke them")
-        if self.state.max_steps > 0 and self.state.global_step == 0:
-            raise ValueError(
-                "`train_dataset` gave no batch: it is empty, or smaller than one and `dataloader_drop_last` is on."
-            )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in `Trainer`, with the terms beside `loss`: over the same steps, so that their weighted sum is `loss`."""
@@ -490,22 +450,43 @@ class RelationalDistillationTrainer(Trainer):
 
 
 class _Phases(TrainerCallback):
-    """Tells the trainer when a training begins, when one of its steps has ended, and when it ends itself."""
+    """What the trainer does as a training begins, as one of its steps has ended, and as it ends itself."""
 
     def __init__(self, trainer: RelationalDistillationTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer._begin_training()
+        trainer = self.trainer  # which may begin anew after a step for which the memory did not suffice
+        trainer.distillation.start(trainer._unwrapped_student())
+        trainer._terms.start_training()
+        trainer._finite.start()
+        if trainer._resumed_from is None:
+            trainer._calibrate()
+        else:
+            trainer._restore(trainer._resumed_from)
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer._end_step()
+        if self.trainer._step is not None:
+            self.trainer.distillation.update_bank(self.trainer._step.gather)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer._end_training()
+        check_weights(self.trainer.model, "the last step broke them")
+        if self.trainer.state.max_steps > 0 and self.trainer.state.global_step == 0:
+            raise ValueError(
+                "`train_dataset` gave no batch: it is empty, or smaller than one and `dataloader_drop_last` is on."
+            )
 
 
-def prepared(student: Any, teacher: Teacher, distillation: Distillation, needs_task_head: bool) -> Any:
+def check_data(training_set: Preview, eval_dataset: Any, student: Any, args: Any, data_collator: Any) -> None:
+    """Raise a ValueError for data sets that are empty, or without the labels that the task needs."""
+    check_dataset("train_dataset", training_set.dataset)
+    check_dataset("eval_dataset", eval_dataset)
+    names = args.label_names or (None if student is None else find_labels(type(unwrapped(student))))
+    if args.task_weight > 0 and training_set.dataset is not None and data_collator is None and names:
+        training_set.check_labels(names)
+
+
+def prepared(teacher: Teacher, distillation: Distillation, loss_is_its_own: bool, student: Any) -> Any:
     """A student with its head, after a look at whether it can be trained under this teacher; None of none.
 
     Raises:
@@ -513,7 +494,7 @@ def prepared(student: Any, teacher: Teacher, distillation: Distillation, needs_t
     """
     if student is None:
         return None
-    check_student(student, needs_task_head)
+    check_student(student, loss_is_its_own and distillation.args.task_weight > 0)
     if teacher.model is not None:
         check_teacher(teacher.model, student, teacher.wants_logits)
     distillation.attach(student)

@@ -157,8 +157,10 @@ class StudentOutputs(NamedTuple):
     pooled: Tensor | None = None  # before that, (batch, width); in evaluation mode
 
 
-def split_embedding(outputs: Any) -> tuple[Any, Tensor, Tensor | None]:
+def split_embedding(outputs: Any) -> tuple[Any, Tensor | None, Tensor | None]:
     """A student's output without our fields, its embedding, (batch, dim), and its pooled one in evaluation mode."""
+    if not isinstance(outputs, dict) or EMBEDDING not in outputs:
+        return outputs, None, None
     plain = {key: value for key, value in outputs.items() if key not in (EMBEDDING, POOLED)}
     return type(outputs).__mro__[1](**plain), outputs[EMBEDDING], outputs.get(POOLED)
 

@@ -102,6 +102,15 @@ def examples_in(batch: Any) -> int:
     return count
 
 
+def check_batch_labels(batch: Mapping[str, Any], label_names: list[str]) -> None:
+    """Raise a ValueError for a batch that has none of the labels which a model needs for its loss."""
+    if label_names and not any(batch.get(name) is not None for name in label_names):
+        raise ValueError(
+            f"`task_weight` is above 0, so each batch needs labels: none of {label_names} is in it. Set task_weight=0 "
+            "to train without labels."
+        )
+
+
 # ---- What is known of a data set ----
 
 
@@ -166,7 +175,7 @@ class Preview:
                 f"columns {sorted(self.columns)}. Add them, or set task_weight=0 to train without labels."
             )
 
-    def warn_of_shared_tokens(self, student: nn.Module, teacher: nn.Module) -> None:
+    def warn_of_shared_tokens(self, student: nn.Module | None, teacher: nn.Module) -> None:
         """Warn where a teacher would read the student's `input_ids` and has another vocabulary."""
         sizes = [
             getattr(getattr(unwrapped(model), "config", None), "vocab_size", None) for model in (student, teacher)
