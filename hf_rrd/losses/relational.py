@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_rrd.losses.rows import check_positive, pair, unit
 
 SLICE_ROWS = 4096  # of the bank, that are read at a time, at most
-SLICE_ELEMENTS = 2**19  # of a slice, and of its logits, at most, on a CPU: 2 MiB, which stay in its cache
+SLICE_ELEMENTS = 2**19  # of a slice and its logits, at most, on a CPU: 2 MiB, which stay in its cache
 ACCELERATOR_FACTOR = 16  # by which both are larger elsewhere, where each slice costs some launches of kernels
 SOLVER_ELEMENTS = 2**20  # of the (rows, bank) similarities that the search for a perplexity holds at a time
 SOLVER_STEPS = 10  # of that search; each reads these similarities once
@@ -185,7 +185,7 @@ def _read(queries: Tensor, bank: Tensor, own: Tensor, own_logits: Tensor) -> tup
     highest = own_logits
     total = own_logits.isfinite().to(queries.dtype)
     read = own * total
-    slice_rows = max(1, min(SLICE_ROWS, SLICE_ELEMENTS // max(1, *queries.shape)))
+    slice_rows = max(1, min(SLICE_ROWS, SLICE_ELEMENTS // max(1, sum(queries.shape))))
     if bank.device.type != "cpu":
         slice_rows *= ACCELERATOR_FACTOR
     # Two pieces of memory for all slices: so it is flat, and no time goes into asking for it.
