@@ -170,7 +170,9 @@ def main() -> None:
 
     # Embeddings of the student as it starts; in this part of the work the main process is alone.
     def embeddings(model: Any, its_tokenizer: Any, pooling: str) -> dict[str, torch.Tensor]:
-        return {split: encode_texts(model, its_tokenizer, texts[split], pooling, data_args.max_length) for split in texts}
+        return {
+            split: encode_texts(model, its_tokenizer, texts[split], pooling, data_args.max_length) for split in texts
+        }
 
     rows = {}
     if args.process_index == 0:
