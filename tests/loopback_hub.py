@@ -131,7 +131,7 @@ def read_header(card: str) -> dict[str, Any]:
     return header or {}
 
 
-def header_errors(card: str, kind: str = "model") -> list[str]:
+def header_errors(card: str) -> list[str]:
     """What the Hub would find wrong in the header of a card, in its words."""
     try:
         header = read_header(card)
@@ -158,8 +158,6 @@ def header_errors(card: str, kind: str = "model") -> list[str]:
                 errors.append(f'"{key}" must be a string or an array of strings')
             elif not re.fullmatch(pattern, value):
                 errors.append(f'"{key}" with value "{value}" is not valid. {advice}'.rstrip())
-    if kind == "space" and header.get("sdk") not in ("gradio", "docker", "static", "streamlit"):
-        errors.append('"sdk" must be one of [gradio, docker, static, streamlit]')
     return errors
 
 
@@ -383,12 +381,6 @@ class LoopbackHub:
 
     # Accounts and repositories
 
-    @route("GET", "/api/whoami-v2")
-    def _whoami(self, request: Request) -> Answer:
-        if not request.signed_in:
-            raise Refusal(401, "Invalid username or password.")
-        return Answer({"type": "user", "name": self.user, "fullname": self.user, "orgs": [], "auth": {}})
-
     @route("POST", "/api/repos/create")
     def _create(self, request: Request) -> Answer:
         if not request.signed_in:
@@ -424,8 +416,8 @@ class LoopbackHub:
 
     @route("POST", "/api/validate-yaml")
     def _validate(self, request: Request) -> Answer:
-        card, kind = request.json["content"], request.json.get("repoType") or "model"
-        errors = header_errors(card, kind)
+        card = request.json["content"]
+        errors = header_errors(card)
         status = 400 if errors else 200
         if request.headers.get("Accept") == "text/plain":  # ModelCard.validate
             return Answer("\n".join(f"- Error: {error}" for error in errors).encode(), status=status)
@@ -485,7 +477,7 @@ class LoopbackHub:
         for line in lines:
             if line["key"] != "header":
                 self._apply(files, line["key"], line["value"])
-        if errors := header_errors(_card(files), kind[:-1]) if "README.md" in files else []:
+        if errors := header_errors(_card(files)) if "README.md" in files else []:
             raise Refusal(400, "Invalid metadata in README.md: " + "; ".join(errors))
         commit = repo.add(branch, header["summary"], files)
         page = f"{self.url}/{self._key(kind, name)}/commit/{commit.sha}"
@@ -537,19 +529,6 @@ class LoopbackHub:
         entries = [{"type": "directory", "path": path, "size": 0, "oid": _name_of(path)} for path in folders]
         entries += [_entry(path, file) for path, file in inside.items()]
         return Answer([entry for entry in entries if recursive or "/" not in str(entry["path"])[len(start) :]])
-
-    @route("GET", "/api/KIND/REPO/refs")
-    def _refs(self, request: Request, kind: str, name: str) -> Answer:
-        repo = self._read(request, kind, name)
-        branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": sha} for n, sha in repo.branches.items()]
-        tags = [{"name": n, "ref": f"refs/tags/{n}", "targetCommit": sha} for n, sha in repo.tags.items()]
-        return Answer({"branches": branches, "tags": tags, "converts": [], "pullRequests": []})
-
-    @route("GET", "/api/KIND/REPO/commits/([^/]+)")
-    def _log(self, request: Request, kind: str, name: str, revision: str) -> Answer:
-        history = self._read(request, kind, name).history(revision)
-        said = {"authors": [{"user": self.user}], "message": ""}
-        return Answer([{"id": commit.sha, "title": commit.message, "date": commit.date} | said for commit in history])
 
     @route("GET", "/(?:(datasets|spaces)/)?REPO/resolve/([^/]+)/(.+)")
     def _resolve(self, request: Request, kind: str, name: str, revision: str, path: str) -> Answer:
@@ -633,7 +612,6 @@ def run_script(
     *args: str | Path,
     home: Path,
     token: bool | str = True,
-    python: str = sys.executable,
     env: dict[str, str] | None = None,
     without_hf_rrd: bool = False,
     seconds: float = 120,
@@ -646,7 +624,6 @@ def run_script(
         *args: `sys.argv[1:]` there.
         home: A folder for its cache, and the one it runs in.
         token: Whether it has the token of the Hub's user; or another token.
-        python: The interpreter.
         env: Further environment variables.
         without_hf_rrd: Make `import hf_rrd` fail there as if it were not installed.
         seconds: How long it may take.
@@ -663,7 +640,7 @@ def run_script(
         options, paths = ["-I"], {}  # nor is it in the folder or on the path
     home.mkdir(parents=True, exist_ok=True)
     return subprocess.run(
-        [python, *options, "-c", code, *map(str, args)],
+        [sys.executable, *options, "-c", code, *map(str, args)],
         cwd=home,
         env=hub.environment(home, token) | paths | (env or {}),
         capture_output=True,

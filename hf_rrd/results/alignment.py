@@ -48,7 +48,9 @@ def relational_alignment(
         ValueError: The sets differ in length, have fewer than 2 examples or values that are not finite, or
             `neighbors` is below 1.
     """
-    _check(student, teacher, neighbors)
+    check_sets(student, teacher)
+    if neighbors < 1:
+        raise ValueError(f"`neighbors` must be at least 1, got {neighbors}.")
     device = "cpu" if student.device.type == "mps" else student.device  # mps has no float64
     student, teacher = student.detach().to(device), teacher.detach().to(device)
     compare = _compare_at_once if len(student) <= EXACT_EXAMPLES else _compare_in_blocks
@@ -58,16 +60,15 @@ def relational_alignment(
     return {"cka": cka, "rank_correlation": rank_correlation, "neighbor_overlap": neighbor_overlap}
 
 
-def _check(student: Tensor, teacher: Tensor, neighbors: int) -> None:
+def check_sets(student: Tensor, teacher: Tensor) -> None:
+    """Raise a ValueError unless both sets are finite embeddings of the same 2 or more examples."""
     shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
     if student.dim() != 2 or teacher.dim() != 2 or len(student) != len(teacher) or len(student) < 2:
         raise ValueError(
-            f"alignment needs two sets of the same 2 or more examples, each (examples, dim), got {shapes}."
+            f"a comparison needs two sets of the same 2 or more examples, each (examples, dim), got {shapes}."
         )
     if not student.shape[1] or not teacher.shape[1]:
-        raise ValueError(f"alignment needs embeddings that are 1 or more wide, got {shapes}.")
-    if neighbors < 1:
-        raise ValueError(f"`neighbors` must be at least 1, got {neighbors}.")
+        raise ValueError(f"a comparison needs embeddings that are 1 or more wide, got {shapes}.")
     for name, rows in (("student", student), ("teacher", teacher)):
         bad = int((~rows.isfinite()).any(1).sum())
         if bad:

@@ -47,8 +47,8 @@ class FactsCallback(TrainerCallback):
         self.args, self.state, self.model = args, state, model
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """A training begins, or goes on from a checkpoint."""
-        self.args, self.state, self.model = args, state, model
+        """Note that a training begins, or goes on from a checkpoint."""
+        self.on_init_end(args, state, control, model)
         self.report, self.resumed = None, state.global_step > 0
 
     def on_evaluate(

@@ -92,14 +92,15 @@ def write_card(
     if not isinstance(dataset, DataFacts):
         found = hub_name(dataset) if dataset and "/" in dataset else None
         dataset = DataFacts(id=found, title=dataset)
+    name = name or (repository or str(folder.absolute())).split("/")[-1]
     library = "transformers" if model is student else "peft"
     facts = CardFacts(
-        name=name or (repository or str(folder.absolute())).split("/")[-1],
+        name=name,
         library=library,
         student=student_facts(student),
         repository=repository,
         task=task or task_of(model)[0],
-        usage=usage_of(student, processing_class, pooling),
+        usage=usage_of(student, processing_class, pooling, repository or name),
         teacher=teacher_facts(teacher, teacher_name),
         dataset=dataset,
         settings=dict(settings or {}),

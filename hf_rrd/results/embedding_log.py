@@ -45,12 +45,18 @@ class EmbeddingLog:
         self._student, self._teacher = parts
 
     def alignment(self) -> dict[str, float]:
-        """`relational_alignment` of what was added, without what so few examples leave undefined."""
-        if len(self._student) < 2:
-            return {}
-        some = evenly_spaced(len(self._student), self.examples)
-        alignment = relational_alignment(self._student[some], self._teacher[some])
-        return {name: value for name, value in alignment.items() if value == value}
+        """`known_alignment` of what was added."""
+        return known_alignment(self._student, self._teacher, self.examples)
+
+
+def known_alignment(student: Tensor, teacher: Tensor, most: int) -> dict[str, float]:
+    """`relational_alignment` of at most so many of the examples, without what so few leave undefined."""
+    if len(student) < 2:
+        return {}
+    some = evenly_spaced(len(student), most)
+    return {
+        name: value for name, value in relational_alignment(student[some], teacher[some]).items() if value == value
+    }
 
 
 def evenly_spaced(count: int, most: int) -> Tensor:

@@ -4,8 +4,6 @@ import contextlib
 import copy
 import importlib.util
 import io
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_rrd.errors import described
+from hf_rrd.files import written_whole
 from hf_rrd.models.body import main_input_of
 from hf_rrd.models.head import detach_head
 
@@ -62,13 +61,9 @@ def export_onnx(model: PreTrainedModel, path: str | Path, inputs: Mapping[str, T
         exported = OnnxExporter().export(plain, traced, OnnxConfig(dynamic=True, dynamic_shapes=shapes))
     # Before 5.23 the exporter returned a class of torch.
     program = exported.model if isinstance(exported, torch.onnx.ONNXProgram) else exported.program
-    os.makedirs(Path(path).parent, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=Path(path).parent) as folder:
-        temporary = Path(folder, Path(path).name)
+    with written_whole(path) as temporary:
         onnx_ir.save(program, temporary)
-        difference = check_onnx(temporary, model, inputs, atol)
-        os.replace(temporary, path)
-    return difference
+        return check_onnx(temporary, model, inputs, atol)
 
 
 def check_onnx(path: str | Path, model: PreTrainedModel, inputs: Mapping[str, Tensor], atol: float = 1e-4) -> float:

@@ -51,18 +51,6 @@ class ModelFacts:
 
 
 @dataclass
-class Usage:
-    """What a reader needs to load a student: the classes, what goes in, and what comes out."""
-
-    model_class: str
-    input: str
-    output: str | None = None
-    pooling: str | None = None  # of a headless model, instead of an output
-    num_labels: int | None = None  # where the config does not say it
-    processor_class: str | None = None
-
-
-@dataclass
 class DataFacts:
     """A data set: its name and configuration on the Hub, what to call it, and how many examples were trained on."""
 
@@ -103,7 +91,7 @@ class CardFacts:
     student: ModelFacts
     repository: str | None = None  # on the Hub, "user/name"
     task: str | None = None  # as the Hub names it
-    usage: Usage | None = None
+    usage: str | None = None  # the lines of Python that load it
     teacher: ModelFacts | None = None
     dataset: DataFacts = field(default_factory=DataFacts)
     settings: dict[str, Any] = field(default_factory=dict)  # by the names of `RelationalDistillationConfig`
@@ -126,7 +114,7 @@ class CardFacts:
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> "CardFacts":
         """The facts again, of what `to_json` gave."""
-        one = {"student": ModelFacts, "teacher": ModelFacts, "usage": Usage, "dataset": DataFacts}
+        one = {"student": ModelFacts, "teacher": ModelFacts, "dataset": DataFacts}
         several = {"losses": LossTerm, "metrics": Metric}
         given = {each.name: facts[each.name] for each in fields(cls) if each.name in facts}
         given |= {name: kind(**facts[name]) for name, kind in one.items() if name in facts}
@@ -178,23 +166,45 @@ def task_of(model: Any) -> tuple[str | None, str]:
     return None, name
 
 
-def usage_of(student: nn.Module, processing_class: Any, pooling: Any) -> Usage | None:
-    """How a student is used; None of a class of the user's own."""
+def usage_of(student: nn.Module, processing_class: Any, pooling: Any, name: str) -> str | None:
+    """Four lines of Python that load and run a student, or three where nothing prepares its input.
+
+    A class of the user's own has none.
+    """
     model = unwrapped(student)
     task, model_class = task_of(model)
     if not hasattr(transformers, model_class):
         return None
     bases = [base.__name__ for base in type(processing_class).__mro__]
-    usage = Usage(model_class, main_input_of(model))
-    usage.processor_class = next((loader for name, loader in _PROCESSORS.items() if name in bases), None)
+    processor = next((loader for base, loader in _PROCESSORS.items() if base in bases), None)
+    reads, result, output, more = main_input_of(model), "outputs", "", ""
     if is_headless(model):
-        name = Embedder(model, pooling).pooling
-        usage.pooling = name if isinstance(name, str) else None
+        pooling = Embedder(model, pooling).pooling
+        result = "embedding" if isinstance(pooling, str) else "outputs"
+        output = _POOLED[pooling] if isinstance(pooling, str) else ""
     elif task is not None:
-        usage.output = "logits"
+        result, output = "logits", ".logits"
         if model is not student and task.endswith("classification"):  # an adapter's base has classes of its own
-            usage.num_labels = model.config.num_labels
-    return usage
+            more = f", num_labels={model.config.num_labels}"
+    given = f'**processor({_EXAMPLES.get(reads, "inputs")}, return_tensors="pt")' if processor else f"{reads}={reads}"
+    lines = [f"from transformers import {', '.join(sorted(filter(None, [model_class, processor])))}"]
+    lines += [f'processor = {processor}.from_pretrained("{name}")'] if processor else []
+    lines += [f'model = {model_class}.from_pretrained("{name}"{more})', f"{result} = model({given}){output}"]
+    return "\n".join(lines)
+
+
+_EXAMPLES = {"input_ids": '"a text"', "pixel_values": "image", "input_values": "waveform"}
+"""What a processor is given, by the model's input."""
+
+_POOLED = {
+    "mean": ".last_hidden_state.mean(1)",
+    "cls": ".last_hidden_state[:, 0]",
+    "last_token": ".last_hidden_state[:, -1]",
+    "max": ".last_hidden_state.amax(1)",
+    "pooler": ".pooler_output",
+    "gap": ".last_hidden_state.mean((2, 3))",
+}
+"""From a model's output for one example to its embedding, by pooling."""
 
 
 def student_facts(student: nn.Module) -> ModelFacts:

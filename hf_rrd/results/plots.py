@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from hf_rrd.results.alignment import check_sets
 from hf_rrd.results.embedding_log import evenly_spaced
 from hf_rrd.results.reliability import NO_LABEL, calibration_error, reliability_bins
 from hf_rrd.results.style import (
@@ -124,10 +125,8 @@ def plot_embeddings(
     """Each embedding set in a plane of its own; the student's is turned so that the two can be compared by eye.
 
     Args:
-        student: (examples, any width), 2 or more examples.
-        teacher: (examples, any width), the same examples in the same order.
+        student, teacher, names: As in `plot_similarities`.
         labels: (examples,), class ids; up to 20 classes are told apart by colour and shape, more by colour alone.
-        names: The classes' names, by id; `model.config.id2label` is one.
         max_examples: How many to lay out and draw; of more an evenly spaced subset.
 
     Returns:
@@ -261,15 +260,7 @@ def _checked(
     """Both embedding sets in float64 and the class ids."""
     if max_examples < 2:
         raise ValueError(f"`max_examples` must be at least 2, got {max_examples}.")
-    if student.dim() != 2 or teacher.dim() != 2 or len(student) != len(teacher) or len(student) < 2:
-        raise ValueError(
-            "a picture needs two sets of the same 2 or more examples, each (examples, dim), got "
-            f"{tuple(student.shape)} and {tuple(teacher.shape)}."
-        )
-    for whose, rows in (("student", student), ("teacher", teacher)):
-        if not rows.isfinite().all():
-            wrong = int((~rows.isfinite()).any(1).sum())
-            raise ValueError(f"the {whose}'s embeddings must be finite, got nan or inf in {wrong} of {len(rows)}.")
+    check_sets(student, teacher)
     if labels is not None and (labels.shape != student.shape[:1] or labels.is_floating_point()):
         raise ValueError(
             f"labels must be class ids, one for each of {len(student)} examples, got {labels.dtype} of shape "

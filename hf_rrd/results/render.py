@@ -29,7 +29,6 @@ def render_card(facts: CardFacts) -> ModelCard:
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         facts=facts,
         summary=_summary(facts, learned),
-        usage=_usage(facts),
         report_rows=markdown(HEADER, rows_of(facts.report)) if facts.report else "",
         environment=place(facts.report["environment"]) if facts.report else "",
         metrics=_metric_table(facts),
@@ -134,42 +133,7 @@ def _making(facts: CardFacts, learned: list[str]) -> str:
     return text + (f" The training set has {whole(examples)} examples." if examples else "")
 
 
-# ---- Code and tables ----
-
-_EXAMPLES = {"input_ids": '"a text"', "pixel_values": "image", "input_values": "waveform"}
-"""What a processor is given, by the model's input."""
-
-_POOLED = {
-    "mean": ".last_hidden_state.mean(1)",
-    "cls": ".last_hidden_state[:, 0]",
-    "last_token": ".last_hidden_state[:, -1]",
-    "max": ".last_hidden_state.amax(1)",
-    "pooler": ".pooler_output",
-    "gap": ".last_hidden_state.mean((2, 3))",
-}
-"""From a model's output for one example to its embedding, by pooling."""
-
-
-def _usage(facts: CardFacts) -> str:
-    """Four lines, or three where nothing prepares the input; none for a class that is not in transformers."""
-    usage, name = facts.usage, facts.repository or facts.name
-    if usage is None:
-        return ""
-    model_class, processor = usage.model_class, usage.processor_class
-    more = f", num_labels={usage.num_labels}" if usage.num_labels else ""
-    given = f'**processor({_EXAMPLES.get(usage.input, "inputs")}, return_tensors="pt")'
-    result, output = "outputs", ""
-    if usage.pooling:
-        result, output = "embedding", _POOLED.get(usage.pooling, ".last_hidden_state")
-    elif usage.output:
-        result, output = usage.output, f".{usage.output}"
-    lines = [
-        f"from transformers import {', '.join(sorted([model_class, *([processor] if processor else [])]))}",
-        *([f'processor = {processor}.from_pretrained("{name}")'] if processor else []),
-        f'model = {model_class}.from_pretrained("{name}"{more})',
-        f"{result} = model({given if processor else usage.input + '=' + usage.input}){output}",
-    ]
-    return "\n".join(lines)
+# ---- Tables ----
 
 
 def _metric_table(facts: CardFacts) -> str:

@@ -17,8 +17,7 @@ from hf_rrd.files import write_json
 from hf_rrd.models.body import body_of, placed, unwrapped
 from hf_rrd.models.columns import CACHED_COLUMNS, forward_columns, student_inputs, teacher_inputs
 from hf_rrd.models.embedding import embed
-from hf_rrd.results.alignment import relational_alignment
-from hf_rrd.results.embedding_log import evenly_spaced
+from hf_rrd.results.embedding_log import known_alignment
 from hf_rrd.results.measure import environment_of, evaluating, flops_of, forward_times, size_of
 from hf_rrd.results.reliability import NO_LABEL, calibration_error
 from hf_rrd.results.table import HEADER, place, rows_of
@@ -293,10 +292,8 @@ def _likeness(tensors: dict[str, Tensor], same_classes: bool) -> dict[str, Any]:
         likeness["agreement"] = (logits[0].argmax(1) == logits[1].argmax(1)).float().mean().item()
     rows = [tensors[name] for name in ("student_embedding", "teacher_embedding") if name in tensors]
     if len(rows) == 2 and len(rows[0]) > 1 and all(each.isfinite().all() for each in rows):
-        some = evenly_spaced(len(rows[0]), ALIGNED_EXAMPLES)
-        alignment = relational_alignment(rows[0][some], rows[1][some])
-        if len(some) <= NEIGHBORS + 1:  # all the others are near
-            del alignment["neighbor_overlap"]
-        likeness["alignment"] = {name: value for name, value in alignment.items() if value == value}
-        likeness["aligned_examples"] = len(some)
+        likeness["alignment"] = known_alignment(rows[0], rows[1], ALIGNED_EXAMPLES)
+        likeness["aligned_examples"] = min(len(rows[0]), ALIGNED_EXAMPLES)
+        if len(rows[0]) <= NEIGHBORS + 1:  # all the others are near
+            del likeness["alignment"]["neighbor_overlap"]
     return likeness

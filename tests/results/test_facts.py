@@ -14,7 +14,6 @@ from hf_rrd.results.facts import (
     LossTerm,
     Metric,
     ModelFacts,
-    Usage,
     hub_name,
     loss_terms,
     source_of,
@@ -57,7 +56,7 @@ def test_the_task_is_that_of_the_models_class(model: Any, task: tuple[str | None
 
 def test_the_facts_come_back_from_json_and_what_is_unknown_is_not_in_it() -> None:
     facts = CardFacts("a", "transformers", ModelFacts("Vit", 10, teacher_layers=[0, 2]), tags=["b"])
-    facts.usage, facts.metrics = Usage("AutoModel", "pixel_values"), [Metric("accuracy", 0.0, split="test")]
+    facts.usage, facts.metrics = "import this", [Metric("accuracy", 0.0, split="test")]
     facts.losses, facts.settings = [LossTerm("loss", 1, 2.0, 3, 1.0)], {"include_own": False}
     told = facts.to_json()
     assert told["student"] == {"class_name": "Vit", "parameters": 10, "teacher_layers": [0, 2]}

@@ -182,7 +182,7 @@ def test_awkward_sets_are_drawn(case: str, plot: Any) -> None:
             embeddings(3),
             embeddings(3) * torch.nan,
             {},
-            "teacher's embeddings must be finite, got nan or inf in 3 of 3",
+            "`teacher` must be finite, got nan or infinity in 3 of 3",
         ),
         (embeddings(3), embeddings(3), {"labels": torch.zeros(2).long()}, r"each of 3 examples, got .* shape \(2,\)"),
         (embeddings(3), embeddings(3), {"labels": torch.zeros(3)}, "got torch.float32"),
