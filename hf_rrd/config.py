@@ -126,76 +126,74 @@ class RelationalDistillationConfig(TrainingArguments):
 
     def validate(self) -> None:
         """Raise a ValueError for a setting out of its range; the trainer asks again when a training starts."""
-        for name, advice in TEMPERATURES.items():
+        for name, advice in TEMPERATURES.items():  # beyond these limits float32 gives out
             value = getattr(self, name)
-            if not 1e-6 <= value <= 1e6:  # beyond these float32 gives out
-                raise ValueError(f"`{name}` must be positive, from 1e-6 to 1e6, got {value}. Try {advice}.")
-        for name in WEIGHTS:
+            _require(1e-6 <= value <= 1e6, f"`{name}` must be positive, from 1e-6 to 1e6, got {value}. Try {advice}.")
+        weights = {name: getattr(self, name) for name in WEIGHTS}
+        for name, value in weights.items():
+            off = "Set it to 0 to turn the term off."
+            _require(0 <= value < math.inf, f"`{name}` must be 0 or more and finite, got {value}. {off}")
+        _require(
+            any(weights.values()),
+            "`task_weight`, `kd_weight` and `relational_weight` are all 0, so there is nothing to train. Set at least "
+            "one above 0.",
+        )
+        choices = dict.fromkeys(("student_pooling", "teacher_pooling"), ("auto", *POOLERS)) | CHOICES
+        for name, known in choices.items():
             value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
-                raise ValueError(
-                    f"`{name}` must be 0 or more and finite, got {value}. Set it to 0 to turn the term off."
-                )
-        if all(getattr(self, name) == 0 for name in WEIGHTS):
-            raise ValueError(
-                "`task_weight`, `kd_weight` and `relational_weight` are all 0, so there is nothing to train. Set at "
-                "least one above 0."
-            )
-        if not isinstance(self.include_own, bool):
-            raise ValueError(f"`include_own` must be True or False, got {self.include_own!r}.")
-        for name, known in CHOICES.items():
-            _check_choice(name, getattr(self, name), known)
-        for name in ("student_pooling", "teacher_pooling"):
-            if not callable(getattr(self, name)):
-                _check_choice(name, getattr(self, name), ("auto", *POOLERS))
+            taken = (isinstance(value, str) and value in known) or (name.endswith("_pooling") and callable(value))
+            _require(taken, f"`{name}` must be one of {list(known)}, got {value!r}.")
         for name in ("bank_size", "calibration_examples", "alignment_examples"):
             _check_count(name, getattr(self, name), 0, "Try 4096.")
         if self.projection_dim is not None:
             _check_count("projection_dim", self.projection_dim, 1, "Try 128, or leave it out.")
-        self._validate_alignment()
+        self._validate_measures()
         self._validate_bank()
 
-    def _validate_alignment(self) -> None:
-        if self.alignment_examples == 1:
-            raise ValueError("`alignment_examples` must be 0, or 2 or more to compare, got 1. Try 2000.")
-        if self.alignment_examples > 0 and self.relational_weight == 0:
-            raise ValueError(
-                f"`alignment_examples` is {self.alignment_examples}, and without a relational loss no embeddings are "
-                "computed. Set it to 0, and call the trainer's report() after the training."
-            )
-        if self.calibration_examples == 0 and self.teacher_projection in MEASURED_PROJECTIONS:
-            raise ValueError(
-                f"teacher_projection={self.teacher_projection!r} is measured on training examples, and "
-                "`calibration_examples` is 0. Set it to some thousand, or set teacher_projection='none'."
-            )
-        if self.teacher_projection == "pca" and self.projection_dim is None:
-            raise ValueError("teacher_projection='pca' needs a `projection_dim`, got None. Try 128.")
+    def _validate_measures(self) -> None:
+        examples, projection = self.alignment_examples, self.teacher_projection
+        _require(examples != 1, "`alignment_examples` must be 0, or 2 or more to compare, got 1. Try 2000.")
+        _require(
+            examples == 0 or self.relational_weight > 0,
+            f"`alignment_examples` is {examples}, and without a relational loss no embeddings are computed. Set it to "
+            "0, and call the trainer's report() after the training.",
+        )
+        _require(
+            self.calibration_examples > 0 or projection not in MEASURED_PROJECTIONS,
+            f"teacher_projection={projection!r} is measured on training examples, and `calibration_examples` is 0. "
+            "Set it to some thousand, or set teacher_projection='none'.",
+        )
+        _require(
+            projection != "pca" or self.projection_dim is not None,
+            "teacher_projection='pca' needs a `projection_dim`, got None. Try 128.",
+        )
 
     def _validate_bank(self) -> None:
-        perplexity = self.teacher_perplexity
+        size, own, loss, perplexity = self.bank_size, self.include_own, self.relational_loss, self.teacher_perplexity
+        _require(isinstance(own, bool), f"`include_own` must be True or False, got {own!r}.")
         if perplexity is not None:
-            if not (perplexity > 1 and math.isfinite(perplexity)):
-                raise ValueError(f"`teacher_perplexity` must be above 1 and finite, got {perplexity}. Try 20.")
-            if self.relational_loss != "rrd":
-                raise ValueError(f"`teacher_perplexity` is for relational_loss='rrd', got {self.relational_loss!r}.")
-            if self.bank_size <= perplexity:
-                raise ValueError(
-                    f"`teacher_perplexity` must be below `bank_size`, got {perplexity} and {self.bank_size}."
-                )
-        if self.relational_loss == "infonce" and not self.include_own:
-            raise ValueError("relational_loss='infonce' is about the own key: leave `include_own` on, got False.")
-        if self.bank_size == 0 and not self.include_own:
-            raise ValueError(
-                "`include_own=False` needs a bank, got bank_size=0: within a micro-batch each example finds its own "
-                "key. Set bank_size above 0."
-            )
-        if self.bank_size == 1 and not self.include_own:
-            raise ValueError("`bank_size=1` without `include_own` leaves nothing to tell apart: the loss is always 0.")
-        if self.bank_size == 0 and self.per_device_train_batch_size == 1 and self.relational_weight > 0:
-            raise ValueError(
-                "`bank_size=0` compares within the micro-batch, and `per_device_train_batch_size` is 1: the "
-                "relational loss is always 0. Set bank_size above 0."
-            )
+            finite = 1 < perplexity < math.inf
+            _require(finite, f"`teacher_perplexity` must be above 1 and finite, got {perplexity}. Try 20.")
+            _require(loss == "rrd", f"`teacher_perplexity` is for relational_loss='rrd', got {loss!r}.")
+            small = f"`teacher_perplexity` must be below `bank_size`, got {perplexity} and {size}."
+            _require(perplexity < size, small)
+        _require(
+            own or loss != "infonce",
+            "relational_loss='infonce' is about the own key: leave `include_own` on, got False.",
+        )
+        _require(
+            own or size != 0,
+            "`include_own=False` needs a bank, got bank_size=0: within a micro-batch each example finds its own key. "
+            "Set bank_size above 0.",
+        )
+        _require(
+            own or size != 1, "`bank_size=1` without `include_own` leaves nothing to tell apart: the loss is always 0."
+        )
+        _require(
+            size > 0 or self.per_device_train_batch_size > 1 or self.relational_weight == 0,
+            "`bank_size=0` compares within the micro-batch, and `per_device_train_batch_size` is 1: the relational "
+            "loss is always 0. Set bank_size above 0.",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As in `TrainingArguments`, with a callable pooling by its name and without the teacher's token."""
@@ -256,13 +254,12 @@ def _init_kwargs(value: dict[str, Any] | str | None) -> dict[str, Any] | None:
     return kwargs
 
 
-def _check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if not isinstance(value, str) or value not in known:
-        raise ValueError(f"`{name}` must be one of {list(known)}, got {value!r}.")
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise ValueError(otherwise)
 
 
 def _check_count(name: str, value: Any, least: int, advice: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"`{name}` must be a whole number, got {value!r}. {advice}")
-    if value < least:
-        raise ValueError(f"`{name}` must be {least} or more, got {value}. {advice}")
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    _require(whole, f"`{name}` must be a whole number, got {value!r}. {advice}")
+    _require(value >= least, f"`{name}` must be {least} or more, got {value}. {advice}")

@@ -27,9 +27,6 @@ logger = logging.get_logger(__name__)
 SIDECAR = "_relational_distillation.safetensors"
 """The file's name. The underscore keeps it out of what the Trainer pushes beside the student."""
 
-GROUPS = ("head", "teacher_projection", "bank")
-"""The groups of tensors that a sidecar may have."""
-
 BINARIES = (".safetensors", ".bin", ".pt", ".pth", ".distcp", ".metadata")
 """Endings of the files that a run is resumed from. Texts may be edited."""
 
@@ -38,19 +35,12 @@ State = dict[str, dict[str, Tensor]]
 
 
 def save_sidecar(folder: str, state: State, about: dict[str, str] | None = None) -> None:
-    """Write groups of tensors to a checkpoint; a failed write leaves the old file.
-
-    Args:
-        folder: The checkpoint.
-        state: Tensors by group and name.
-        about: What is said of them, into the file's metadata.
-    """
+    """Write groups of tensors to a checkpoint, and what is said of them; a failed write leaves the old file."""
     tensors = {
         f"{group}.{name}": tensor.detach().cpu().contiguous()
         for group, content in state.items()
         for name, tensor in content.items()
     }
-    os.makedirs(folder, exist_ok=True)
     with written_whole(Path(folder, SIDECAR)) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", **(about or {})})
 
@@ -61,8 +51,8 @@ def load_sidecar(folder: str) -> tuple[State, dict[str, str]]:
     Raises:
         ValueError: There is no such file, it is not a whole one, or it has what no sidecar has.
     """
-    path = os.path.join(folder, SIDECAR)
-    if not os.path.isfile(path):
+    path = Path(folder, SIDECAR)
+    if not path.is_file():
         raise ValueError(
             f"{folder} has no {SIDECAR}: it was written with save_only_model=True or by another trainer, so the run "
             "cannot be resumed. Load its weights with from_pretrained and start a new run."
@@ -72,8 +62,8 @@ def load_sidecar(folder: str) -> tuple[State, dict[str, str]]:
         about = _about(path)
         for key, tensor in load_file(path).items():
             group, _, name = key.partition(".")
-            if group not in GROUPS:
-                raise ValueError(f"{key!r} is of none of the groups {list(GROUPS)}")
+            if group not in ("head", "teacher_projection", "bank"):
+                raise ValueError(f"{key!r} is of none of the groups of a sidecar")
             if not tensor.is_floating_point():
                 raise ValueError(f"{key} must be in floating point, got {tensor.dtype}")
             if not tensor.isfinite().all():
@@ -84,7 +74,7 @@ def load_sidecar(folder: str) -> tuple[State, dict[str, str]]:
     return state, about
 
 
-def _about(path: str) -> dict[str, str]:
+def _about(path: Path) -> dict[str, str]:
     with safe_open(path, "pt") as file:
         return dict(file.metadata() or {})
 
@@ -109,15 +99,16 @@ def explained_write_errors(checkpoint: str) -> Iterator[None]:
 
 def has_sidecar(folder: str) -> bool:
     """Whether a checkpoint has the file."""
-    return os.path.isfile(os.path.join(folder, SIDECAR))
+    return Path(folder, SIDECAR).is_file()
 
 
 def sizes_of(checkpoint: str) -> str:
     """The size of every file so far that resuming depends on, as JSON."""
-    files = sorted(path for path in Path(checkpoint).rglob("*") if path.is_file() and ".tmp" not in path.name)
-    names = {path.relative_to(checkpoint).as_posix(): path for path in files if path.suffix in BINARIES}
-    kept = {name: path.stat().st_size for name, path in names.items() if name not in (SIDECAR, TRAINING_ARGS_NAME)}
-    return json.dumps(kept)
+    files = {path.relative_to(checkpoint).as_posix(): path for path in Path(checkpoint).rglob("*") if path.is_file()}
+    kept = [name for name, path in files.items() if path.suffix in BINARIES and ".tmp" not in path.name]
+    return json.dumps(
+        {name: files[name].stat().st_size for name in sorted(kept) if name not in (SIDECAR, TRAINING_ARGS_NAME)}
+    )
 
 
 def flaw_in(checkpoint: str | os.PathLike[str]) -> str | None:
@@ -134,7 +125,7 @@ def flaw_in(checkpoint: str | os.PathLike[str]) -> str | None:
     if not has_sidecar(str(checkpoint)):
         return None
     try:
-        sizes = json.loads(_about(str(folder / SIDECAR)).get("files", "{}"))
+        sizes = json.loads(_about(folder / SIDECAR).get("files", "{}"))
         for name, size in sizes.items():
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts:
@@ -157,12 +148,8 @@ def invalidate(checkpoint: str) -> None:
 
 def last_complete_checkpoint(folder: str) -> str | None:
     """The newest checkpoint in a folder that is whole, or None."""
-    steps = {
-        int(path.name.removeprefix(PREFIX_CHECKPOINT_DIR + "-")): path
-        for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.name.removeprefix(PREFIX_CHECKPOINT_DIR + "-").isdigit()
-    }
-    for _, path in sorted(steps.items(), reverse=True):
+    found = [(path.name.rpartition("-")[2], path) for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
+    for _, path in sorted([(int(step), path) for step, path in found if step.isdigit()], reverse=True):
         flaw = flaw_in(path)
         if flaw is None:
             return str(path)
@@ -176,37 +163,32 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: 
     Raises:
         ValueError: There is none, or it is not whole.
     """
-    if resume_from_checkpoint is True:
-        last = last_complete_checkpoint(output_dir)
-        if last is None:
-            raise ValueError(
-                f"no complete checkpoint found in {output_dir}; a warning says what is wrong with each that is there. "
-                "Start with train()."
-            )
-        return last
     if not resume_from_checkpoint:
         return None
-    flaw = flaw_in(resume_from_checkpoint)
-    if flaw is not None:
+    if resume_from_checkpoint is not True:
+        flaw = flaw_in(resume_from_checkpoint)
+        if flaw is not None:
+            raise ValueError(
+                f"{resume_from_checkpoint} is not a complete checkpoint: {flaw}. Pass resume_from_checkpoint=True for "
+                "the newest complete one."
+            )
+        return resume_from_checkpoint
+    last = last_complete_checkpoint(output_dir)
+    if last is None:
         raise ValueError(
-            f"{resume_from_checkpoint} is not a complete checkpoint: {flaw}. Pass resume_from_checkpoint=True for the "
-            "newest complete one."
+            f"no complete checkpoint found in {output_dir}; a warning says what is wrong with each that is there. "
+            "Start with train()."
         )
-    return resume_from_checkpoint
+    return last
 
 
 def load_student(model: Any, folder: str, head: str) -> None:
-    """Load a checkpoint's weights into a student in place, each into its own dtype.
+    """Load a checkpoint's weights into a student in place, each into its own dtype; `head` names what is none of them.
 
     Where they have the names of the student's modules, as they are. Otherwise by way of `from_pretrained`:
     transformers writes some families under other names, and its Trainer loads them unconverted and not strictly
     (5.23, not 5.0: huggingface/transformers#43701 and #48805), so that most of a ViT would silently keep the weights
     it had.
-
-    Args:
-        model: The student.
-        folder: The checkpoint.
-        head: The name of the student's head, which is not among the weights.
 
     Raises:
         ValueError: The checkpoint lacks a weight of the student or has one too many.

@@ -89,11 +89,7 @@ def collator_of(processor: Any) -> Any:
 
 
 def examples_in(batch: Any) -> int:
-    """The number of examples in a batch.
-
-    Raises:
-        ValueError: It has none, or is no dict of tensors.
-    """
+    """The number of examples in a batch; a ValueError of what has none, or is no dict of tensors."""
     count = find_batch_size(batch) if isinstance(batch, Mapping) else None
     if not count:
         raise ValueError(
@@ -155,8 +151,8 @@ class Preview:
         """
         if "teacher_embedding" not in self.example:
             return None
-        features = getattr(self.dataset, "features", None) or {}
-        kind = getattr(getattr(features.get("teacher_embedding"), "feature", None), "dtype", None)
+        feature = (getattr(self.dataset, "features", None) or {}).get("teacher_embedding")
+        half = getattr(getattr(feature, "feature", None), "dtype", None) == "float16"
         with named_errors("reading an example", self.example):
             width = _stacked([self.example["teacher_embedding"]]).shape[1:]
         if len(width) != 1 or width[0] == 0:
@@ -164,7 +160,7 @@ class Preview:
                 f"`teacher_embedding` must be a row of numbers in each example, got the shape {tuple(width)}. "
                 "cache_teacher_outputs makes such a column."
             )
-        return width[0], torch.float16 if kind == "float16" else torch.float32
+        return width[0], torch.float16 if half else torch.float32
 
     def check_labels(self, label_names: list[str]) -> None:
         """Raise a ValueError where the set is known to have none of the labels that the task loss needs."""
@@ -177,16 +173,14 @@ class Preview:
 
     def warn_of_shared_tokens(self, student: nn.Module | None, teacher: nn.Module) -> None:
         """Warn where a teacher would read the student's `input_ids` and has another vocabulary."""
-        sizes = [
-            getattr(getattr(unwrapped(model), "config", None), "vocab_size", None) for model in (student, teacher)
-        ]
-        columns = self.columns
-        if columns is None or "input_ids" not in columns or any(is_teacher_input(name) for name in columns):
-            return
-        if None not in sizes and sizes[0] != sizes[1]:
+        configs = [getattr(unwrapped(model), "config", None) for model in (student, teacher)]
+        own, others = (getattr(config, "vocab_size", None) for config in configs)
+        columns = self.columns or ()
+        shared = "input_ids" in columns and not any(is_teacher_input(name) for name in columns)
+        if shared and None not in (own, others) and own != others:
             logger.warning(
-                f"The teacher reads the student's `input_ids`, but their vocabularies differ ({sizes[1]} and "
-                f"{sizes[0]} tokens). With another tokenizer, give the teacher a column `teacher_input_ids`."
+                f"The teacher reads the student's `input_ids`, but their vocabularies differ ({others} and {own} "
+                "tokens). With another tokenizer, give the teacher a column `teacher_input_ids`."
             )
 
 
@@ -208,16 +202,7 @@ def check_dataset(name: str, dataset: Any) -> None:
 
 
 def sample_of(dataset: Any, count: int, seed: int) -> Any:
-    """Some examples of a training set: drawn at random with a seed, of a stream the first ones.
-
-    Args:
-        dataset: A map-style or iterable data set.
-        count: How many; all of a smaller set.
-        seed: Of the draw.
-
-    Returns:
-        A data set with at most `count` examples.
-    """
+    """At most `count` examples of a training set: drawn at random with a seed, of a stream the first ones."""
     if not is_map_style(dataset):
         return dataset.take(count) if hasattr(dataset, "take") else list(islice(iter(dataset), count))
     rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count].tolist()

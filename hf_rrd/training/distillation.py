@@ -64,8 +64,7 @@ class Distillation:
         self.head = None
         detach_head(student)
         if self.projection is not None:
-            args = self.args
-            how = (args.student_projection, args.student_pooling, args.seed)
+            how = (self.args.student_projection, self.args.student_pooling, self.args.seed)
             self.head = attach_head(student, self.projection.dim, *how)
 
     # ---- The loss ----
@@ -80,8 +79,7 @@ class Distillation:
         """The terms of one micro-batch by name, each of every example, (batch,), or their mean.
 
         Args:
-            student: What is None has no term.
-            teacher: Of the same examples; what is None has no term.
+            student, teacher: Of the same examples; what is None has no term.
             attention_mask: Which of the tokens' logits count.
             training: Evaluation leaves the bank as it is.
 
@@ -103,15 +101,12 @@ class Distillation:
         return terms
 
     def relational_terms(self, student: Tensor, teacher_embedding: Tensor, training: bool) -> dict[str, Tensor]:
-        """Compare with the bank and, in training, remember the teacher's rows for it.
+        """`relational_loss`, and of "rrd" also `relational_kl`; in training the teacher's rows wait for the bank.
 
         Args:
             student: The student's projected embeddings, (batch, dim).
             teacher_embedding: The teacher's, (batch, width).
             training: Evaluation leaves the bank as it is.
-
-        Returns:
-            `relational_loss`, and of "rrd" also `relational_kl`: of each example, (batch,), or their mean.
         """
         assert self.projection is not None and self.bank is not None
         args, teacher = self.args, self.projection(teacher_embedding)
@@ -143,12 +138,9 @@ class Distillation:
 
     def total(self, terms: dict[str, Tensor]) -> Tensor:
         """The weighted sum of the terms' means, a scalar. `relational_kl` is for reading and has no weight."""
-        weights = {
-            "task_loss": self.args.task_weight,
-            "kd_loss": self.args.kd_weight,
-            "relational_loss": self.args.relational_weight,
-        }
-        return torch.stack([weights[name] * term.mean() for name, term in terms.items() if name in weights]).sum()
+        weighted = {name: f"{name.removesuffix('_loss')}_weight" for name in terms if name.endswith("_loss")}
+        parts = [getattr(self.args, weight) * terms[name].mean() for name, weight in weighted.items()]
+        return torch.stack(parts).sum()
 
     # ---- The bank ----
 
@@ -227,11 +219,7 @@ class Distillation:
     # ---- A checkpoint ----
 
     def state_dict(self, head: bool = True) -> State:
-        """All there is to save: `head`, `teacher_projection` and `bank`, as far as there are any.
-
-        Args:
-            head: Whether the head is wanted; a sharded one is saved with the student.
-        """
+        """All there is to save: `teacher_projection`, `bank` and, unless it is sharded with the student, `head`."""
         parts = {"head": self.head if head else None, "teacher_projection": self.projection, "bank": self.bank}
         return {name: dict(part.state_dict()) for name, part in parts.items() if part is not None}
 

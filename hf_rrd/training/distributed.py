@@ -64,21 +64,17 @@ class StepExamples:
 def gather_rows(accelerator: Accelerator, rows: Tensor, counts: list[list[int]]) -> Tensor:
     """The rows of all processes, by one all-gather, in the order in which one process would have had them.
 
-    That is the first micro-batch of each process, then the second of each, and so on.
+    That is the first micro-batch of each process, then the second of each, and so on. Each process sends as many rows
+    as the one that has the most.
 
     Args:
         accelerator: Of the trainer.
         rows: Of this process, (own, dim).
         counts: How many each process has in each of its micro-batches.
 
-    Returns:
-        (sum of counts, dim). Each process sends as many rows as the one that has the most.
-
     Raises:
         ValueError: There are not as many rows as this process said it has.
     """
-    if len(counts) == 1:
-        return rows
     totals = [sum(micro_batches) for micro_batches in counts]
     if len(rows) != totals[accelerator.process_index]:
         raise ValueError(
@@ -118,12 +114,11 @@ def embed_all(
     """The teacher's embeddings of some training examples, (examples, width), on all processes.
 
     Args:
-        dataset: The examples.
-        teacher: Reads them, unless their embeddings are a column.
+        dataset: The examples. Cached embeddings are read from their column.
+        teacher: Reads the others.
         loader_of: From a data set to a loader that shares it out among the processes.
         prepare: From a batch to the same on this process's device.
-        accelerator: Of the trainer.
-        args: The settings.
+        accelerator, args: Of the trainer.
     """
     if has_cached_embeddings(dataset):
         return cached_embeddings(dataset).to(args.device)

@@ -5,15 +5,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+_OF_THE_TEACHER = (
+    "Check that batch: its columns `teacher_embedding` and `teacher_logits`, or what the teacher reads. A float16 "
+    "teacher may overflow: load it in bfloat16 or float32."
+)
 ADVICE = {
-    "the teacher's embedding": "Check that batch: its columns `teacher_embedding` and `teacher_logits`, or what the "
-    "teacher reads. A float16 teacher may overflow: load it in bfloat16 or float32.",
+    "the teacher's embedding": _OF_THE_TEACHER,
+    "the teacher's logits": _OF_THE_TEACHER,
     "the loss": "The weights of the step before are in order: go on from the last checkpoint with a lower "
     "learning_rate, with max_grad_norm, or in bf16 instead of fp16, with weights (task_weight, kd_weight, "
     "relational_weight) and temperatures within reason. A task_loss of nan may be a micro-batch without a single "
     "label: README has the way round.",
 }
-ADVICE["the teacher's logits"] = ADVICE["the teacher's embedding"]
 
 
 class FiniteCheck:
@@ -49,11 +52,7 @@ class FiniteCheck:
                 self.note(step, f"the teacher's {name}", value)
 
     def raise_if_found(self) -> None:
-        """Raise for what was noted since the last call.
-
-        Raises:
-            ValueError: A value was not finite; it says which, and at which step.
-        """
+        """Raise a ValueError for what was noted since the last call and is not finite, with its step."""
         found, self._first_step = self._first_step, {}  # read once: what comes later may be in order again
         for name, first in found.items():
             step = int(first)
@@ -65,12 +64,7 @@ class FiniteCheck:
 
 @torch.no_grad()
 def check_weights(model: nn.Module, consequence: str) -> None:
-    """Raise a ValueError for a model whose trained weights no run could go on from.
-
-    Args:
-        model: The student.
-        consequence: What follows, as a part of the message.
-    """
+    """Raise a ValueError, with its consequence, for a student whose trained weights no run could go on from."""
     finite: dict[torch.device, list[tuple[str, Tensor]]] = {}
     for name, weight in model.named_parameters():
         if weight.requires_grad and weight.is_floating_point() and not weight.is_meta:

@@ -18,9 +18,6 @@ from hf_rrd.training.data import Preview, cached_embeddings, has_cached_embeddin
 SAMPLED = 1024
 """Values of each weight in a `weights_sample`."""
 
-SAMPLED_ROWS = 64
-"""Rows of a cached column that stand for all of them."""
-
 
 def weights_hash(model: nn.Module) -> str:
     """Of a model's class, config, adapters and weights: equal where two models give equal outputs.
@@ -42,15 +39,9 @@ def weights_sample(model: nn.Module) -> str:
 
 
 def teacher_identity(teacher: Teacher, pooling: Any, training_set: Preview) -> dict[str, str]:
-    """Where the embeddings and the logits come from that a run learns: a model, or a cached column of its data set.
+    """By the name of the column, what stands for the source of the outputs that a run learns.
 
-    Args:
-        teacher: The teacher, and what is wanted of it.
-        pooling: How its embedding is pooled.
-        training_set: The examples. Of a stream's cached columns only the name is known.
-
-    Returns:
-        By the name of the column: what stands for its source.
+    That is the model with its pooling, or a sample of a cached column; of a stream's column only the name is known.
     """
     identity, model = {}, ""
     for column, wanted, how in (
@@ -66,13 +57,7 @@ def teacher_identity(teacher: Teacher, pooling: Any, training_set: Preview) -> d
 
 
 def check_identity(about: dict[str, str], identity: dict[str, str], checkpoint: str) -> None:
-    """Raise a ValueError for a checkpoint whose bank is of another teacher than this run's.
-
-    Args:
-        about: What the checkpoint says of itself.
-        identity: Of this run's teacher.
-        checkpoint: Its folder, for the message.
-    """
+    """Raise a ValueError for a checkpoint that says of itself that its bank is of another teacher than this run's."""
     known = identity.keys() & about.keys()  # a term that was off then has no source to compare
     changed = sorted(column for column in known or identity if about.get(column) != identity[column])
     if changed:
@@ -88,7 +73,7 @@ def _column_sample(training_set: Preview, column: str) -> str:
     """Of some rows of a cached column, or of one where each would have to be made."""
     digest, dataset = hashlib.sha256(column.encode()), training_set.dataset
     if column == "teacher_embedding" and has_cached_embeddings(dataset) and is_map_style(dataset):
-        rows = dataset.select(range(0, len(dataset), max(1, len(dataset) // SAMPLED_ROWS)))
+        rows = dataset.select(range(0, len(dataset), max(1, len(dataset) // 64)))
         digest.update(cached_embeddings(rows).numpy().tobytes())
     elif is_map_style(dataset) and training_set.has(column):
         with named_errors(f"reading the column `{column}`"):
@@ -131,7 +116,6 @@ def _hash_of(model: nn.Module, tensors: Iterator[tuple[str, Any]]) -> str:
 
 
 def _facts(config: Any, without: tuple[str, ...]) -> dict[str, Any]:
-    # By way of JSON, as in a file: there keys are strings, and loading sorts them.
     return {str(name): value for name, value in config.to_dict().items() if name not in without}
 
 

@@ -83,11 +83,8 @@ class TeacherProjection:
             ValueError: It is of another kind or another width.
         """
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        kinds = {
-            "mean": (self.width,) if self.kind in MEASURED_PROJECTIONS else None,
-            "matrix": (self.width, self.dim) if self.kind not in ("none", "center") else None,
-        }
-        expected = {name: shape for name, shape in kinds.items() if shape is not None}
+        expected: dict[str, tuple[int, ...]] = {"mean": (self.width,)} if self.kind in MEASURED_PROJECTIONS else {}
+        expected |= {"matrix": (self.width, self.dim)} if self.kind in ("pca", "orthogonal") else {}
         if shapes != expected:
             raise ValueError(
                 f"the saved teacher projection has {shapes}, teacher_projection={self.kind!r} has {expected}. It was "

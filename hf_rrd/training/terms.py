@@ -18,9 +18,6 @@ PERPLEXITY = "teacher_perplexity"
 LOGGED = ("loss", *TERMS, PERPLEXITY)
 """What a log line has of the loss, in that order."""
 
-NEAR_ONE = 1.1
-"""Below this perplexity the teacher's distribution counts as certain."""
-
 
 class TermLog:
     """What the terms came to since the last log line, and during an evaluation. Adding never waits for the device."""
@@ -55,9 +52,7 @@ class TermLog:
         return [name for name in TERMS if name in self.window and not self.window[name].isfinite()]
 
     def line(self, reduce: Callable[[Tensor], Tensor], includes_own: bool) -> dict[str, float]:
-        """The mean of each term per optimizer step since the last line, which ends the window.
-
-        With the relational loss comes `teacher_perplexity`: how many rows of the bank the target is spread over.
+        """The mean of each term per optimizer step since the last line, with `teacher_perplexity`; ends the window.
 
         Args:
             reduce: From this process's sums to their mean over the processes, in one collective.
@@ -70,7 +65,7 @@ class TermLog:
         device = window[names[0]].device
         sums = reduce(torch.stack([window[name].to(device) for name in (*names, "steps")]))
         line = _with_perplexity(dict(zip(names, (sums[:-1] / sums[-1]).tolist(), strict=True)))
-        self.lines_near_one = self.lines_near_one + 1 if line.get(PERPLEXITY, NEAR_ONE) < NEAR_ONE else 0
+        self.lines_near_one = self.lines_near_one + 1 if line.get(PERPLEXITY, 2) < 1.1 else 0
         if self.lines_near_one == 2 and includes_own:
             logger.warning_once(
                 f"The teacher's perplexity over the bank stays near 1 ({line[PERPLEXITY]:.2f}): each example has only "
@@ -84,13 +79,7 @@ class TermLog:
         self._evaluated = []
 
     def add_evaluated(self, terms: dict[str, Tensor], examples: int, gather: Callable[[Tensor], Tensor]) -> None:
-        """Add an evaluated batch.
-
-        Args:
-            terms: Each example's terms, (batch,), or their mean.
-            examples: How many there are.
-            gather: From this process's rows, (batch, terms), to those of all processes, without duplicates.
-        """
+        """Add the terms of an evaluated batch; `gather` gives the rows of all processes, without duplicates."""
         rows = torch.stack([term.detach().float().expand(examples) for term in terms.values()], dim=1)
         self._evaluated.append(gather(rows))
         self._evaluated_names = [*terms]
