@@ -15,7 +15,7 @@ import hf_rrd
 PACKAGE = Path(hf_rrd.__file__).parent
 ROOT = PACKAGE.parent
 
-# The rooms of the package, modules and folders, in order: a module imports from those of its row, and from its own room.
+# The rooms of the package, modules and folders: a module imports from the rooms of its row, and from its own.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
@@ -124,11 +124,8 @@ def test_a_pure_torch_room_imports_torch_and_the_standard_library_alone(pure: st
     for module in modules:
         packages = {name.split(".")[0] for name in imports_of(SOURCES[module])}
         assert packages - {"torch", "hf_rrd"} - sys.stdlib_module_names == set(), module
-        known = [
-            name
-            for name in own_imports_of(SOURCES[module])
-            if not f"{name}.".startswith(tuple(f"{p}." for p in PURE_TORCH))
-        ]
+        pure_ones = tuple(f"{each}." for each in PURE_TORCH)
+        known = [name for name in own_imports_of(SOURCES[module]) if not f"{name}.".startswith(pure_ones)]
         assert known == [], module
 
 
@@ -183,7 +180,7 @@ ABOUT_THE_REPOSITORY = {"architecture", "documentation", "packaging"}
 
 
 def subjects_of(folder: Path) -> set[str]:
-    """What the test files of a folder may be named for: modules of the room, or scripts and folders of the examples."""
+    """What the test files of a folder may be named for: modules of the room, or scripts and folders of examples."""
     if folder == ROOT / "tests":
         return {module for module in MODULES if "." not in module} | ABOUT_THE_REPOSITORY
     if folder == ROOT / "tests" / "examples":
