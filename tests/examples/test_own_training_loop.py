@@ -59,6 +59,7 @@ def test_accelerate_launch_starts_a_script_as_two_processes(folder: Path, tmp_pa
         stdout=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
+        timeout=150,
         env=environment,
     ).stdout
     assert printed.count("in 3 steps") == 2  # 48 examples by twice 8
