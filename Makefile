@@ -4,8 +4,10 @@ VENV := .venv
 OLDEST := .venv-oldest
 DEEPSPEED := .venv-deepspeed
 BIN := $(VENV)/bin
+# A file's tests stay together, as they share what was trained for them.
+PARALLEL := -n 2 --dist loadscope
 
-.PHONY: help demo test test-oldest test-deepspeed check clean
+.PHONY: help demo test test-slow test-oldest test-deepspeed check clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -13,11 +15,14 @@ help: ## Show this list
 demo: $(VENV)/ready ## Distil a small ViT on handwritten digits and print what it gained (some minutes)
 	$(BIN)/python examples/quickstart.py
 
-test: $(VENV)/ready ## Run the tests
-	$(BIN)/python -m pytest
+test: $(VENV)/ready ## Run the fast tests
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
+
+test-slow: $(VENV)/ready ## Run the others: kills, command lines, compilation, benchmarks
+	$(BIN)/python -m pytest $(PARALLEL) -m slow
 
 test-oldest: $(OLDEST)/ready ## Run the tests with transformers 5.0, in an environment of its own
-	$(OLDEST)/bin/python -m pytest
+	$(OLDEST)/bin/python -m pytest $(PARALLEL)
 
 test-deepspeed: $(DEEPSPEED)/ready ## Run the tests of DeepSpeed and of quantised teachers, in an environment of its own
 	$(DEEPSPEED)/bin/python -m pytest tests/training/test_distributed_deepspeed.py tests/models/test_teacher_placement.py

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from transformers import TrainingArguments
+from transformers.training_args import TrainingArguments
 
 from hf_rrd.models.head import STUDENT_PROJECTIONS
 from hf_rrd.models.pooling import POOLERS, name_of

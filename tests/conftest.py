@@ -1,5 +1,6 @@
 """Tests run offline, on one thread, in a home of their own, and report to nobody."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -36,6 +37,9 @@ def pytest_unconfigure() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
+
+    gc.collect()
+    gc.freeze()  # what is imported stays, and need not be looked through again and again
 
     if not torch.cuda.is_available():
         for item in items:

@@ -98,13 +98,13 @@ class Gradients(TrainerCallback):
         self.steps.append(torch.cat([gradient.flatten().clone() for gradient in gradients]))
 
 
-def run(rank: int, processes: int, port: int, folder: str) -> None:
-    """Run all scenarios that so many processes can, and write down what this process ends with."""
+def run(rank: int, processes: int, port: int, folder: str, scenarios: list[str]) -> None:
+    """Run those of the scenarios that so many processes can, and write down what this process ends with."""
     be_process(rank, processes, port)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    for scenario, (_, most) in SCENARIOS.items():
-        if processes <= most:
+    for scenario in scenarios:
+        if processes <= SCENARIOS[scenario][1]:
             results = results_of(scenario, processes, folder)
             save_file(results, Path(folder, f"{scenario}-{rank}-of-{processes}.safetensors"))
 

@@ -1,6 +1,7 @@
 """What the processes of the tests find imported: see `tests.processes`."""
 
 import contextlib
+import gc
 import importlib
 
 import torch
@@ -24,3 +25,5 @@ for name in (
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+gc.collect()
+gc.freeze()  # or a collection in each of the processes copies the pages of all this

@@ -119,7 +119,8 @@ def test_activation_checkpointing_gives_the_same_parameters(tmp_path: Path) -> N
         close(run.model, plain.model, 1e-6)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_student_trains_as_the_eager_one(backend: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"kd_weight": 1.0, "optim": "sgd", "max_steps": 2}
     eager = trainer(tmp_path, model=tiny_vit(layers=1), **settings)

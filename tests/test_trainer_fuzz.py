@@ -35,7 +35,7 @@ from hf_rrd.losses.in_batch import BATCH_LOSSES
 from hf_rrd.models.pooling import cls_pool
 from tests.builders import CLASSES, Images, Texts, tiny_bert, tiny_vit, trainer
 
-CASES = 500
+CASES = [100, pytest.param(500, marks=pytest.mark.slow)]
 WIDTH = 24
 """Of the teachers' embeddings; the students' are 16 wide."""
 
@@ -43,7 +43,6 @@ DICE = st.randoms(use_true_random=True)
 """A case comes whole from one of these: of choices one by one hypothesis repeats some again and again."""
 
 fuzz = settings(
-    max_examples=CASES,
     derandomize=True,
     deadline=None,
     database=None,
@@ -307,10 +306,11 @@ def test_a_configuration_in_a_corner_trains_or_is_refused_by_name(
     outcome(lambda: configured(case, pairs[name], tmp_path), set(ARGUMENTS))
 
 
-def test_any_configuration_trains_or_is_refused_by_name(pairs: dict[str, Pair], tmp_path: Path) -> None:
+@pytest.mark.parametrize("cases", CASES)
+def test_any_configuration_trains_or_is_refused_by_name(cases: int, pairs: dict[str, Pair], tmp_path: Path) -> None:
     counts: Counter[str] = Counter()
 
-    @fuzz
+    @settings(fuzz, max_examples=cases)
     @given(DICE.map(configuration))
     def attempt(case: Configuration) -> None:
         note(repr(case))
@@ -319,8 +319,8 @@ def test_any_configuration_trains_or_is_refused_by_name(pairs: dict[str, Pair], 
         event(came_to)
 
     attempt()
-    assert counts["trained"] + counts["refused"] >= CASES
-    assert min(counts["trained"], counts["refused"]) >= CASES // 5, counts
+    assert counts["trained"] + counts["refused"] >= cases
+    assert min(counts["trained"], counts["refused"]) >= cases // 5, counts
 
 
 # ---- Batches ----
@@ -544,10 +544,11 @@ def fed(case: Batches, pair: Pair, dataset: Any, folder: Path) -> RelationalDist
     )
 
 
-def test_any_batches_are_trained_on_or_refused_by_name(pairs: dict[str, Pair], tmp_path: Path) -> None:
+@pytest.mark.parametrize("cases", CASES)
+def test_any_batches_are_trained_on_or_refused_by_name(cases: int, pairs: dict[str, Pair], tmp_path: Path) -> None:
     counts: Counter[str] = Counter()
 
-    @fuzz
+    @settings(fuzz, max_examples=cases)
     @given(DICE.map(batches))
     def attempt(case: Batches) -> None:
         pair = pairs[case.pair]
@@ -559,5 +560,5 @@ def test_any_batches_are_trained_on_or_refused_by_name(pairs: dict[str, Pair], t
         event(came_to)
 
     attempt()
-    assert counts["trained"] + counts["refused"] >= CASES
-    assert min(counts["trained"], counts["refused"]) >= CASES // 5, counts
+    assert counts["trained"] + counts["refused"] >= cases
+    assert min(counts["trained"], counts["refused"]) >= cases // 5, counts

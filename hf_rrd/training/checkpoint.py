@@ -157,7 +157,7 @@ def last_complete_checkpoint(folder: str) -> str | None:
     return None
 
 
-def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:
+def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: Any) -> str | None:
     """The checkpoint that `train(resume_from_checkpoint=...)` means; None starts anew.
 
     Raises:

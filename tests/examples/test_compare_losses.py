@@ -79,6 +79,7 @@ def test_the_task_loss_is_the_mean_over_labelled_examples(modules: tuple[ModuleT
     assert modules[1].task_loss({"logits": logits}, torch.full((5,), -100)) == 0
 
 
+@pytest.mark.slow
 def test_every_row_trains_without_labels_and_every_regime_trains(
     modules: tuple[ModuleType, ModuleType], task: Any
 ) -> None:

@@ -319,7 +319,7 @@ def check_parquet(path: Path) -> None:
     assert written["labels"][:] == caching_worker.images()["labels"][:]
 
 
-@pytest.mark.parametrize("kill", range(5))
+@pytest.mark.parametrize("kill", [0, *(pytest.param(kill, marks=pytest.mark.slow) for kill in range(1, 5))])
 def test_after_a_kill_a_second_call_finishes_the_work(tmp_path: Path, kill: int) -> None:
     chance = random.Random(kill)
     all_forwards = sum(

@@ -19,8 +19,9 @@ needs_resume_of_several = pytest.mark.skipif(
     version("transformers").startswith("5.0."), reason="Trainer cannot resume several processes on a CPU there"
 )
 
-KILLS = 10
-PAIR_KILLS = 4
+# Of each kind one is among the fast tests.
+KILLS = [0, *(pytest.param(kill, marks=pytest.mark.slow) for kill in range(1, 10))]
+PAIR_KILLS = [0, *(pytest.param(kill, marks=pytest.mark.slow) for kill in range(1, 4))]
 
 
 @dataclass
@@ -81,7 +82,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-@pytest.mark.parametrize("kill", range(KILLS))
+@pytest.mark.parametrize("kill", KILLS)
 @pytest.mark.parametrize("family", ["vit", "bert"])
 def test_a_run_killed_at_a_random_moment_ends_bitwise_as_the_undisturbed_one(
     undisturbed: dict[str, Path], tmp_path: Path, family: str, kill: int
@@ -98,7 +99,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
 
 
 @needs_resume_of_several
-@pytest.mark.parametrize("kill", range(PAIR_KILLS))
+@pytest.mark.parametrize("kill", PAIR_KILLS)
 def test_two_processes_of_which_one_is_killed_end_bitwise_as_undisturbed(
     pair: tuple[Job, Path], tmp_path: Path, kill: int
 ) -> None:

@@ -10,19 +10,37 @@ from torch import Tensor
 from tests.distributed_worker import SCENARIOS, STEPS, run
 from tests.processes import context, run_together
 
-Results = dict[str, dict[str, Tensor]]
+
+class Results(dict[str, dict[str, Tensor]]):
+    """What each process ends with, by `scenario-rank-of-processes`: run once one is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __missing__(self, key: str) -> dict[str, Tensor]:
+        fast = key.split("-")[0] in FAST
+        scenarios = [name for name in SCENARIOS if (name in FAST) == fast]
+        for processes in (1, 2, 4):
+            run_together(context(), run, processes, str(self.folder), scenarios)
+        self.update({path.stem: load_file(path) for path in self.folder.glob("*-of-*")})
+        return self[key]
+
 
 SHARED_BANK = [name for name in SCENARIOS if name not in ("each has a bank of its own", "no bank")]
-SEVERAL = [(name, processes) for name, (_, most) in SCENARIOS.items() for processes in (2, 4) if processes <= most]
+# The first scenarios are among the fast tests.
+FAST = ["plain", "no bank"]
+SEVERAL = [
+    pytest.param(name, processes, marks=[] if name in FAST else pytest.mark.slow)
+    for name, (_, most) in SCENARIOS.items()
+    for processes in (2, 4)
+    if processes <= most
+]
+SEVERAL_SHARE = [each for each in SEVERAL if each.values[0] in SHARED_BANK]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """What one process ends with, and each of two and of four."""
-    folder = tmp_path_factory.mktemp("distributed")
-    for processes in (1, 2, 4):
-        run_together(context(), run, processes, str(folder))
-    return {path.stem: load_file(path) for path in Path(folder).glob("*-of-*")}
+    return Results(tmp_path_factory.mktemp("distributed"))
 
 
 @pytest.mark.parametrize(("scenario", "processes"), SEVERAL)
@@ -33,7 +51,7 @@ def test_processes_end_bitwise_equal_to_each_other(results: Results, scenario: s
         assert {name for name in first if not torch.equal(first[name], other[name])} == own
 
 
-@pytest.mark.parametrize(("scenario", "processes"), [each for each in SEVERAL if each[0] in SHARED_BANK])
+@pytest.mark.parametrize(("scenario", "processes"), SEVERAL_SHARE)
 def test_processes_train_the_student_that_one_trains(results: Results, scenario: str, processes: int) -> None:
     one, several = results[f"{scenario}-0-of-1"], results[f"{scenario}-0-of-{processes}"]
     assert len(one["gradients"]) == len(several["gradients"]) == STEPS
@@ -41,7 +59,7 @@ def test_processes_train_the_student_that_one_trains(results: Results, scenario:
         assert (one[name] - several[name]).abs().max() < 1e-5, name
 
 
-@pytest.mark.parametrize(("scenario", "processes"), [each for each in SEVERAL if each[0] in SHARED_BANK])
+@pytest.mark.parametrize(("scenario", "processes"), SEVERAL_SHARE)
 def test_the_bank_holds_the_rows_of_all_processes_in_the_order_of_one(
     results: Results, scenario: str, processes: int
 ) -> None:

@@ -14,13 +14,13 @@ from tests.processes import context, run_together
 
 # Family, kind of checkpoint, layers to wrap: None is accelerate's default, which fails on both families without help.
 CASES = [
-    ("vit", "FULL_STATE_DICT", None),
-    ("vit", "SHARDED_STATE_DICT", "ViTLayer"),
+    pytest.param(("vit", "FULL_STATE_DICT", None), marks=pytest.mark.slow),
+    pytest.param(("vit", "SHARDED_STATE_DICT", "ViTLayer"), marks=pytest.mark.slow),
     ("bert", "SHARDED_STATE_DICT", None),
 ]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=["-".join(map(str, case)) for case in CASES])
+@pytest.fixture(scope="module", params=CASES, ids=["vit-full", "vit-sharded", "bert-sharded"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where the runs of a case left what they ended with."""
     family, kind, layers = request.param

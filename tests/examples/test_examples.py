@@ -1,0 +1,113 @@
+"""What holds for every script of the folder: its flags, its card, its errors."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.examples.scripts import CLASSIFY, QUIET, SCRIPTS, TOKENIZER, load_script, start_process
+from tests.loopback_hub import LoopbackHub, header_errors
+
+
+@pytest.mark.parametrize("student", ["--student_num_layers 1", "--student_model_name_or_path {}/other"])
+def test_texts_train_from_the_teachers_cached_outputs_as_under_the_teacher(start: Any, student: str) -> None:
+    line = "--train_file {}/train.csv --validation_file {}/validation.csv --text_column_name sentence "
+    line += f"{student} --num_train_epochs 1 --logging_steps 1 --optim sgd {QUIET} --output_dir OUT"
+    for script, given, terms in (
+        (
+            "text_classification",
+            "{}/classifier --label_column_name verdict --kd_weight 1",
+            ["relational_loss", "kd_loss"],
+        ),
+        ("text_embeddings", "{}/embedder", ["relational_loss"]),
+    ):
+        runs = [
+            start(script, f"{line} --teacher_model_name_or_path {given} {flag}") for flag in ("", "--cache_teacher")
+        ]
+        assert [run.teacher is None for run in runs] == [False, True]
+        for term in terms:
+            online, cached = ([entry[term] for entry in run.state.log_history if "loss" in entry] for run in runs)
+            assert len(online) >= 6
+            assert cached == pytest.approx(online, rel=2e-3, abs=2e-3)
+        assert runs[1].evaluate().keys() >= {f"eval_{term}" for term in terms}
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "processor"),
+    [
+        pytest.param("quickstart", "--teacher_epochs 0.2 --epochs 0.5", set(), marks=pytest.mark.slow),
+        (
+            "text_classification",
+            f"{CLASSIFY} --teacher_model_name_or_path {{}}/classifier --logging_steps 1",
+            TOKENIZER,
+        ),
+        (
+            "image_classification",
+            "--train_file {}/train.parquet --test_file {}/test.parquet "
+            f"--teacher_model_name_or_path {{}}/vit --logging_steps 1 {QUIET}",
+            {"preprocessor_config.json"},
+        ),
+        (
+            "text_embeddings",
+            "--train_file {}/train.csv --validation_file {}/validation.csv --text_column_name sentence "
+            "--teacher_model_name_or_path {}/embedder --student_num_layers 1 --student_projection none "
+            f"--logging_steps 1 {QUIET}",
+            TOKENIZER,
+        ),
+        (
+            "own_training_loop",
+            "--train_file {}/train.csv --validation_file {}/validation.csv --text_column_name sentence "
+            "--teacher_model_name_or_path {}/classifier --student_num_layers 1 --num_train_epochs 1",
+            TOKENIZER,
+        ),
+    ],
+)
+def test_a_script_reports_and_pushes_by_flags(
+    name: str, line: str, processor: set[str], folder: Path, tmp_path: Path
+) -> None:
+    with LoopbackHub() as hub:
+        flags = "--report --push_to_hub --hub_model_id tester/pushed --output_dir OUT"
+        printed = start_process(name, f"{line} {flags}", folder, tmp_path, hub=hub)
+        files = hub.files("tester/pushed")
+        assert hub.unhandled == []
+    assert "CKA with the teacher" in printed and "p95" in printed
+    stock = {"README.md", "config.json", "model.safetensors"} | processor
+    pictures = {
+        "quickstart": "similarities embeddings reliability",  # its tiny run ends before its first log line
+        "text_embeddings": "losses similarities embeddings",  # without classes
+        "own_training_loop": "similarities embeddings reliability",
+    }.get(name, "losses similarities embeddings reliability")
+    assert files.keys() == stock | {f"figures/{picture}.png" for picture in pictures.split()}
+    card = files["README.md"].decode()
+    assert header_errors(card) == [] and "hf-rrd" in card and str(tmp_path) not in card and str(folder) not in card
+    report = json.loads(next(tmp_path.rglob("distillation_report.json")).read_text())
+    assert {"latency_ms", "parameters", "bytes", "flops"} <= report["student"].keys() & report["teacher"].keys()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_command_in_the_docstring_is_understood(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load_script(name)
+    command = next(line for line in script.__doc__.splitlines() if line.startswith("    python"))
+    words = shlex.split(command)
+    assert words[:2] == ["python", f"examples/{name}.py"]
+    monkeypatch.setattr(sys, "argv", words[1:])
+    parsed = script.parse()
+    settings = parsed[-1] if isinstance(parsed, tuple) else parsed
+    assert settings.output_dir == f"out/{name}"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_file_that_is_not_there_is_named(name: str, start: Any) -> None:
+    models = "--teacher_model_name_or_path {}/classifier --student_num_layers 1 --output_dir OUT"
+    files = "--train_file {}/nowhere.csv --validation_file {}/validation.csv"
+    with pytest.raises(FileNotFoundError, match="nowhere.csv"):
+        start(name, f"{models} {files}")
+
+
+@pytest.mark.parametrize("name", SCRIPTS[:3])
+def test_a_run_without_data_says_which_flags_it_needs(name: str, start: Any) -> None:
+    with pytest.raises(SystemExit, match="Give .*--dataset_name.*--train_file"):
+        start(name, "--teacher_model_name_or_path {}/classifier --output_dir OUT")
