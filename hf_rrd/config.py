@@ -122,7 +122,7 @@ class RelationalDistillationConfig(TrainingArguments):
             self.teacher_perplexity = _number("teacher_perplexity", self.teacher_perplexity)
         self.teacher_model_init_kwargs = _init_kwargs(self.teacher_model_init_kwargs)
         self.validate()
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
 
     def validate(self) -> None:
         """Raise a ValueError for a setting out of its range; the trainer asks again when a training starts."""
@@ -197,7 +197,7 @@ class RelationalDistillationConfig(TrainingArguments):
 
     def to_dict(self) -> dict[str, Any]:
         """As in `TrainingArguments`, with a callable pooling by its name and without the teacher's token."""
-        fields = super().to_dict()
+        fields = super().to_dict()  # type: ignore[no-untyped-call]
         for name in ("student_pooling", "teacher_pooling"):
             fields[name] = name_of(fields[name])
         if isinstance(fields["teacher_model_init_kwargs"], dict):
