@@ -6,7 +6,8 @@
         --student_num_layers 2 --output_dir out/own_training_loop
 
 `accelerate launch` instead of `python` runs it on several devices, and `--mixed_precision bf16` there does what it
-says. The labels are whole numbers from 0. Needs `pip install 'hf_rrd[demo,plots]'`.
+says. The labels are whole numbers from 0. `hf upload user/name out/own_training_loop` pushes student and card. Needs
+`pip install 'hf_rrd[demo,plots]'`.
 """
 
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ class Arguments:
     batch_size: int = field(default=32, metadata={"help": "Examples of one step on one device."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Of AdamW."})
     relational_weight: float = field(default=10.0, metadata={"help": "Weight of the relational loss."})
-    kd_weight: float = field(default=0.0, metadata={"help": "Weight of distillation on logits; 0 leaves it out."})
+    kd_weight: float = field(default=0.0, metadata={"help": "Weight of distillation on logits."})
     bank_size: int = field(default=4096, metadata={"help": "Teacher embeddings to compare with."})
     seed: int = field(default=0, metadata={"help": "Of new weights and of the order of batches."})
     card_dataset: str | None = field(default=None, metadata={"help": "For the card: the Hub name of files' data set."})
@@ -51,7 +52,7 @@ def main() -> None:
     accelerator = Accelerator()
     set_seed(args.seed)
 
-    # The data, and the teacher, whose gradients nobody needs.
+    # The teacher, whose gradients nobody needs, and the data.
     teacher = AutoModelForSequenceClassification.from_pretrained(args.teacher_model_name_or_path)
     teacher = teacher.requires_grad_(False).eval().to(accelerator.device)
     tokenizer = AutoTokenizer.from_pretrained(args.teacher_model_name_or_path)
@@ -90,10 +91,9 @@ def main() -> None:
                 teacher_rows, teacher_outputs = embed(teacher, batch, return_outputs=True)
             student_rows, outputs = embed(student, batch, return_outputs=True)
             rows = teacher_rows - mean  # (batch, width)
-            loss = relational_loss(project(student_rows), rows, bank.filled, include_own=True)
-            loss = outputs.loss + args.relational_weight * loss
-            if args.kd_weight > 0:
-                loss = loss + args.kd_weight * logit_loss(outputs.logits, teacher_outputs.logits)
+            relational = relational_loss(project(student_rows), rows, bank.filled, include_own=True)
+            kd = logit_loss(outputs.logits, teacher_outputs.logits)
+            loss = outputs.loss + args.relational_weight * relational + args.kd_weight * kd
             bank.enqueue(accelerator.gather(rows))
             accelerator.backward(loss)
             optimizer.step()
@@ -106,13 +106,11 @@ def main() -> None:
         student.save_pretrained(args.output_dir)
         tokenizer.save_pretrained(args.output_dir)
         report = compare_models(student, teacher, data["validation"], collate)
+        report.save(args.output_dir)
         Console().print(report.table())
-        about = {
-            "settings": {"task_weight": 1.0, "relational_weight": args.relational_weight, "kd_weight": args.kd_weight},
-            "training": {"epochs": args.num_train_epochs, "learning_rate": args.learning_rate, "seed": args.seed},
-            "dataset": args.card_dataset,
-            "processing_class": tokenizer,
-        }
+        about: dict[str, Any] = {"dataset": args.card_dataset, "processing_class": tokenizer}
+        about["settings"] = {"relational_weight": args.relational_weight, "kd_weight": args.kd_weight}
+        about["training"] = {"epochs": args.num_train_epochs, "learning_rate": args.learning_rate, "seed": args.seed}
         write_card(args.output_dir, student, teacher=teacher, report=report, **about)
     accelerator.wait_for_everyone()  # torch 2.13 may hang where the group ends right after a gather
     accelerator.end_training()

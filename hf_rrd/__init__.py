@@ -49,5 +49,4 @@ __all__ = [
     "student_from_teacher",
     "with_views",
     "write_card",
-    "write_card",
 ]

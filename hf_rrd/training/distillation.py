@@ -61,9 +61,9 @@ class Distillation:
 
     def attach(self, student: nn.Module) -> None:
         """Give a student the head that the comparison needs, in place of an earlier one, or take that off."""
-        self.head = None
-        detach_head(student)
-        if self.projection is not None:
+        if self.projection is None:
+            detach_head(student)
+        else:
             how = (self.args.student_projection, self.args.student_pooling, self.args.seed)
             self.head = attach_head(student, self.projection.dim, *how)
 

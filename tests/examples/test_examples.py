@@ -57,12 +57,6 @@ def test_texts_train_from_the_teachers_cached_outputs_as_under_the_teacher(start
             f"--logging_steps 1 {QUIET}",
             TOKENIZER,
         ),
-        (
-            "own_training_loop",
-            "--train_file {}/train.csv --validation_file {}/validation.csv --text_column_name sentence "
-            "--teacher_model_name_or_path {}/classifier --student_num_layers 1 --num_train_epochs 1",
-            TOKENIZER,
-        ),
     ],
 )
 def test_a_script_reports_and_pushes_by_flags(
@@ -78,7 +72,6 @@ def test_a_script_reports_and_pushes_by_flags(
     pictures = {
         "quickstart": "similarities embeddings reliability",  # its tiny run ends before its first log line
         "text_embeddings": "losses similarities embeddings",  # without classes
-        "own_training_loop": "similarities embeddings reliability",
     }.get(name, "losses similarities embeddings reliability")
     assert files.keys() == stock | {f"figures/{picture}.png" for picture in pictures.split()}
     card = files["README.md"].decode()

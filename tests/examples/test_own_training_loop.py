@@ -27,8 +27,8 @@ def test_the_own_loop_runs_on_two_processes_and_saves_a_student_of_the_printed_a
     )
     printed = start_process("own_training_loop", line, folder, tmp_path, processes=2)
     assert printed.count("epoch 2: loss") == 1
-    assert printed.count("in 3 steps") == 2  # 48 examples by twice 8
-    saved = json.loads((tmp_path / "results.json").read_text())
+    assert printed.count("the last of 3 steps") == 2  # 48 examples by twice 8
+    saved = json.loads((tmp_path / "distillation_report.json").read_text())
     for name, model in (("student", tmp_path), ("teacher", folder / "classifier")):
         rows = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
         network, tokenizer = (
@@ -36,10 +36,10 @@ def test_the_own_loop_runs_on_two_processes_and_saves_a_student_of_the_printed_a
             AutoTokenizer.from_pretrained(model),
         )
         found = [network(**tokenizer(row["sentence"], return_tensors="pt")).logits.argmax().item() for row in rows]
-        assert saved[name] == pytest.approx(
-            sum(a == row["label"] for a, row in zip(found, rows, strict=True)) / len(rows)
-        )
-        assert f"{name} {100 * saved[name]:.1f} %" in printed
+        right = sum(a == row["label"] for a, row in zip(found, rows, strict=True)) / len(rows)
+        assert saved[name]["accuracy"] == pytest.approx(right)
+        assert f"{100 * right:.1f} %" in printed
+    assert "distilled from a `BertForSequenceClassification`" in (tmp_path / "README.md").read_text()
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path).config.num_hidden_layers == 1
 
 
@@ -62,5 +62,5 @@ def test_accelerate_launch_starts_a_script_as_two_processes(folder: Path, tmp_pa
         timeout=150,
         env=environment,
     ).stdout
-    assert printed.count("in 3 steps") == 2  # 48 examples by twice 8
+    assert printed.count("the last of 3 steps") == 2  # 48 examples by twice 8
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.num_hidden_layers == 1

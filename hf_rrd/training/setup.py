@@ -1,0 +1,75 @@
+"""What a run is made of, checked and put together: its data, its teacher, and a student with its head."""
+
+from typing import Any
+
+from torch import nn
+from transformers.utils import find_labels
+
+from hf_rrd.models.body import unwrapped
+from hf_rrd.models.head import check_student
+from hf_rrd.models.teacher import Teacher, check_teacher, load_teacher
+from hf_rrd.training.data import Preview, check_dataset
+from hf_rrd.training.distillation import Distillation
+
+
+def check_data(training_set: Preview, eval_dataset: Any, student: Any, args: Any, data_collator: Any) -> None:
+    """Raise a ValueError for data sets that are empty, or without the labels that the task needs."""
+    check_dataset("train_dataset", training_set.dataset)
+    check_dataset("eval_dataset", eval_dataset)
+    names = args.label_names or (None if student is None else find_labels(type(unwrapped(student))))
+    if args.task_weight > 0 and training_set.dataset is not None and data_collator is None and names:
+        training_set.check_labels(names)
+
+
+def prepared(teacher: Teacher, distillation: Distillation, loss_is_its_own: bool, student: Any) -> Any:
+    """A student with its head, after a look at whether it can be trained under this teacher; None of none.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    if student is None:
+        return None
+    check_student(student, loss_is_its_own and distillation.args.task_weight > 0)
+    if teacher.model is not None:
+        check_teacher(teacher.model, student, teacher.wants_logits)
+    distillation.attach(student)
+    return student
+
+
+def teacher_for(teacher: Any, args: Any, training_set: Preview, student: nn.Module | None) -> Teacher:
+    """The teacher of a run, as far as the settings need one.
+
+    Args:
+        teacher: A model, a Hub name or a folder; None where the training set has its outputs.
+        args: The settings.
+        training_set: Its cached columns stand in for a model.
+        student: Whom it is to teach, where that is known already.
+
+    Raises:
+        ValueError: One is needed, and there is neither a model nor cached outputs; or it cannot be loaded, or not
+            teach this student.
+    """
+    wants_embedding, wants_logits = args.relational_weight > 0, args.kd_weight > 0
+    needed = wants_embedding or wants_logits
+    model = load_teacher(teacher, args.teacher_model_init_kwargs) if needed else None
+    if model is not None and student is not None:
+        check_teacher(model, student, wants_logits)
+    compiled = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+    made = Teacher(
+        model, wants_embedding, wants_logits, args.teacher_pooling, compiled if args.torch_compile else None
+    )
+    if model is None and wants_embedding:
+        shape = training_set.cached_shape
+        if shape is None:
+            raise ValueError(
+                "the relational loss needs a teacher: pass `teacher=` a model, a Hub name or a folder, or a "
+                "training set with a `teacher_embedding` column. Got neither. relational_weight=0 does without."
+            )
+        made.cached_as(*shape)
+    elif model is None and wants_logits and training_set.dataset is not None:
+        if "teacher_logits" not in training_set.example:
+            raise ValueError(
+                "`kd_weight` is above 0, so a teacher is needed: pass `teacher=` a model, a Hub name or a folder, or "
+                "a training set with a `teacher_logits` column. Got neither."
+            )
+    return made
