@@ -8,9 +8,8 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
+# What unsuitable data make of the code that reads them, and what a device raises whatever the data.
 FROM_DATA = (ValueError, TypeError, RuntimeError, LookupError, AttributeError, ArithmeticError, AssertionError)
-"""What unsuitable data make of the code that reads them."""
-
 OF_DEVICES = (torch.OutOfMemoryError, torch.distributed.DistError, getattr(torch, "AcceleratorError", ()))
 
 
@@ -20,14 +19,12 @@ class BatchError(ValueError):
 
 @contextmanager
 def named_errors(what: str, data: Any = None) -> Iterator[None]:
-    """Turn an error of what is done meanwhile into a `BatchError` that says what that was, and with which columns.
+    """Turn an error inside the block into a `BatchError` that says what failed, and with which columns.
 
-    Errors of memory, devices and the network are left as they are: the data have no part in them. So are errors of
-    classes of somebody's own, which say themselves what they are about.
+    Errors of memory, devices and the network stay as they are: the data have no part in them. So do errors of classes
+    of somebody's own, which say themselves what they are about.
 
-    Args:
-        what: Who did what, as the beginning of a sentence.
-        data: A batch or an example, where it is known.
+    `what` is the beginning of a sentence; `data` a batch or an example, where it is known.
     """
     try:
         yield

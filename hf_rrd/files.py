@@ -11,23 +11,11 @@ from uuid import uuid4
 
 @contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path to write to, which takes the place of `path` at the end of the block.
+    """A path in the same folder to write to, which takes the place of `path` at the end of the block.
 
     A reader sees the old file or the new one, never a part. If the block raises, the old file stays and the temporary
-    one is removed. A process that is killed leaves a hidden file whose name ends in `.tmp`.
-
-    Args:
-        path: The file. Its folder is made where there is none.
-
-    Yields:
-        A path in the same folder that does not exist yet. A file that is opened there has the usual permissions.
-
-    Example:
-
-    ```python
-    with written_whole("report.json") as temporary:
-        temporary.write_text("{}")
-    ```
+    one is removed; a process that is killed leaves a hidden file whose name ends in `.tmp`. Missing folders are made.
+    A file that is opened at the temporary path has the usual permissions.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,15 +28,9 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
-    """Write a value as JSON, indented by two spaces, whole or not at all; returns the file.
+    """Write dicts, lists, texts and numbers, NumPy's among them, as JSON, whole or not at all; returns the file.
 
-    Args:
-        path: The file.
-        value: Dicts, lists, texts and numbers, NumPy's among them.
-
-    Raises:
-        ValueError: A number is nan or infinite.
-        TypeError: A value has no form in JSON.
+    A number that is nan or infinite is a ValueError, what has no form in JSON a TypeError.
     """
     text = json.dumps(value, indent=2, allow_nan=False, default=_as_python)
     with written_whole(path) as temporary:

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-SLACK = 4  # room for a quarter of the size beyond it: so a row is moved four times on its way, not once a step
-
 
 class FeatureBank:
     """A first-in-first-out store of embeddings, of any size, fed with batches of any size.
@@ -16,8 +14,7 @@ class FeatureBank:
     Args:
         size: How many rows to keep at most; 0 keeps none.
         dim: The width of a row.
-        dtype: Of the stored rows.
-        device: Of the stored rows.
+        dtype, device: Of the stored rows.
 
     Raises:
         ValueError: `size` is negative or `dim` is not positive.
@@ -30,11 +27,10 @@ class FeatureBank:
             raise ValueError(f"`size` must be 0 or more rows and `dim` at least 1, got {size} and {dim}.")
         self.size, self.dim = size, dim
         self._storage = torch.empty(0, dim, dtype=dtype, device=device)
-        self._rows = self._storage  # the part of it that is filled
-        self._end = 0  # where that part ends, and free room begins
+        self._start = self._end = 0  # of the filled part; behind it is free room
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._end - self._start
 
     def __repr__(self) -> str:
         return f"FeatureBank(size={self.size}, dim={self.dim}, filled={len(self)})"
@@ -42,59 +38,45 @@ class FeatureBank:
     @property
     def filled(self) -> Tensor:
         """The rows in the bank, (len(self), dim), oldest first and newest last. Do not write into it."""
-        return self._rows
+        return self._storage[self._start : self._end]
 
     @torch.no_grad()
     def enqueue(self, rows: Tensor) -> None:
-        """Put rows in, dropping the oldest beyond `size`. Of more rows than `size`, the last `size` stay.
-
-        Args:
-            rows: (n, dim), any n, in the order of arrival.
-
-        Raises:
-            ValueError: The width is not `dim`.
-        """
+        """Put rows in, (n, dim), oldest first, dropping the oldest beyond `size`; a ValueError for another width."""
         if rows.dim() != 2 or rows.shape[1] != self.dim:
             raise ValueError(f"`rows` must have the shape (n, {self.dim}), got {tuple(rows.shape)}.")
-        rows = rows.detach()[max(len(rows) - self.size, 0) :]
-        kept = self._rows[max(len(self._rows) + len(rows) - self.size, 0) :]
+        rows = rows[max(len(rows) - self.size, 0) :]
+        kept = self.filled[max(len(self) + len(rows) - self.size, 0) :]
         if self._end + len(rows) > len(self._storage):
-            # A large bank takes no more room than it needs yet.
-            room = min(self.size + -(-self.size // SLACK), 2 * (len(kept) + len(rows)))
-            self._storage = kept.new_empty(room, self.dim)
+            # Room for a quarter more than the size: a row is moved four times on its way, not at every step. A bank
+            # that is far from full takes less.
+            self._storage = kept.new_empty(min(self.size * 5 // 4 + 1, 2 * (len(kept) + len(rows))), self.dim)
             self._storage[: len(kept)] = kept
             self._end = len(kept)
         # Through `data`, because autograd counts writes to all of a storage: these are to rows that nobody has seen.
         self._storage.data[self._end : self._end + len(rows)] = rows
         self._end += len(rows)
-        self._rows = self._storage[self._end - len(kept) - len(rows) : self._end]
+        self._start = self._end - len(kept) - len(rows)
 
     def clear(self) -> None:
         """Take all rows out."""
-        self._rows = self._storage = self._storage.new_empty(0, self.dim)
-        self._end = 0
+        self._start = self._end
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "FeatureBank":
         """Move the rows to a device or a dtype; returns the bank itself."""
-        self._storage = self._rows = self._rows.to(device=device, dtype=dtype)
-        self._end = len(self._rows)  # no free room: the next write is elsewhere
+        self._storage = self.filled.to(device=device, dtype=dtype)  # no free room: the next write is elsewhere
+        self._start, self._end = 0, len(self._storage)
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
         """All there is to save: `rows`, (len(self), dim). Their order is the bank's only position."""
-        return {"rows": self._rows.clone()}
+        return {"rows": self.filled.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over saved rows; of more rows than `size`, the newest stay.
-
-        Raises:
-            ValueError: `rows` is missing or of another width.
-        """
+        """Take over saved rows, of which the newest `size` stay; a ValueError for other names or another width."""
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         if shapes.get("rows", ())[1:] != (self.dim,):
-            raise ValueError(
-                f"the saved bank must hold `rows` of shape (n, {self.dim}), got {shapes}. It was saved with another "
-                "teacher or another projection."
-            )
+            cause = "It was saved with another teacher or another projection."
+            raise ValueError(f"the saved bank must hold `rows` of shape (n, {self.dim}), got {shapes}. {cause}")
         self.clear()
         self.enqueue(state["rows"])

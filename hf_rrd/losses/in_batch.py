@@ -1,9 +1,9 @@
 """The relational losses within a micro-batch: what its student embeddings should share with the teacher's.
 
-Each takes rows of any scale, `student`, (batch, student_dim), and `teacher`, (batch, teacher_dim), of the same
-examples. Only `student` gets a gradient. Computed in float32 (float64 for a float64 student), also under autocast. A
-row of zeros has no direction, so its cosine with anything is 0, and two rows that coincide have none between them:
-there, and where a batch is too small to hold a relation, the gradient is 0.
+Each takes rows of any scale, `student`, (batch, student_dim), and `teacher`, (batch, teacher_dim), and raises a
+ValueError where these are not rows of the same examples. Only `student` gets a gradient. Computed in float32 (float64
+for a float64 student), also under autocast. A row of zeros has no direction, so its cosine with anything is 0, and two
+rows that coincide have none between them: there, and where a batch is too small to hold a relation, the gradient is 0.
 """
 
 import math
@@ -51,10 +51,7 @@ def rkd_angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Holds some tensors of (batch, batch, batch), whatever the widths: 1 MB each for 64 examples, 64 MB for 256.
 
     Args, Raises: as for `rkd_distance_loss`; (batch, student_dim) and (batch, teacher_dim).
-
-    Returns:
-        The mean over the ordered triples of distinct examples, a scalar; 0 for fewer than 3 examples.
-
+    Returns: the mean over the ordered triples of distinct examples, a scalar; 0 for fewer than 3 examples.
     Source: Park et al., Relational Knowledge Distillation, arXiv:1904.05068, eq. 8-10.
     """
     with pair(student, teacher) as (student, teacher):
@@ -70,10 +67,7 @@ def similarity_preserving_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Neither side's scale as a whole nor its rotation changes it.
 
     Args, Raises: as for `rkd_distance_loss`; (batch, student_dim) and (batch, teacher_dim).
-
-    Returns:
-        The squared Frobenius norm over batch**2, a scalar; 0 for 1 example, unless one of its rows is 0.
-
+    Returns: the squared Frobenius norm over batch**2, a scalar; 0 for 1 example, unless one of its rows is 0.
     Source: Tung and Mori, Similarity-Preserving Knowledge Distillation, arXiv:1907.09682, eq. 1-4.
     """
     with pair(student, teacher) as (student, teacher):
@@ -88,10 +82,7 @@ def pkt_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Rows that are exactly opposite get the machine epsilon in place of 0, so that the loss stays finite.
 
     Args, Raises: as for `rkd_distance_loss`; (batch, student_dim) and (batch, teacher_dim).
-
-    Returns:
-        The mean over the batch, a scalar; 0 for fewer than 3 examples.
-
+    Returns: the mean over the batch, a scalar; 0 for fewer than 3 examples.
     Source: Passalis and Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer, arXiv:1803.10837.
     """
     with pair(student, teacher) as (student, teacher):
@@ -109,17 +100,12 @@ def correlation_congruence_loss(student: Tensor, teacher: Tensor, gamma: float =
     `order`. Neither the scale of any row nor a side's rotation changes the loss.
 
     Args:
-        student: (batch, student_dim).
-        teacher: (batch, teacher_dim).
+        student, teacher: as for `rkd_distance_loss`; (batch, student_dim) and (batch, teacher_dim).
         gamma: Positive. Higher compares nearer neighbours and needs a higher order.
         order: The highest power of the series, at least 1.
 
-    Returns:
-        The squared Frobenius norm over batch**2, a scalar; 0 for 1 example, unless one of its rows is 0.
-
-    Raises:
-        ValueError: They are not rows of the same examples, `gamma` is not positive, or `order` is below 1.
-
+    Returns: as for `similarity_preserving_loss`.
+    Raises: as for `rkd_distance_loss`; also a ValueError for a `gamma` or an `order` out of range.
     Source: Peng et al., Correlation Congruence for Knowledge Distillation, arXiv:1904.01802, eq. 6-10.
     """
     check_positive("gamma", gamma, 0.4)
@@ -144,7 +130,7 @@ def _angle_cosines(rows: Tensor) -> Tensor:
 
 
 def _log_affinities(rows: Tensor) -> Tensor:
-    """The logarithm of the probability of j given i, (batch, batch). The diagonal is finite and means nothing."""
+    """`pkt_loss`'s log-probability of j given i, (batch, batch). The diagonal is finite and means nothing."""
     rows = unit(rows)
     kernel = ((rows @ rows.T + 1) / 2).clamp(min=torch.finfo(rows.dtype).eps)
     own = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
@@ -160,6 +146,7 @@ def _taylor_kernel(rows: Tensor, gamma: float, order: int) -> Tensor:
     return math.exp(-2 * gamma) * series
 
 
+# The losses that need no bank, by name: functions from the rows of the student and of the teacher to a scalar.
 BATCH_LOSSES: dict[str, Callable[..., Tensor]] = {
     "rkd_distance": rkd_distance_loss,
     "rkd_angle": rkd_angle_loss,
@@ -169,4 +156,3 @@ BATCH_LOSSES: dict[str, Callable[..., Tensor]] = {
     "cosine": cosine_loss,
     "mse": mse_loss,
 }
-"""The losses that need no bank, by name: functions from the rows of the student and of the teacher to a scalar."""

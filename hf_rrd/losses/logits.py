@@ -29,16 +29,11 @@ def logit_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
 def logit_terms(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
     """`logit_loss` before the mean: the shape of the logits without their last dimension."""
     check_positive("temperature", temperature, 4.0)
-    if student_logits.shape != teacher_logits.shape:
+    if student_logits.shape != teacher_logits.shape or student_logits.shape[-1] < 2:
         raise ValueError(
-            "distillation on logits needs the same classes on both sides, got student logits of shape "
-            f"{tuple(student_logits.shape)} and teacher logits of shape {tuple(teacher_logits.shape)}. Use a teacher "
-            "with the student's classes, or set kd_weight=0: the relational loss does not need them."
-        )
-    if student_logits.shape[-1] < 2:
-        raise ValueError(
-            "distillation on logits needs at least 2 classes, got 1: a softmax over one class is always 1. Set "
-            "kd_weight=0."
+            "distillation on logits needs the same classes on both sides, at least 2 of them, got student logits of "
+            f"shape {tuple(student_logits.shape)} and teacher logits of shape {tuple(teacher_logits.shape)}. Use a "
+            "teacher with the student's classes, or set kd_weight=0: the relational loss does not need them."
         )
     with torch.autocast(student_logits.device.type, enabled=False):
         student_log_probs = F.log_softmax(precise(student_logits) / temperature, dim=-1)

@@ -37,10 +37,7 @@ def mse_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Scale changes it; a rotation or translation does too, unless it moves both sides.
 
     Args, Raises: as for `cosine_loss`; (batch, dim) each.
-
-    Returns:
-        The mean over the batch and the dimensions, a scalar.
-
+    Returns: the mean over the batch and the dimensions, a scalar.
     Source: Romero et al., FitNets, arXiv:1412.6550, eq. 3 (there half the sum over the dimensions).
     """
     with pair(student, teacher, one_width=True) as (student, teacher):

@@ -9,11 +9,8 @@ from torch import Tensor
 
 from hf_rrd.losses.rows import check_positive, pair, unit
 
-SLICE_ROWS = 4096  # of the bank, that are read at a time, at most
-SLICE_ELEMENTS = 2**19  # of a slice and its logits, at most, on a CPU: 2 MiB, which stay in its cache
-ACCELERATOR_FACTOR = 16  # by which both are larger elsewhere, where each slice costs some launches of kernels
+SLICE_ROWS = 4096  # of the bank, that are read at a time, at most; 16 times as many on an accelerator
 SOLVER_ELEMENTS = 2**20  # of the (rows, bank) similarities that the search for a perplexity holds at a time
-SOLVER_STEPS = 10  # of that search; each reads these similarities once
 
 
 def relational_loss(
@@ -30,20 +27,19 @@ def relational_loss(
     With `p_t = softmax(cosines(teacher, bank) / teacher_temperature)` and `p_s` likewise for the student, the loss of
     an example is `-sum_k p_t[k] log p_s[k]`. Only `student` gets a gradient, and no second derivative; the cosine of a
     row of zeros is 0. Computed in float32 (float64 for a float64 student), also under autocast, from one pass over
-    slices of the bank: no (batch, bank) matrix, no copy of the bank, memory does not grow with the bank.
+    slices of the bank: memory does not grow with it.
 
     Args:
-        student: Rows of the student, (batch, dim), of any scale.
-        teacher: Rows of the teacher for the same examples, (batch, dim), of any scale.
-        bank: Rows of teacher embeddings to compare with, (bank, dim), of any scale. May be empty: the loss is then 0
-            (a distribution over nothing, or with `include_own` over one candidate).
+        student: Rows of any scale, (batch, dim).
+        teacher: Rows of the same examples, of any scale, (batch, dim).
+        bank: Teacher rows to compare with, of any scale, (bank, dim). With an empty one the loss is 0.
         student_temperature: Positive. Lower is sharper.
         teacher_temperature: Positive. Lower is sharper; near 0 with `include_own` the loss is InfoNCE.
         include_own: Compare each example also with its own teacher row, as one more column. The result then does not
             depend on how the examples were cut into batches.
         teacher_perplexity: Above 1. Instead of `teacher_temperature`, each example gets the temperature at which its
-            distribution over the bank has this perplexity, as in t-SNE; with `include_own`, half of the target is
-            its own key and half that distribution. More than the bank has rows means all of them alike.
+            distribution over the bank has this perplexity, as in t-SNE (more than there are rows means all of them
+            alike); with `include_own`, half of the target is its own key and half that distribution.
 
     Returns:
         The mean over the batch, a scalar.
@@ -53,10 +49,9 @@ def relational_loss(
 
     Source: Relational Representation Distillation, arXiv:2407.12073, section 3.
     """
-    cross_entropy, _ = relational_terms(
+    return relational_terms(
         student, teacher, bank, student_temperature, teacher_temperature, include_own, teacher_perplexity
-    )
-    return cross_entropy.mean()
+    )[0].mean()
 
 
 def relational_terms(
@@ -68,13 +63,7 @@ def relational_terms(
     include_own: bool = False,
     teacher_perplexity: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The relational loss of each example, and how far it is from its floor.
-
-    Args, Raises: as for `relational_loss`.
-
-    Returns:
-        The cross-entropy of each example, (batch,), and the Kullback-Leibler divergence `KL(p_t || p_s)`, (batch,):
-        the cross-entropy less the teacher's own entropy, 0 when the relations agree.
+    """`relational_loss` of each example, (batch,), and how far it is from its floor: `KL(p_t || p_s)`, (batch,).
 
     With `s` and `m_s` the student's logits and its mean of the candidates under p_s, and `m_t` the teacher's mean, all
     rows unit, the cross-entropy is `logsumexp(s) - <student, m_t> / student_temperature`, its gradient
@@ -114,11 +103,9 @@ def infonce_loss(
 ) -> Tensor:
     """InfoNCE against a bank: each student row has to find its own teacher row among those of other examples.
 
-    With `p_s` as there, `-log p_s[own]`: what `relational_loss` comes to at a teacher's temperature of 0, and the aim
-    of contrastive distillation.
+    `-log p_s[own]`, with the `p_s` of `relational_loss`, which comes to this at a teacher's temperature of 0.
 
     Args, Returns, Raises: as for `relational_loss`; `include_own` is false where the own rows are in the bank already.
-
     Source: van den Oord et al., arXiv:1807.03748, eq. 4; as distillation: Tian et al., arXiv:1910.10699.
     """
     return infonce_terms(student, teacher, bank, student_temperature, include_own).mean()
@@ -138,15 +125,9 @@ def infonce_terms(
 
 
 def temperature_of_perplexity(teacher: Tensor, bank: Tensor, perplexity: float) -> Tensor:
-    """The temperature at which each row's distribution of similarity over the bank has a perplexity, (batch, 1).
+    """The temperature at which each teacher row's softmax over the bank has a perplexity above 1, (batch, 1).
 
-    Found on the logarithm of the inverse temperature, from 0.01 to 10,000, by Newton's steps kept inside a bracket.
-    Where no temperature gives the perplexity, the nearest end of that range is taken.
-
-    Args:
-        teacher: Rows, (batch, dim), of any scale.
-        bank: Rows, (bank, dim), of any scale, at least one.
-        perplexity: Above 1: the exponential of the entropy in nats.
+    Of rows of any scale, (batch, dim) and (bank, dim). Between 0.0001 and 100: the nearest where none is right.
     """
     found = []
     for rows in torch.split(unit(teacher), max(1, SOLVER_ELEMENTS // len(bank))):
@@ -156,12 +137,12 @@ def temperature_of_perplexity(teacher: Tensor, bank: Tensor, perplexity: float) 
 
 
 def _solve_temperature(similarity: Tensor, entropy: float) -> Tensor:
-    """From (rows, bank) to (rows, 1)."""
+    """From (rows, bank) to (rows, 1), by Newton's steps on the logarithm of 1 / temperature, kept inside a bracket."""
     similarity = similarity - similarity.amax(-1, keepdim=True)  # at most 0, so that nothing overflows
     low = similarity.new_full((len(similarity), 1), math.log(1e-2))
     high = torch.full_like(low, math.log(1e4))
     log_beta = torch.full_like(low, math.log(30.0))
-    for _ in range(SOLVER_STEPS):
+    for _ in range(10):
         beta = log_beta.exp()
         weights = (similarity * beta).exp_()
         total = weights.sum(-1, keepdim=True)
@@ -178,16 +159,15 @@ def _solve_temperature(similarity: Tensor, entropy: float) -> Tensor:
 def _read(queries: Tensor, bank: Tensor, own: Tensor, own_logits: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax attention over the rows of the bank, made unit, and each query's own column, a slice at a time.
 
-    From queries over their temperature, (dim, queries), the bank, (bank, dim), unit columns `own`, (dim, queries), and
-    their logits, (queries,), -inf where they are no candidates, to the logsumexp of the logits, (queries,), and the
-    mean of the candidates by their softmax, (dim, queries).
+    From queries over their temperature and unit columns `own`, (dim, queries), with their logits, (queries,), -inf for
+    no candidate, to the logsumexp of all logits, (queries,), and the softmax mean of the candidates, (dim, queries).
     """
     highest = own_logits
     total = own_logits.isfinite().to(queries.dtype)
     read = own * total
-    slice_rows = max(1, min(SLICE_ROWS, SLICE_ELEMENTS // max(1, sum(queries.shape))))
-    if bank.device.type != "cpu":
-        slice_rows *= ACCELERATOR_FACTOR
+    # On a CPU, 2 MiB of a slice and its logits, which stay in its cache; elsewhere each slice costs some launches.
+    slice_rows = max(1, min(SLICE_ROWS, 2**19 // max(1, sum(queries.shape))))
+    slice_rows *= 1 if bank.device.type == "cpu" else 16
     # Two pieces of memory for all slices: so it is flat, and no time goes into asking for it.
     count = min(slice_rows, len(bank))
     row_room, logit_room = queries.new_empty(count, len(queries)), queries.new_empty(count, len(own_logits))

@@ -21,11 +21,7 @@ def precise(values: Tensor) -> Tensor:
 
 @contextmanager
 def pair(student: Tensor, teacher: Tensor, one_width: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both sides checked and `precise`, the teacher without its graph, and no autocast inside.
-
-    Raises:
-        ValueError: They are not rows of the same examples, (batch, dim), or not of `one_width`.
-    """
+    """Both sides checked to be rows of the same examples and `precise`, the teacher without its graph, no autocast."""
     if student.dim() != 2 or teacher.dim() != 2 or len(student) != len(teacher) or len(student) == 0:
         raise ValueError(
             "`student` and `teacher` must be rows of the same examples, (batch, dim) each with at least 1 row, got "
@@ -42,20 +38,16 @@ def pair(student: Tensor, teacher: Tensor, one_width: bool = False) -> Iterator[
 
 
 def unit(rows: Tensor, out: Tensor | None = None) -> Tensor:
-    """Rows of any scale over their length, (batch, dim). A row of zeros stays one and gets a gradient of 0.
+    """Rows of any scale over their length, (batch, dim), written to `out` (maybe `rows`) where that is given.
 
-    So does a row whose entries are as good as 0: below 1e-31 in float32.
-
-    Args:
-        rows: (batch, dim).
-        out: Where to write, (batch, dim); may be `rows`. There is no gradient then.
+    A row of zeros, or of entries as good as 0 (below 1e-31 in float32), becomes zeros and gets a gradient of 0.
     """
-    values, limits = rows.detach(), torch.finfo(rows.dtype)
     if rows.device.type == "cpu":  # half the time, but a question that another device would have to be waited for
         lengths = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
         if ((lengths > 1e-15) & (lengths < 1e15)).all():
             return torch.div(rows, lengths, out=out)
     # Over the largest entry first, so that no square overflows or vanishes: the length is then at least 1.
+    values, limits = rows.detach(), torch.finfo(rows.dtype)
     largest = torch.maximum(values.amax(-1, keepdim=True), -values.amin(-1, keepdim=True))  # faster than abs
     scaled = torch.div(rows, largest.masked_fill(largest < limits.tiny / limits.eps, torch.inf), out=out)
     return torch.div(scaled, torch.linalg.vector_norm(scaled, dim=-1, keepdim=True).clamp(min=1), out=out)

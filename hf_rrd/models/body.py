@@ -8,17 +8,13 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models import auto  # whose `modeling_auto` is loaded when it is used
 
-_OUTPUT = "_hf_rrd_output"
-_KEEP = "_hf_rrd_keep"
+_KEEP, _OUTPUT = "_hf_rrd_keep", "_hf_rrd_output"  # on a body: whether to keep the next output, and what was kept
 
 
 def body_of(model: nn.Module) -> Any:
     """The part of a model that computes hidden states: `bert` of a `BertForSequenceClassification`.
 
-    A headless model is its own body. Looks through PEFT wrappers.
-
-    Raises:
-        ValueError: The model has no body that transformers knows of.
+    A headless model is its own body. Looks through PEFT wrappers. A ValueError says what has no body.
     """
     model = unwrapped(model)
     if not isinstance(model, PreTrainedModel):
@@ -38,8 +34,7 @@ def body_of(model: nn.Module) -> Any:
         return model.base_model
     if is_headless(model):
         return model
-    # CLIP and SigLIP classifiers keep their body under another name than `base_model_prefix`; in 5.0 it is even a
-    # plain module.
+    # CLIP and SigLIP classifiers keep it under another name than `base_model_prefix`; in 5.0 it is a plain module.
     inner = [child for child in model.children() if isinstance(getattr(child, "config", None), PreTrainedConfig)]
     return inner[0] if len(inner) == 1 else model
 
@@ -63,7 +58,7 @@ def is_one_of(model: nn.Module, mapping: str) -> bool:
     """Whether the model's class is among those of an auto class, given by the name of its mapping."""
     name = type(unwrapped(model)).__name__
     known = getattr(auto.modeling_auto, mapping).values()
-    return any(name in ((each,) if isinstance(each, str) else each) for each in known)
+    return any(name == each or (not isinstance(each, str) and name in each) for each in known)
 
 
 def main_input_of(body: Any) -> str:
@@ -72,40 +67,34 @@ def main_input_of(body: Any) -> str:
 
 
 def place_of(body: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where a body's inputs belong: the device and the dtype of its first weight in floating point.
-
-    Of offloaded weights, which are on no device between two forwards, the device that they are brought to.
-    """
+    """Where a body's inputs belong: the device and the dtype of its first weight in floating point."""
     weight = next(weight for weight in body.parameters() if weight.is_floating_point())
-    device = weight.device
-    if weight.is_meta:
-        hooks = [module._hf_hook for module in body.modules() if hasattr(module, "_hf_hook")]
+    if weight.is_meta:  # offloaded: between two forwards on no device, but its hooks know where it is brought to
+        hooks = [getattr(module, "_hf_hook", None) for module in body.modules()]
         places = [getattr(hook, "execution_device", None) for hook in hooks]
-        device = next((torch.device(place) for place in places if place is not None), device)
-    return device, weight.dtype
+        return next((torch.device(place) for place in places if place is not None), weight.device), weight.dtype
+    return weight.device, weight.dtype
 
 
 def placed(inputs: dict[str, Any], body: nn.Module) -> dict[str, Any]:
     """A forward's inputs on the device of a body, those in floating point in its dtype."""
     device, dtype = place_of(body)
-    return {
-        name: value.to(device=device, dtype=dtype if value.is_floating_point() else None)
-        if isinstance(value, torch.Tensor)
-        else value
-        for name, value in inputs.items()
-    }
+
+    def place(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+
+    return {name: place(value) for name, value in inputs.items()}
 
 
 # ---- Its output ----
 
 
 def watch(body: nn.Module) -> Callable[[], None]:
-    """Let the body keep its next output whenever `keep_next` asked for it.
+    """Let the body keep its next output whenever `keep_next` asked for it; returns what undoes a first watching.
 
-    A hook reads the module that it is handed, never one that it closed over, so that copies and replicas work.
-
-    Returns:
-        A function that undoes it; it does nothing where the body was watched already.
+    The hook reads the module that it is handed, never one that it closed over, so that copies and replicas work.
     """
     if _keep_output in body._forward_hooks.values():
         return lambda: None
@@ -123,11 +112,7 @@ def keep_next(body: nn.Module) -> None:
 
 
 def take_kept(body: nn.Module) -> Any:
-    """The output that the body kept, once.
-
-    Raises:
-        ValueError: It was not called.
-    """
+    """The output that the body kept, once; a ValueError if it was not called."""
     if _OUTPUT not in body.__dict__:
         raise ValueError(f"the model computes its output without calling its body, {type(body).__name__} as a whole.")
     return body.__dict__.pop(_OUTPUT)

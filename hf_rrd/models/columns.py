@@ -31,12 +31,7 @@ def is_teacher_input(name: str) -> bool:
 
 
 def teacher_inputs(inputs: Mapping[str, Any], accepted: Accepted) -> dict[str, Any]:
-    """What the teacher sees of a batch: its `teacher_` columns, or without any what it shares with the student.
-
-    Args:
-        inputs: The batch.
-        accepted: `forward_columns` of the teacher.
-    """
+    """What a teacher with these `forward_columns` sees: its `teacher_` columns, or else those that it shares."""
     prefixed = {name.removeprefix(TEACHER_PREFIX): value for name, value in inputs.items() if is_teacher_input(name)}
     shared = {name: value for name, value in inputs.items() if not name.startswith(TEACHER_PREFIX)}
 
@@ -50,10 +45,7 @@ def teacher_inputs(inputs: Mapping[str, Any], accepted: Accepted) -> dict[str, A
 def student_inputs(inputs: Mapping[str, Any], accepted: Accepted, teacher_accepted: Accepted) -> dict[str, Any]:
     """The batch without what is only there for the teacher, such as `token_type_ids` beside a DistilBERT student.
 
-    Args:
-        inputs: The batch.
-        accepted: `forward_columns` of the student.
-        teacher_accepted: Those of the teacher; [] where there is none.
+    From the `forward_columns` of both; `teacher_accepted` is [] where there is no teacher.
     """
     return {
         name: value

@@ -27,8 +27,8 @@ def embed(
     Args:
         model: A transformers model with a head or without, also inside PEFT or DistributedDataParallel.
         inputs: Of its forward. `attention_mask` says which tokens are padding.
-        pooling: `"auto"`, `"cls"`, `"mean"`, `"max"`, `"last_token"`, `"pooler"`, `"gap"`, or a function
-            `(body_output, attention_mask) -> (batch, width)`. "auto" is that of the trainer.
+        pooling: `"auto"`, the trainer's default, `"cls"`, `"mean"`, `"max"`, `"last_token"`, `"pooler"`, `"gap"`, or a
+            function `(body_output, attention_mask) -> (batch, width)`.
         return_outputs: Whether to return what the forward gave, too, such as its logits.
 
     Returns:
@@ -56,13 +56,7 @@ def embed(
 
 
 class Embedder:
-    """A model's body and the pooling of its output.
-
-    Args:
-        model: A transformers model, or a PEFT model around one.
-        pooling: As of `embed`.
-        argument: The name under which the user gave the pooling, for messages.
-    """
+    """A model's body and the pooling of its output; `argument` is what the user knows the pooling as."""
 
     def __init__(self, model: nn.Module, pooling: Pooling = "auto", argument: str = "pooling") -> None:
         self.body = body_of(model)
@@ -72,21 +66,19 @@ class Embedder:
     def pool(self, outputs: Any, attention_mask: Tensor | None) -> Tensor:
         """From the body's output to (batch, width)."""
         hidden = getattr(outputs, "last_hidden_state", None)
-        if attention_mask is not None and isinstance(hidden, Tensor) and hidden.dim() == 3:
-            length = hidden.shape[1]
-            if attention_mask.shape[-1] != length and hasattr(self.body, "_get_feature_vector_attention_mask"):
-                # Speech: the mask counts samples, the hidden states are frames.
-                attention_mask = self.body._get_feature_vector_attention_mask(length, attention_mask)
+        if attention_mask is not None and isinstance(hidden, Tensor) and attention_mask.shape[-1] != hidden.shape[1]:
+            # Speech: the mask counts samples, the hidden states are frames.
+            to_frames = getattr(self.body, "_get_feature_vector_attention_mask", lambda length, mask: mask)
+            attention_mask = to_frames(hidden.shape[1], attention_mask)
         pooler = POOLERS[self.pooling] if isinstance(self.pooling, str) else self.pooling
         pooled: Tensor = pooler(outputs, attention_mask)
         return pooled
 
     @cached_property
     def width(self) -> int:
-        """The width of a pooled embedding, measured on one blank input.
+        """The width of a pooled embedding, measured on one blank input, or else `hidden_size` of the config.
 
-        A config does not say it for all: an OPT may project its output, a Wav2Vec2 may end with an adapter. Where the
-        body does not take a blank input, `hidden_size` of its config has to do.
+        A config does not say it for all: an OPT may project its output, a Wav2Vec2 may end with an adapter.
 
         Raises:
             ValueError: The body gives no hidden states, or its width is neither in the config nor to be measured.
@@ -94,25 +86,21 @@ class Embedder:
         outputs, name = _blank_outputs(self.body), type(self.body).__name__
         if outputs is None:
             width = getattr(self.body.config, "hidden_size", None)
-            if not isinstance(width, int) or not isinstance(self.pooling, str):
-                raise ValueError(
-                    f"the width of {name}'s embedding is not in its config as `hidden_size`, and a blank input could "
-                    "not be run to measure it. Add it to the config."
-                )
-            return width
+            if isinstance(width, int) and isinstance(self.pooling, str):
+                return width
+            raise ValueError(
+                f"the width of {name}'s embedding is not in its config as `hidden_size`, and a blank input could not "
+                "be run to measure it. Add it to the config."
+            )
         try:
             pooled: Any = self.pool(outputs, None)
         except Exception as error:
-            raise ValueError(
-                f"`{self._argument}` does not fit: the model needs a body that returns hidden states, {name} gave "
-                f"{type(outputs).__name__}: {error}"
-            ) from error
+            came = f"the model needs a body that returns hidden states, {name} gave {type(outputs).__name__}"
+            raise ValueError(f"`{self._argument}` does not fit: {came}: {error}") from error
         if not isinstance(pooled, Tensor) or pooled.dim() != 2:
             shape = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
-            raise ValueError(
-                f"`{self._argument}`: a pooling must return a tensor of shape (batch, dim), {self.pooling!r} returned "
-                f"{shape}."
-            )
+            needed = "a pooling must return a tensor of shape (batch, dim)"
+            raise ValueError(f"`{self._argument}`: {needed}, {self.pooling!r} returned {shape}.")
         return pooled.shape[1]
 
 
@@ -122,12 +110,10 @@ def auto_pooling(body: Any) -> str:
     The last token of a decoder or of an encoder-decoder, the CLS token of a vision model that has one, otherwise the
     mean over the unmasked tokens, or over the positions of a convolutional map.
     """
-    family = body.config.model_type
+    known, family = auto.modeling_auto, body.config.model_type
     reads_text = main_input_of(body) == "input_ids"
-    generates = (
-        family in auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        and family not in auto.modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    )
+    causal, masked = known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, known.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    generates = family in causal and family not in masked
     if reads_text and (generates or (body.config.is_encoder_decoder and hasattr(body, "decoder"))):
         return "last_token"
     has_cls = any(name.endswith(("cls_token", "class_embedding")) for name, _ in body.named_parameters())
@@ -138,9 +124,8 @@ def auto_pooling(body: Any) -> str:
 def _blank_outputs(body: Any) -> Any:
     """The body's output for one blank input of its kind, or None where it does not take one."""
     training = body.training
-    body.eval()
     try:
-        return body(**{main_input_of(body): _blank_input(body)})
+        return body.eval()(**{main_input_of(body): _blank_input(body)})
     except Exception:
         return None
     finally:
@@ -149,10 +134,11 @@ def _blank_outputs(body: Any) -> Any:
 
 def _blank_input(body: Any) -> Tensor:
     device, dtype = place_of(body)
+    if main_input_of(body) == "input_ids":
+        return torch.ones(1, 4, dtype=torch.long, device=device)
+    shape: tuple[int, ...] = (16_000,)  # a second of speech
     if main_input_of(body) == "pixel_values":
         size = getattr(body.config, "image_size", 224)
         height, width = (size, size) if isinstance(size, int) else size
-        return torch.zeros(1, getattr(body.config, "num_channels", 3), height, width, dtype=dtype, device=device)
-    if main_input_of(body) == "input_ids":
-        return torch.ones(1, 4, dtype=torch.long, device=device)
-    return torch.zeros(1, 16_000, dtype=dtype, device=device)
+        shape = (getattr(body.config, "num_channels", 3), height, width)
+    return torch.zeros(1, *shape, dtype=dtype, device=device)

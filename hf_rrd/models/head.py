@@ -6,6 +6,7 @@ forward asks for the embedding; without it the student behaves as if there were 
 
 import dataclasses
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -15,17 +16,10 @@ from transformers.utils import ModelOutput
 from hf_rrd.models.body import is_headless, keep_next, take_kept, unwrapped, watch
 from hf_rrd.models.embedding import Embedder, Pooling
 
-HEAD = "relational_head"
-"""The name of the head on the student."""
-
-WITH_EMBEDDING = "with_relational_embedding"
-"""The keyword of the student's forward that asks for the embedding."""
-
-EMBEDDING = "relational_embedding"
-"""The field of the student's output that holds the projected embedding."""
-
-POOLED = "relational_pooled"
-"""The field that holds it before the projection, in evaluation mode: the embedding of the student as it is saved."""
+HEAD = "relational_head"  # the name of the head on the student
+WITH_EMBEDDING = "with_relational_embedding"  # the keyword of the student's forward that asks for the embedding
+EMBEDDING = "relational_embedding"  # the field of the student's output that holds it, projected
+POOLED = "relational_pooled"  # another, in evaluation mode, that holds it as the saved student has it: not projected
 
 STUDENT_PROJECTIONS: dict[str, Callable[[int, int], nn.Module]] = {
     "linear": nn.Linear,
@@ -36,25 +30,18 @@ STUDENT_PROJECTIONS: dict[str, Callable[[int, int], nn.Module]] = {
 
 
 class RelationalHead(nn.Module):
-    """Pools the output of the student's body and projects it into the width of the comparison.
+    """Projects what the student's embedder pools, whose body does not become a submodule, to the width `dim`.
 
-    Args:
-        embedder: Of the student. Its body does not become a submodule.
-        dim: Width of the result: that of the teacher's (projected) embedding.
-        projection: A key of `STUDENT_PROJECTIONS`.
-        seed: Of the projection's start, which leaves the global random state alone.
-
-    Raises:
-        ValueError: `projection` is "none" and the student's width is not `dim`.
+    `projection` is a key of `STUDENT_PROJECTIONS`, whose start draws from `seed` and not from the global random state.
     """
 
     def __init__(self, embedder: Embedder, dim: int, projection: str, seed: int) -> None:
         super().__init__()
         self.embedder = embedder
         if projection == "none" and embedder.width != dim:
+            needed = "a student as wide as the teacher's embedding"
             raise ValueError(
-                f"student_projection='none' needs a student as wide as the teacher's embedding, got {embedder.width} "
-                f"and {dim}. Use student_projection='linear'."
+                f"student_projection='none' needs {needed}, got {embedder.width} and {dim}. Use 'linear' instead."
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -62,8 +49,8 @@ class RelationalHead(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """From (batch, width) to rows in float32, (batch, dim)."""
-        weight = next(self.projection.parameters(), None)
-        rows: Tensor = self.projection(pooled if weight is None else pooled.to(weight.dtype)).float()
+        weight = next(self.projection.parameters(), pooled)
+        rows: Tensor = self.projection(pooled.to(weight.dtype)).float()
         return rows
 
     def pool(self, attention_mask: Tensor | None) -> Tensor:
@@ -79,20 +66,18 @@ def attach_head(
 ) -> RelationalHead:
     """Give the student a head, in place of one that it may have from an earlier trainer.
 
-    Afterwards `student(..., with_relational_embedding=True)` returns the output with one more field,
-    `relational_embedding`: rows in float32, (batch, dim); in evaluation mode with another, `relational_pooled`: what
-    they were projected from, (batch, width).
+    Afterwards the output of `student(..., with_relational_embedding=True)` has the field `relational_embedding`: rows
+    in float32, (batch, dim); in evaluation mode also `relational_pooled`: these before the projection, (batch, width).
     """
     detach_head(student)
-    embedder = Embedder(student, pooling, "student_pooling")
-    head = RelationalHead(embedder, dim, projection, seed)
+    head = RelationalHead(Embedder(student, pooling, "student_pooling"), dim, projection, seed)
     reference = next(student.parameters())
     head.to(device=reference.device, dtype=reference.dtype if reference.is_floating_point() else None)
     student.add_module(HEAD, head)
     ignored = getattr(student, "_keys_to_ignore_on_save", None)
     student._keys_to_ignore_on_save = set(ignored or ()) | {f"{HEAD}.{key}" for key in head.state_dict()}  # type: ignore[assignment]
     undo = [
-        watch(embedder.body),
+        watch(head.embedder.body),
         student.register_forward_pre_hook(_ask_body, with_kwargs=True).remove,
         student.register_forward_hook(_add_embedding, with_kwargs=True).remove,
     ]
@@ -101,22 +86,17 @@ def attach_head(
 
 
 def detach_head(student: nn.Module) -> None:
-    """Take the projection head of a training off the student again, with its hooks.
+    """Take the projection head of a training off the student again, with its hooks, if it has one.
 
-    A trained student keeps its head until then, so that a second training goes on with it; saved students never have
-    one. Nothing happens to a student without a head.
-
-    Args:
-        student: The model that was trained: `trainer.model`.
+    A trained student, `trainer.model`, keeps its head until then, so that a second training goes on with it; saved
+    students never have one.
     """
     head = head_of(student)
-    if head is None:
-        return
-    undo, ignored = head.__dict__["_undo"]
-    for each in undo:
-        each()
-    delattr(student, HEAD)
-    student._keys_to_ignore_on_save = ignored
+    if head is not None:
+        undo, student._keys_to_ignore_on_save = head.__dict__["_undo"]
+        for each in undo:
+            each()
+        delattr(student, HEAD)
 
 
 def head_of(student: nn.Module) -> Any:
@@ -125,17 +105,11 @@ def head_of(student: nn.Module) -> Any:
 
 
 def load_head(head: RelationalHead, state: dict[str, Tensor]) -> None:
-    """Take over a student's saved head.
-
-    Raises:
-        ValueError: It is of another shape.
-    """
+    """Take over a student's saved head; a ValueError if it is of another shape."""
     saved, own = ({name: tuple(each.shape) for name, each in sorted(of.items())} for of in (state, head.state_dict()))
     if saved != own:
-        raise ValueError(
-            f"the saved head has {saved}, this student's has {own}. It was saved with another student_projection, "
-            "student or teacher."
-        )
+        cause = "It was saved with another student_projection, student or teacher."
+        raise ValueError(f"the saved head has {saved}, this student's has {own}. {cause}")
     head.load_state_dict(state)
 
 
@@ -158,7 +132,7 @@ class StudentOutputs(NamedTuple):
 
 
 def split_embedding(outputs: Any) -> tuple[Any, Tensor | None, Tensor | None]:
-    """A student's output without our fields, its embedding, (batch, dim), and its pooled one in evaluation mode."""
+    """The last three fields of `StudentOutputs`, from what a student's forward returned."""
     if not isinstance(outputs, dict) or EMBEDDING not in outputs:
         return outputs, None, None
     plain = {key: value for key, value in outputs.items() if key not in (EMBEDDING, POOLED)}
@@ -180,19 +154,13 @@ def _add_embedding(student: nn.Module, args: Any, kwargs: dict[str, Any], output
         raise ValueError(f"the student must return a ModelOutput, got {type(outputs).__name__}. Set return_dict=True.")
     head = head_of(student)
     pooled = head.pool(kwargs.get("attention_mask"))
-    ours = {EMBEDDING: head(pooled)} | ({} if student.training else {POOLED: pooled})
-    return _with_embedding(type(outputs))(**dict(outputs.items()), **ours)
+    ours = {EMBEDDING: head(pooled), POOLED: None if student.training else pooled}
+    output_class: Any = type(outputs)
+    return _extended(output_class)(**dict(outputs.items()), **ours)
 
 
-_EXTENDED: dict[type, Any] = {}
-
-
-def _with_embedding(output_class: type) -> Any:
+@cache
+def _extended(output_class: type) -> Any:
     # DistributedDataParallel rebuilds an output as `cls(**items)`: one more key has to be a field of the class.
-    if output_class not in _EXTENDED:
-        _EXTENDED[output_class] = dataclasses.make_dataclass(
-            f"{output_class.__name__}WithEmbedding",
-            [(EMBEDDING, object, None), (POOLED, object, None)],
-            bases=(output_class,),
-        )
-    return _EXTENDED[output_class]
+    fields = [(EMBEDDING, object, None), (POOLED, object, None)]
+    return dataclasses.make_dataclass(f"{output_class.__name__}WithEmbedding", fields, bases=(output_class,))

@@ -39,17 +39,14 @@ def _short(names: list[str]) -> str:
 def student_from_teacher(teacher: PreTrainedModel, num_hidden_layers: int | None = None, **overrides: Any) -> Any:
     """A new, smaller model of the teacher's class that starts from the teacher's weights.
 
-    Layers: of n the student keeps k, layer `round(i * (n - 1) / (k - 1))` as its i-th, so both the first and the last,
-    and the first for k = 1. A ModernBERT keeps the order of local and global attention that its class expects: its
-    i-th layer is the nearest to that one of the kind of the teacher's i-th.
-
-    A tensor of the teacher's shape is a copy of the teacher's. All else starts afresh, and a bias with its weight: a
-    head for other classes, the embeddings of another vocabulary, nearly everything at another `hidden_size`. Fields
-    that must agree with an override have to be given with it; `num_attention_heads` alone changes no shape.
+    Of n layers it keeps k, layer `round(i * (n - 1) / (k - 1))` as its i-th: the first, the last and evenly between. A
+    ModernBERT's i-th is the nearest to that of the kind of the teacher's i-th, local or global, as its class expects.
+    A tensor of the teacher's shape is a copy of it. All else starts afresh from torch's random state, and a bias with
+    its weight: a head for other classes, the embeddings of another vocabulary, nearly everything at another
+    `hidden_size`. Fields that must agree with an override have to be given with it.
 
     The student shares no memory with the teacher, has its dtype, device, attention implementation and generation
-    config, is in eval mode, and all its weights train; fresh ones draw from torch's global random state. Its
-    `initialization` (an `Initialization`, never saved) says what came from where; a warning names what is fresh.
+    config, is in eval mode, and all its weights train.
 
     Args:
         teacher: A transformers model with any head or none.
@@ -57,12 +54,13 @@ def student_from_teacher(teacher: PreTrainedModel, num_hidden_layers: int | None
         **overrides: Fields of the config to change, such as `hidden_size`, `num_labels` or `vocab_size`.
 
     Returns:
-        The student, of the class of the teacher.
+        The student, of the teacher's class. Its `initialization` (an `Initialization`, never saved) says what came
+        from where; a warning names what is fresh.
 
     Raises:
         TypeError: `teacher` is not a transformers model.
-        ValueError: The teacher has adapters, is quantized or not in memory; `num_hidden_layers` is out of range or the
-            stack of layers is not to be found; an override is not a field of the config, or is refused by it.
+        ValueError: The teacher has adapters, is quantized or not in memory, or its layers cannot be chosen;
+            `num_hidden_layers` is out of range; an override is not a field of the config, or is refused by it.
     """
     weights = _weights_of(teacher)
     layers = _layers_to_keep(teacher.config, num_hidden_layers)
@@ -77,10 +75,10 @@ def student_from_teacher(teacher: PreTrainedModel, num_hidden_layers: int | None
             continue
         done.add(id(weight))
         given = weights.get(re.sub(number, lambda found: str(layers[int(found[0])]), name))
-        owner = name.rpartition(".")[0]
-        if given is None or given.shape != weight.shape or f"{owner}.weight" in initialization.fresh:
+        its_weight = f"{name.rpartition('.')[0]}.weight"
+        if given is None or given.shape != weight.shape or its_weight in initialization.fresh:
             initialization.fresh.append(name)
-            weight.data = weight.data.to(teacher.dtype) if weight.is_floating_point() else weight.data
+            weight.data = weight.data.to(dtype=teacher.dtype if weight.is_floating_point() else None)
         else:
             initialization.copied.append(name)
             weight.data = given.detach().to(teacher.device, copy=True)
@@ -106,8 +104,9 @@ def _weights_of(teacher: Any) -> dict[str, Tensor]:
         "offloaded weights": any(weight.is_meta for weight in weights.values()),
         "weights that ZeRO-3 has partitioned": any(hasattr(weight, "ds_id") for weight in teacher.parameters()),
     }
-    for problem in (problem for problem, found in problems.items() if found):
-        raise ValueError(f"`teacher` has {problem}, got {name}. Load it plain, whole and in full precision.")
+    for problem, found in problems.items():
+        if found:
+            raise ValueError(f"`teacher` has {problem}, got {name}. Load it plain, whole and in full precision.")
     return weights
 
 
@@ -116,8 +115,8 @@ def _layers_to_keep(config: Any, count: int | None) -> list[int]:
     if count is None:
         return list(range(total)) if isinstance(total, int) else []
     if not isinstance(total, int):
-        problem = f"cannot be chosen, got {count!r}: {type(config).__name__} has no such number. Leave it out"
-        raise ValueError(f"`num_hidden_layers` {problem}, or build the student from a config of its own.")
+        problem = f"cannot be chosen, got {count!r}: {type(config).__name__} has no such number"
+        raise ValueError(f"`num_hidden_layers` {problem}. Leave it out to keep all layers.")
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= total:
         bounds = f"an integer from 1 to the teacher's {total}"
         raise ValueError(f"`num_hidden_layers` must be {bounds}, got {count!r}. Try {total // 2 or 1}.")
@@ -128,22 +127,28 @@ def _layers_to_keep(config: Any, count: int | None) -> list[int]:
 
 def _nearest_of_kind(even: list[int], kinds: list[str]) -> list[int]:
     """The ascending layers nearest to the even ones such that their kinds are those of the first layers."""
-    latest: list[int] = []
-    for index in reversed(range(len(even))):
+    latest: list[int] = []  # each layer as late as those after it allow
+    for kind in reversed(kinds[: len(even)]):
         end = latest[0] if latest else len(kinds)
-        latest.insert(0, max(layer for layer in range(end) if kinds[layer] == kinds[index]))
+        latest.insert(0, max(layer for layer in range(end) if kinds[layer] == kind))
     chosen = [-1]
-    for index, wanted in enumerate(even):
-        free = [layer for layer in range(chosen[-1] + 1, latest[index] + 1) if kinds[layer] == kinds[index]]
+    for wanted, last, kind in zip(even, latest, kinds, strict=False):
+        free = [layer for layer in range(chosen[-1] + 1, last + 1) if kinds[layer] == kind]
         chosen.append(min(free, key=lambda layer: abs(layer - wanted)))
     return chosen[1:]
 
 
 def _student_config(before: Any, layers: list[int], overrides: dict[str, Any]) -> Any:
-    _check_names(before, overrides)
+    for name, value in overrides.items():
+        if name == before.attribute_map.get("num_hidden_layers"):
+            raise ValueError(f"`{name}` is the number of layers, got {value!r}. Give it as `num_hidden_layers`.")
+        if name in ("dtype", "torch_dtype"):
+            raise ValueError(f"`{name}` is always the teacher's, got {value!r}. Convert the student: student.to(...).")
+        if name.startswith("_") or not hasattr(before, name) or callable(getattr(before, name)):
+            raise ValueError(f"`{name}` is not a field of {type(before).__name__}, got {value!r}: see `to_dict()`.")
     config = copy.deepcopy(before)
     try:
-        if len(layers) != getattr(before, "num_hidden_layers", 0) and layers:
+        if layers and len(layers) != before.num_hidden_layers:
             _keep_layers(config, layers)
         for name, value in overrides.items():
             setattr(config, name, value)
@@ -152,16 +157,6 @@ def _student_config(before: Any, layers: list[int], overrides: dict[str, Any]) -
         what = f"{len(layers)} layers and the overrides {overrides}"
         raise ValueError(f"{type(before).__name__} refuses {what}: {error}") from error
     return config
-
-
-def _check_names(config: Any, overrides: dict[str, Any]) -> None:
-    for name, value in overrides.items():
-        if name == config.attribute_map.get("num_hidden_layers"):
-            raise ValueError(f"`{name}` is the number of layers, got {value!r}. Give it as `num_hidden_layers`.")
-        if name in ("dtype", "torch_dtype"):
-            raise ValueError(f"`{name}` is always the teacher's, got {value!r}. Convert the student: student.to(...).")
-        if name.startswith("_") or not hasattr(config, name) or callable(getattr(config, name)):
-            raise ValueError(f"`{name}` is not a field of {type(config).__name__}, got {value!r}: see `to_dict()`.")
 
 
 def _keep_layers(config: Any, layers: list[int]) -> None:
@@ -176,16 +171,15 @@ def _keep_layers(config: Any, layers: list[int]) -> None:
 
 
 def _stack_of(teacher: Any, student: Any) -> str:
-    """The name of the list that holds the layers: it is as long as the config says, in both models."""
+    """The name of the list of layers, as long as the config says in both models; nothing where no layer moves."""
     total, count = (getattr(model.config, "num_hidden_layers", None) for model in (teacher, student))
     if total == count:
         return ""
-    lengths = {name: len(module) for name, module in student.named_modules() if isinstance(module, nn.ModuleList)}
-    stacks = [
-        name
-        for name, module in teacher.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == total and lengths.get(name) == count
-    ]
+    before, after = (
+        {name: len(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+        for model in (teacher, student)
+    )
+    stacks = [name for name, length in before.items() if length == total and after.get(name) == count]
     if len(stacks) != 1:
         raise ValueError(
             f"`num_hidden_layers` needs one list of {total} layers in {type(teacher).__name__}, got "

@@ -8,7 +8,7 @@ import transformers
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
-from hf_rrd.errors import named_errors
+from hf_rrd.errors import described, named_errors
 from hf_rrd.models.body import (
     is_classifier,
     is_headless,
@@ -23,36 +23,25 @@ from hf_rrd.models.body import (
 from hf_rrd.models.columns import TEACHER_PREFIX, Accepted, forward_columns, teacher_inputs
 from hf_rrd.models.embedding import Embedder, Pooling
 
-LOADED_FROM = "_hf_rrd_loaded_from"
-"""On a teacher that was loaded here: the name that it was loaded by, and the commit of it on the Hub, or None."""
-
-HALVES = (torch.float16, torch.bfloat16)
+LOADED_FROM = "_hf_rrd_loaded_from"  # on a teacher: the name that it was loaded by, and its commit on the Hub or None
 
 
 class TeacherOutputs(NamedTuple):
     """What the losses need of the teacher: its pooled embedding, (batch, width), and its logits, or None."""
 
-    embedding: Tensor | None
-    logits: Tensor | None
+    embedding: Tensor | None = None
+    logits: Tensor | None = None
 
 
 class Teacher:
     """What a teacher says of a batch: read from its cached columns, or else computed by one forward of the model.
 
     Args:
-        model: Any transformers model with a body, with or without a head; any module that returns logits where no
-            embedding is wanted; None where the data set has all its outputs. Its parameters are frozen.
-        wants_embedding: Whether its embedding is needed.
-        wants_logits: Whether its logits are.
+        model: A transformers model, which is frozen here; any module that returns logits where no embedding is wanted;
+            None where the data set has all its outputs.
+        wants_embedding, wants_logits: Which outputs the run learns.
         pooling: How the body's output becomes an embedding.
         compile_kwargs: Of `torch.compile` for the forward; None does not compile.
-
-    Attributes:
-        model: The model, or None.
-        columns: The arguments of its forward; [] without a model.
-        body: What computes its hidden states.
-        width: Of its embedding; None where none is wanted, or without a model until `cached_as` says it.
-        dtype: Of its embedding: a half precision where the weights or the cached columns have one.
     """
 
     def __init__(
@@ -65,9 +54,9 @@ class Teacher:
     ) -> None:
         self.model = model
         self.wants_embedding, self.wants_logits = wants_embedding, wants_logits
-        self.columns: Accepted = []
-        self.width: int | None = None
-        self.dtype = torch.float32
+        self.columns: Accepted = []  # the arguments of the forward; none without a model
+        self.width: int | None = None  # of its embedding; without a model from `cached_as`
+        self.dtype = torch.float32  # of its embedding: a half precision where the weights or the columns have one
         self._embedder: Embedder | None = None
         if model is None:
             return
@@ -79,7 +68,7 @@ class Teacher:
             self._embedder = Embedder(model, pooling, "teacher_pooling")
             self.body, self.width = self._embedder.body, self._embedder.width
             weights = place_of(self.body)[1]
-            self.dtype = weights if weights in HALVES else torch.float32
+            self.dtype = weights if weights in (torch.float16, torch.bfloat16) else torch.float32
             watch(self.body)
 
     def cached_as(self, width: int, dtype: torch.dtype) -> None:
@@ -96,11 +85,7 @@ class Teacher:
         )
 
     def place(self, device: torch.device) -> None:
-        """Move the model to a device, unless something else has placed it already.
-
-        Raises:
-            ValueError: It has no weights: it is on the meta device.
-        """
+        """Move the model to a device, unless something else has placed it; a ValueError if it has no weights."""
         if self.model is None or self.is_placed:
             return
         if any(weight.is_meta for weight in self.model.parameters()):
@@ -126,42 +111,35 @@ class Teacher:
         return self.model is not None or "teacher_embedding" in inputs or "teacher_logits" in inputs
 
     def read(self, inputs: dict[str, Any], logits: bool = True, required: bool = False) -> TeacherOutputs:
-        """What is wanted of the teacher for a batch. Without a model, what is not cached is None.
+        """What is wanted of the teacher for a batch, with the columns of both sides; None for what there is not.
 
         Args:
-            inputs: The batch, with the columns of both sides.
+            inputs: The batch.
             logits: Whether logits are needed this time, if they are wanted at all.
-            required: Whether it is an error that something is missing.
+            required: Whether it is an error that something is missing, without a model.
 
         Raises:
-            ValueError: Logits are wanted, and the teacher returns none; a cached column is of no use, or missing.
+            ValueError: A cached column is of no use, something required is missing, or the model returns no logits.
         """
-        wants_logits = self.wants_logits and logits
-        embedding = _cached("teacher_embedding", inputs) if self.wants_embedding else None
-        cached_logits = _cached("teacher_logits", inputs) if wants_logits else None
-        missing = (self.wants_embedding and embedding is None) or (wants_logits and cached_logits is None)
-        if self.model is None and missing and required:
+        wanted = {"embedding": self.wants_embedding, "logits": self.wants_logits and logits}
+        found = {name: _cached(f"teacher_{name}", inputs) for name, wants in wanted.items() if wants}
+        missing = [name for name, value in found.items() if value is None]
+        if missing and self.model is not None:
+            computed = self.compute(teacher_inputs(inputs, self.columns))
+            if "logits" in missing and computed.logits is None:
+                raise ValueError(
+                    "`kd_weight` is above 0, and the teacher returns no logits. Load it with an AutoModelFor... "
+                    "class, or set kd_weight=0."
+                )
+            found |= {name: getattr(computed, name) for name in missing}
+        elif missing and required:
             raise ValueError(f"no teacher, and the batch lacks some of its outputs: its columns are {sorted(inputs)}.")
-        if self.model is None or not missing:
-            return TeacherOutputs(embedding, cached_logits)
-        computed = self.compute(teacher_inputs(inputs, self.columns))
-        if wants_logits and cached_logits is None and computed.logits is None:
-            raise ValueError(
-                "`kd_weight` is above 0, and the teacher returns no logits. Load it with an AutoModelFor... class, "
-                "or set kd_weight=0."
-            )
-        return TeacherOutputs(
-            computed.embedding if embedding is None else embedding,
-            None if not wants_logits else computed.logits if cached_logits is None else cached_logits,
-        )
+        return TeacherOutputs(**found)
 
     # `inference_mode` would be no faster here, and its tensors may not enter a graph: the bank's rows do.
     @torch.no_grad()
     def compute(self, inputs: dict[str, Any]) -> TeacherOutputs:
-        """One forward of the model. The outputs are on the device of the inputs.
-
-        Args:
-            inputs: Keyword arguments of the forward.
+        """One forward of the model, whose keyword arguments these are. The outputs are on the device of the inputs.
 
         Raises:
             ValueError: The main input is not among them.
@@ -171,9 +149,8 @@ class Teacher:
         main_input = main_input_of(self.body)
         if main_input not in inputs and "inputs_embeds" not in inputs:
             raise ValueError(
-                f"the teacher needs `{main_input}`, the batch offers it {sorted(inputs)}. Add a column "
-                f"`teacher_{main_input}` with the teacher's own input, and set remove_unused_columns=False if it is "
-                "removed."
+                f"the teacher needs `{main_input}`, the batch offers it {sorted(inputs)}. Add a column `teacher_"
+                f"{main_input}` with the teacher's own input, and set remove_unused_columns=False if it is removed."
             )
         device = getattr(inputs.get(main_input), "device", None)
         if self.columns is not None and "use_cache" in self.columns:
@@ -183,78 +160,63 @@ class Teacher:
                 keep_next(self.body)
             outputs = self._forward(**placed(inputs, self.body))
             logits = outputs.get("logits") if isinstance(outputs, dict) else None
-            embedding = None
-            if self._embedder is not None:
-                pooled = self._embedder.pool(take_kept(self.body), inputs.get("attention_mask"))
-                embedding = pooled.to(device)
-            return TeacherOutputs(embedding, None if logits is None else logits.to(device))
+            logits = None if logits is None else logits.to(device)
+            if self._embedder is None:
+                return TeacherOutputs(logits=logits)
+            pooled = self._embedder.pool(take_kept(self.body), inputs.get("attention_mask"))
+            return TeacherOutputs(pooled.to(device), logits)
 
 
 def _cached(name: str, inputs: dict[str, Any]) -> Tensor | None:
     """A cached column of a batch, or None."""
     value = inputs.get(name)
-    if value is None:
-        return None
-    if not isinstance(value, Tensor) or value.dim() < 2 or value.is_complex() or value.dtype == torch.bool:
-        kind = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"`{name}` must be numbers of the shape (batch, width), got {kind}.")
+    usable = isinstance(value, Tensor) and value.dim() > 1 and not value.is_complex() and value.dtype != torch.bool
+    if value is not None and not usable:
+        came = described({name: value})
+        raise ValueError(f"a cached output must be numbers of the shape (batch, width), got {came}.")
     return value
 
 
 def check_teacher(teacher: nn.Module, student: nn.Module, kd: bool) -> None:
-    """Raise a ValueError for a teacher that cannot teach this student.
-
-    Args:
-        teacher: The teacher.
-        student: The student.
-        kd: Whether the student also learns the teacher's logits.
-    """
+    """Raise a ValueError for a teacher that cannot teach this student, or with `kd` not its logits."""
     shared = {id(weight) for weight in teacher.parameters()} & {id(weight) for weight in student.parameters()}
     if shared:
         raise ValueError(
             f"teacher and student share {len(shared)} parameters, and the teacher's are frozen. Pass a copy as the "
             "teacher: copy.deepcopy(model)."
         )
-    if not kd:
-        return
+    if kd and (problem := _problem_of_logits(teacher, student)):
+        raise ValueError(f"`kd_weight` is above 0, and {problem}. Use another teacher, or set kd_weight=0.")
+
+
+def _problem_of_logits(teacher: nn.Module, student: nn.Module) -> str:
     for model in (teacher, student):
         config = getattr(unwrapped(model), "config", None)
         kind, classes = getattr(config, "problem_type", None), getattr(config, "num_labels", 2)
         if kind in ("regression", "multi_label_classification") or classes == 1:
-            raise ValueError(
-                "`kd_weight` is above 0, and distillation on logits compares probabilities of 2 or more classes: "
-                f"{type(model).__name__} has {classes} and the problem_type {kind!r}. Set kd_weight=0."
+            return (
+                f"distillation on logits needs a choice among 2 or more classes: {type(model).__name__} has {classes} "
+                f"and the problem_type {kind!r}"
             )
     if is_headless(teacher):
-        raise ValueError(
-            f"`kd_weight` is above 0, so the teacher needs logits: {type(teacher).__name__} has no head. Load it "
-            "with an AutoModelFor... class, or set kd_weight=0."
-        )
-    if is_classifier(teacher) and is_classifier(student):
-        teacher_classes, student_classes = (unwrapped(model).config.num_labels for model in (teacher, student))
-        if teacher_classes != student_classes:
-            raise ValueError(
-                "`kd_weight` is above 0, so teacher and student need the same classes: the teacher has "
-                f"{teacher_classes}, the student {student_classes}. Use a teacher with the student's classes, or set "
-                "kd_weight=0: the relational loss does not need them."
-            )
+        return f"the teacher needs logits: {type(teacher).__name__} has no head, unlike an AutoModelFor... class"
+    classes = [unwrapped(model).config.num_labels for model in (teacher, student) if is_classifier(model)]
+    if len(set(classes)) == 2:
+        return f"both sides need the same classes: the teacher has {classes[0]}, the student {classes[1]}"
+    return ""
 
 
 def load_teacher(teacher: Any, kwargs: Any = None) -> Any:
-    """A teacher by Hub name or folder, with the class that its config names; a model is returned as it is.
-
-    Args:
-        teacher: A model, a Hub name or a folder.
-        kwargs: A dict for `from_pretrained`: `revision`, `dtype`, `token`, `trust_remote_code` and so on.
+    """A teacher by Hub name or folder, with the class that its config names; a model, or None, is returned as it is.
 
     Raises:
         TypeError: It is none of these.
-        ValueError: It cannot be loaded.
+        ValueError: It cannot be loaded, with these `kwargs` of `from_pretrained`.
     """
-    if teacher is not None and not isinstance(teacher, str | os.PathLike | nn.Module):
-        raise TypeError(f"`teacher` must be a model, a Hub name or a folder, got a {type(teacher).__name__}.")
-    if not isinstance(teacher, str | os.PathLike):
+    if teacher is None or isinstance(teacher, nn.Module):
         return teacher
+    if not isinstance(teacher, str | os.PathLike):
+        raise TypeError(f"`teacher` must be a model, a Hub name or a folder, got a {type(teacher).__name__}.")
     kwargs = kwargs or {}
     try:
         return _loaded(teacher, kwargs)
@@ -263,21 +225,19 @@ def load_teacher(teacher: Any, kwargs: Any = None) -> Any:
         raise ValueError(f"`teacher` {str(teacher)!r} cannot be loaded{given}. {error}") from error
 
 
-def _loaded(teacher: str | os.PathLike[str], kwargs: dict[str, Any]) -> Any:
-    names = ("revision", "token", "cache_dir", "trust_remote_code", "subfolder", "local_files_only", "code_revision")
-    config = transformers.AutoConfig.from_pretrained(
-        teacher, **{name: kwargs[name] for name in names if name in kwargs}
-    )
-    architecture = (getattr(config, "architectures", None) or [""])[0]
-    remote_classes = [name for name in getattr(config, "auto_map", None) or {} if name.startswith("AutoModel")]
-    name = architecture if hasattr(transformers, architecture or "-") else next(iter(remote_classes), "AutoModel")
-    model = getattr(transformers, name, transformers.AutoModel).from_pretrained(teacher, **kwargs)
-    model.__dict__[LOADED_FROM] = (str(teacher), revision_of(teacher, kwargs.get("revision"), kwargs.get("cache_dir")))
+def _loaded(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Any:
+    shared = ("revision", "token", "cache_dir", "trust_remote_code", "subfolder", "local_files_only", "code_revision")
+    config = transformers.AutoConfig.from_pretrained(name, **{key: kwargs[key] for key in shared if key in kwargs})
+    remote = [each for each in getattr(config, "auto_map", None) or {} if each.startswith("AutoModel")]
+    classes = [*(getattr(config, "architectures", None) or [])[:1], *remote, "AutoModel"]
+    model_class = next(getattr(transformers, each) for each in classes if hasattr(transformers, each))
+    model = model_class.from_pretrained(name, **kwargs)
+    model.__dict__[LOADED_FROM] = (str(name), _commit_of(name, kwargs.get("revision"), kwargs.get("cache_dir")))
     return model
 
 
-def revision_of(name: Any, revision: str | None = None, cache_dir: Any = None) -> str | None:
-    """The commit of a model of the Hub, as the local cache has just resolved it; None of a folder."""
+def _commit_of(name: Any, revision: str | None, cache_dir: Any) -> str | None:
+    """Of a model of the Hub, as the local cache has just resolved it; None of a folder."""
     if os.path.isdir(name):
         return None
     file = try_to_load_from_cache(str(name), "config.json", revision=revision, cache_dir=cache_dir)

@@ -81,9 +81,9 @@ def test_logit_loss_is_computed_in_float32_also_under_autocast(dtype: torch.dtyp
 @pytest.mark.parametrize(
     ("student", "teacher", "temperature", "message"),
     [
-        ((2, 3), (2, 4), 4.0, r"same classes on both sides, got student logits of shape \(2, 3\) and .* \(2, 4\)"),
+        ((2, 3), (2, 4), 4.0, r"same classes on both sides, .* got student logits of shape \(2, 3\) and .* \(2, 4\)"),
         ((2, 3), (3, 3), 4.0, r"student logits of shape \(2, 3\) and teacher logits of shape \(3, 3\)"),
-        ((2, 1), (2, 1), 4.0, "at least 2 classes, got 1"),
+        ((2, 1), (2, 1), 4.0, r"at least 2 of them, got student logits of shape \(2, 1\)"),
         ((2, 3), (2, 3), 0.0, "`temperature` must be positive, got 0.0"),
         ((2, 3), (2, 3), -1.0, "`temperature` must be positive, got -1.0"),
     ],

@@ -95,7 +95,12 @@ def test_the_bodys_own_pooled_output_comes_as_one_row_per_example(shape: tuple[i
         (mean_pool, output(hidden_states(2, 3, 2, 2, 2)), (2, 3), r"'mean' needs .*, got \(2, 3, 2, 2, 2\)"),
         (max_pool, output(hidden_states(2, 3)), (2, 3), r"'max' needs .* \(batch, length, dim\), got \(2, 3\)"),
         (last_token_pool, output(hidden_states(2, 3, 4, 4)), None, "'last_token' needs hidden states of shape"),
-        (gap_pool, output(hidden_states(2, 3, 4)), None, r"'gap' needs a .* map, got .* \(2, 3, 4\). Try 'mean'"),
+        (
+            gap_pool,
+            output(hidden_states(2, 3, 4)),
+            None,
+            r"'gap' needs .* height, width\), got \(2, 3, 4\). Try 'auto'",
+        ),
         (pooler_pool, output(hidden_states(2, 3, 4)), None, "'pooler' needs a body that returns `pooler_output`"),
         (pooler_pool, output(None, pooler_output=None), None, "'pooler' needs a body that returns `pooler_output`"),
         (
