@@ -1,10 +1,13 @@
-"""Writing the model card of a student: from what is given to the files."""
+"""The model card of a student: from what is known of it to the page and its files."""
 
+import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
 from hf_rrd.files import write_json, written_whole
@@ -14,21 +17,19 @@ from hf_rrd.results.facts import (
     DataFacts,
     Metric,
     hub_name,
-    loss_terms,
-    student_facts,
+    last_losses,
+    model_facts,
     task_of,
-    teacher_facts,
     usage_of,
     versions_in_use,
 )
-from hf_rrd.results.pictures import draw_pictures
-from hf_rrd.results.render import render_card
-from hf_rrd.results.report import DistillationReport, class_names
+from hf_rrd.results.pictures import PICTURES, draw_pictures, place_of
+from hf_rrd.results.report import NEIGHBORS, DistillationReport, class_names
+from hf_rrd.results.table import HEADER, markdown, place, rows_of, size, whole
 
 CARD = "README.md"
-
-FACTS_FILE = "model_card.json"
-"""The facts of a card, beside it; not pushed."""
+FACTS_FILE = "model_card.json"  # beside the card, and not pushed
+TEMPLATE = Path(__file__).with_name("card_template.md")
 
 
 def write_card(
@@ -64,19 +65,15 @@ def write_card(
         teacher: The teacher, where it is at hand.
         teacher_name: What to call the teacher. Default: its name on the Hub and its revision, if it is from there.
         dataset: The training set's name on the Hub, "user/name", or what to call it.
-        settings: Of the distillation, by the names of `RelationalDistillationConfig`.
+        settings: Of the distillation, by the names of `RelationalDistillationConfig`; any of them may be missing.
         training: More to tell of the training, such as `epochs`, `learning_rate` and `seed`.
         log_history: Lines with `step`, `loss` and its terms, as `trainer.state.log_history` has them.
         report: The comparison with the teacher, as `compare_models` gives it.
         metrics: Values by name, of `dataset`. Default: the report's accuracy.
-        processing_class: The student's tokenizer or processor.
-        pooling: How a headless student is pooled.
-        name: What to call the student. Default: the name of its repository or folder.
-        repository: The student's name on the Hub, "user/name".
-        task: The Hub's name of the task. Default: by the model's class.
-        license, language, tags: Of the student, as the Hub names them.
-        base_model: On the Hub, what the student derives from. Default: the weights that it started from, or its
-            teacher.
+        processing_class, pooling: The student's tokenizer or processor, and how it is pooled if it is headless.
+        name, repository: The student's name (default: of its repository or folder), and "user/name" on the Hub.
+        task, license, language, tags: As the Hub names them. Default of the task: by the model's class.
+        base_model: What it derives from, on the Hub. Default: the weights that it started from, or its teacher.
 
     Returns:
         The facts of the card.
@@ -88,26 +85,29 @@ def write_card(
     write_card("out", student, teacher=teacher, report=report, dataset="stanfordnlp/sst2", training={"seed": 0})
     ```
     """
-    folder, model = Path(folder), unwrapped(student)
+    folder = Path(folder)
+    measured: dict[str, Any] = {} if report is None else report.facts
     if not isinstance(dataset, DataFacts):
-        found = hub_name(dataset) if dataset and "/" in dataset else None
-        dataset = DataFacts(id=found, title=dataset)
-    name = name or (repository or str(folder.absolute())).split("/")[-1]
-    library = "transformers" if model is student else "peft"
+        dataset = DataFacts(id=hub_name(dataset) if dataset and "/" in dataset else None, title=dataset)
+    if not metrics and "accuracy" in measured.get("student", {}):
+        metrics = {"accuracy": measured["student"]["accuracy"]}
+    if isinstance(metrics, Mapping):
+        metrics = [Metric(each, value, dataset.id, split=measured.get("split")) for each, value in metrics.items()]
+    library = "transformers" if unwrapped(student) is student else "peft"
     facts = CardFacts(
-        name=name,
+        name=name or (repository or str(folder.absolute())).split("/")[-1],
         library=library,
-        student=student_facts(student),
+        student=model_facts(student),
         repository=repository,
-        task=task or task_of(model)[0],
-        usage=usage_of(student, processing_class, pooling, repository or name),
-        teacher=teacher_facts(teacher, teacher_name),
+        task=task or task_of(unwrapped(student)),
+        usage=usage_of(student, processing_class, pooling),
+        teacher=model_facts(teacher, teacher_name),
         dataset=dataset,
         settings=dict(settings or {}),
         training=dict(training or {}),
-        losses=loss_terms(log_history),
-        metrics=_metrics(metrics, dataset, report),
-        report={} if report is None else report.facts,
+        losses=last_losses(log_history),
+        metrics=list(metrics),
+        report=measured,
         pictures=draw_pictures(folder, log_history, report, class_names(student)),
         versions=versions_in_use(library),
         license=license,
@@ -115,20 +115,71 @@ def write_card(
         tags=[tags] if isinstance(tags, str) else list(tags or ()),
         base_model=hub_name(base_model),
     )
-    write_json(folder / FACTS_FILE, facts.to_json())
+    file = write_json(folder / FACTS_FILE, facts.to_json())
+    facts = CardFacts.from_json(json.loads(file.read_text(encoding="utf-8")))  # the card says what the file says
     with written_whole(folder / CARD) as temporary:
         render_card(facts).save(temporary)
     return facts
 
 
-def _metrics(
-    given: Mapping[str, float] | Sequence[Metric], dataset: DataFacts, report: DistillationReport | None
-) -> list[Metric]:
-    """The metrics that were given; without any, the report's accuracy."""
-    metrics = list(given) if not isinstance(given, Mapping) else []
-    values = dict(given) if isinstance(given, Mapping) else {}
-    measured = {} if report is None else report.facts
-    if not metrics and not values and "accuracy" in measured.get("student", {}):
-        values = {"accuracy": measured["student"]["accuracy"]}
-    metrics += [Metric(name, value, dataset.id, split=measured.get("split")) for name, value in values.items()]
-    return metrics
+def render_card(facts: CardFacts) -> ModelCard:
+    """The card of some facts, and of nothing else: the same facts always give the same card."""
+    card = ModelCard.from_template(
+        _header(facts),
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
+        facts=facts,
+        compared=markdown(HEADER, rows_of(facts.report)),
+        metrics=markdown(
+            ("metric", "data", "value"),
+            [(each.name, f"{each.id or ''} {each.split or ''}", _written(each.value)) for each in facts.metrics],
+        ),
+        settings=_table("setting", facts.settings | facts.training),
+        losses=_table("last in the training log", facts.losses),
+        pictures={name: f"![{PICTURES[name]}]({place_of(name)})" for name in facts.pictures},
+        neighbors=NEIGHBORS,
+        place=place,
+        size=size,
+        whole=whole,
+    )
+    return ModelCard(re.sub(r"\n{3,}", "\n\n", str(card)))  # where a section is left out
+
+
+def _table(title: str, values: Mapping[str, Any]) -> str:
+    return markdown((title, "value"), [(f"`{name}`", _written(value)) for name, value in values.items()])
+
+
+def _written(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _header(facts: CardFacts) -> ModelCardData:
+    """The header in YAML. The value of a metric is in it if the Hub knows its task and its data set."""
+    ours = ("hf-rrd", "knowledge-distillation", "relational-representation-distillation", "generated_from_trainer")
+    metrics = [metric for metric in facts.metrics if not metric.name.startswith("alignment_")]
+    results = [
+        EvalResult(
+            task_type=facts.task,
+            dataset_type=metric.id,
+            dataset_name=metric.id,
+            dataset_config=metric.config,
+            dataset_split=metric.split,
+            metric_type=metric.name,
+            metric_value=metric.value,
+        )
+        for metric in metrics
+        if facts.task and metric.id
+    ]
+    return ModelCardData(
+        license=facts.license,
+        language=facts.language,
+        library_name=facts.library,
+        pipeline_tag=facts.task,
+        tags=[*dict.fromkeys(filter(None, (*ours, facts.task, *facts.tags)))],
+        datasets=[facts.dataset.id] if facts.dataset.id else None,
+        # The Hub has no relation for a teacher: it stands here where the student has no other origin.
+        base_model=facts.base_model or facts.student.name or facts.teacher.name,
+        distilled_from=facts.teacher.name,
+        metrics=[*dict.fromkeys(metric.name for metric in metrics)] or None,
+        model_name=facts.name if results else None,
+        eval_results=results or None,
+    )

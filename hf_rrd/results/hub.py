@@ -14,15 +14,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers.trainer_utils import HubStrategy, SaveStrategy
-from transformers.utils import (
-    ADAPTER_CONFIG_NAME,
-    ADAPTER_SAFE_WEIGHTS_NAME,
-    CONFIG_NAME,
-    GENERATION_CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    logging,
-)
+from transformers.utils import logging
 
 from hf_rrd.results.card import CARD
 from hf_rrd.results.pictures import PICTURES, place_of
@@ -46,24 +38,15 @@ def explained_hub_errors(what: str) -> Iterator[None]:
     try:
         yield
     except HUB_ERRORS as error:
-        told = [str(each) for each in (error, error.__cause__) if each is not None and str(each)]
-        reason = " ".join(": ".join(told or [type(error).__name__]).split()).rstrip(".")
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        advice = "Then call trainer.push_to_hub()."
-        if status in (None, 401, 403) and not isinstance(error, RuntimeError | ValueError):
-            advice = (
-                "See that the Hub can be reached and that you are logged in (`hf auth login`, or hub_token=), and "
-                "call trainer.push_to_hub()."
-            )
+        told = filter(None, (str(error), str(error.__cause__ or "")))
+        reason = " ".join(": ".join(told).split()).rstrip(".") or type(error).__name__
+        advice = "Mend that (to log in: `hf auth login`, or hub_token=), and call trainer.push_to_hub()."
         raise PushError(f"{what}: {reason}. {advice}") from error
-
-
-# ---- Files ----
 
 
 def published_files(folder: str | Path, processing_class: Any, model: Any = None, with_card: bool = True) -> list[str]:
     """What of a folder belongs on the Hub: the student, its processing class, the card and its pictures."""
-    names = model_files(folder, adapters_of(model))
+    names = model_files(folder, model)
     if with_card:
         names += [CARD, *map(place_of, PICTURES)]
     if processing_class is not None:
@@ -73,32 +56,22 @@ def published_files(folder: str | Path, processing_class: Any, model: Any = None
     return [name for name in dict.fromkeys(names) if Path(folder, name).is_file()]
 
 
-def model_files(folder: str | Path, adapters: list[str] | None = None) -> list[str]:
-    """The files of a student in a folder: config and weights in one file or in shards, or its adapters alone."""
-    if adapters:  # the one called `default` lies in the folder itself
-        places = ["" if name == "default" else f"{name}/" for name in adapters]
-        names = [f"{place}{file}" for place in places for file in (ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME)]
-        return [name for name in names if Path(folder, name).is_file()]
-    names = [CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME]
-    index = Path(folder, SAFE_WEIGHTS_INDEX_NAME)
-    if index.is_file() and not Path(folder, SAFE_WEIGHTS_NAME).is_file():  # not one of an earlier run
-        names += [SAFE_WEIGHTS_INDEX_NAME, *sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    return [name for name in names if Path(folder, name).is_file()]
-
-
-def adapters_of(model: Any) -> list[str]:
-    """The names of the adapters of a PEFT student; warns of a base that nobody else can load."""
-    configs = getattr(model, "peft_config", None) or {}
-    for base in {config.base_model_name_or_path for config in configs.values()}:
+def model_files(folder: str | Path, model: Any) -> list[str]:
+    """The files that a student may have: config and weights in one file or in shards, or its adapters alone."""
+    adapters = getattr(model, "peft_config", None) or {}
+    for base in {config.base_model_name_or_path for config in adapters.values()}:
         if base and os.path.isdir(base):
             logger.warning_once(
                 f"The adapter names the folder {base} as its base model: nobody else can load it, and the path is "
                 "published. Push the base first, and load it by its name."
             )
-    return list(configs)
-
-
-# ---- Pushes ----
+    if adapters:  # the one called `default` lies in the folder itself
+        places = ["" if name == "default" else f"{name}/" for name in adapters]
+        return [f"{place}{file}" for place in places for file in ("adapter_config.json", "adapter_model.safetensors")]
+    names, index = ["config.json", "generation_config.json", "model.safetensors"], "model.safetensors.index.json"
+    if Path(folder, index).is_file() and not Path(folder, names[-1]).is_file():  # else it is of an earlier run
+        names += [index, *sorted(set(json.loads(Path(folder, index).read_text())["weight_map"].values()))]
+    return names
 
 
 def create_repository(args: Any, failure: str, token: str | None = None, private: bool | None = None) -> str:
@@ -106,7 +79,7 @@ def create_repository(args: Any, failure: str, token: str | None = None, private
 
     Args:
         args: The run's settings. The name is `hub_model_id`, or that of the output folder.
-        failure: What it means that there is none, as the beginning of the error.
+        failure: The beginning of the error: what it means that there is none.
         token, private: In place of those of the settings.
 
     Raises:
@@ -115,26 +88,21 @@ def create_repository(args: Any, failure: str, token: str | None = None, private
     """
     name = args.hub_model_id or Path(args.output_dir).absolute().name
     validate_repo_id(name)
-    token = args.hub_token if token is None else token
     private = args.hub_private_repo if private is None else private
     with explained_hub_errors(failure):
-        return str(HUB.create_repo(name, token=token, private=private, exist_ok=True).repo_id)
+        return str(HUB.create_repo(name, token=token or args.hub_token, private=private, exist_ok=True).repo_id)
 
 
 def push_student(
     repository: str, message: str | None, model: Any, processing_class: Any, args: Any, failure: str, **how: Any
 ) -> Any:
-    """Upload the student in `output_dir`, with its processing class, card and pictures.
+    """Upload the student in `output_dir` with all that belongs to it; returns the commit.
 
     Args:
-        repository: Its name on the Hub.
-        message: The commit's.
+        repository, message: The repository's name, and the commit's message.
         model, processing_class, args: The run's.
-        failure: What it means that it was not pushed, as the beginning of the error.
-        how: More arguments of `huggingface_hub.HfApi.upload_folder`; None stands for the default.
-
-    Returns:
-        The commit, or its future with `run_as_future=True`.
+        failure: The beginning of the error: what it means that it was not pushed.
+        how: More arguments of `HfApi.upload_folder`; None is the default. `run_as_future=True` returns a future.
 
     Raises:
         PushError: There are no weights, the Hub could not be reached, or it refused.
@@ -156,26 +124,25 @@ def push_checkpoint(
     links = tempfile.mkdtemp(prefix="_push-", dir=args.output_dir)
     shutil.copytree(checkpoint, links, copy_function=link, dirs_exist_ok=True)
     step = f"step {state.global_step}" if args.save_strategy == SaveStrategy.STEPS else f"epoch {int(state.epoch)}"
-    message, how = f"Training in progress, {step}", {"run_as_future": True}
+    message = f"Training in progress, {step}"
     names = published_files(links, processing_class, model, with_card=False)
-    jobs = [_upload(repository, links, names, message, args, **how)]
+    jobs = [_upload(repository, links, names, message, args, run_as_future=True)]
     if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
         place = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else Path(checkpoint).name
         files = [file for file in Path(links).rglob("*") if file.is_file() and file.name != CARD]  # PEFT's names paths
+        how = {"path_in_repo": place, "run_as_future": True}
         names = [str(file.relative_to(links)) for file in files]
-        jobs.append(_upload(repository, links, names, f"{message}, checkpoint", args, path_in_repo=place, **how))
+        jobs.append(_upload(repository, links, names, f"{message}, checkpoint", args, **how))
     for job in jobs:
         job.add_done_callback(_warn_of_failure)
     return [*jobs, HUB.run_as_future(shutil.rmtree, links, ignore_errors=True)]
 
 
 def _upload(repository: str, folder: str, files: list[str], message: str | None, args: Any, **how: Any) -> Any:
-    settings = {"token": args.hub_token, "revision": args.hub_revision}
+    settings = {"token": args.hub_token, "revision": args.hub_revision, "commit_message": message}
     settings |= {name: value for name, value in how.items() if value is not None}
     names = [glob.escape(name) for name in files]
-    return HUB.upload_folder(
-        repo_id=repository, folder_path=folder, commit_message=message, allow_patterns=names, **settings
-    )
+    return HUB.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=names, **settings)
 
 
 def _warn_of_failure(job: Any) -> None:

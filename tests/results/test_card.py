@@ -1,23 +1,27 @@
-"""The card of a run: what is in its files."""
+"""The card of a run: what is in its files, and that they say the facts of the run and nothing else."""
 
 import json
 import os
+import re
 import socket
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
+from transformers import BertTokenizer
 
 from hf_rrd import RelationalDistillationTrainer, compare_models, student_from_teacher, write_card
-from hf_rrd.results.card import FACTS_FILE
+from hf_rrd.results.card import FACTS_FILE, TEMPLATE, render_card
 from hf_rrd.results.facts import CardFacts
 from hf_rrd.results.pictures import PICTURES, place_of
 from tests.builders import Images, Texts, tiny_bert, tiny_vit, trainer
 from tests.loopback_hub import header_errors
-from tests.results.runs import card_of, facts_of, finished, usage_of
+from tests.results.runs import card_of, facts_of, finished, numbers_shown, unsaid, usage_of
 
 DATASET = {"dataset_tags": "org/images", "dataset": "Images"}
 
@@ -32,22 +36,18 @@ def test_the_header_has_what_the_hub_reads(run: RelationalDistillationTrainer) -
     (result,) = data.eval_results
     logged = next(entry["test_accuracy"] for entry in run.state.log_history if "test_accuracy" in entry)
     assert (data.model_name, result.task_type) == ("a-student", "image-classification")
-    assert (result.dataset_type, result.dataset_name, result.dataset_split) == ("org/images", "Images", "test")
+    assert (result.dataset_type, result.dataset_name, result.dataset_split) == ("org/images", "org/images", "test")
     assert (result.metric_type, result.metric_value) == ("accuracy", logged)
     assert "base_model" not in data.to_dict(), "neither student nor teacher has a name on the Hub"
 
 
 def test_only_the_names_of_models_on_the_hub_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commits = {"org/teacher": ["0123456789abcdef0123"], "org/small": ["aaaa", "bbbb"]}
-
     def cached(name: str, file: str) -> str | None:
-        for commit in commits.get(name, []):
-            (tmp_path / "cache" / name / "snapshots" / commit).mkdir(parents=True, exist_ok=True)
-        return str(tmp_path / "cache" / name / "snapshots" / commits[name][0] / file) if name in commits else None
+        return file if name in ("org/teacher", "org/small") else None
 
     monkeypatch.setattr("hf_rrd.results.facts.try_to_load_from_cache", cached)
     teacher, student = tiny_vit(width=24, seed=1), tiny_vit()
-    teacher.config._name_or_path = "org/teacher"
+    teacher.config._name_or_path, teacher.config._commit_hash = "org/teacher", "0123456789abcdef0123"
     run = trainer(tmp_path, teacher=teacher, model=student)
     card = card_of(run)
     assert card.data.base_model == "org/teacher" and card.data.distilled_from == "org/teacher"
@@ -55,9 +55,7 @@ def test_only_the_names_of_models_on_the_hub_are_named(tmp_path: Path, monkeypat
     student.config._name_or_path = "org/small"
     card = card_of(run)
     assert card.data.base_model == "org/small"
-    assert "It started from [org/small](https://huggingface.co/org/small)." in card.text, (
-        "one of two commits: not said"
-    )
+    assert "It started from [org/small](https://huggingface.co/org/small)." in card.text, "its commit is not known"
     assert card_of(run, finetuned_from="org/other").data.base_model == "org/other"
     for name in (str(tmp_path), "runs/moved_since", ""):
         teacher.config._name_or_path = student.config._name_or_path = name
@@ -157,7 +155,7 @@ def test_a_loop_of_ones_own_writes_a_card_in_one_call(tmp_path: Path, monkeypatc
         "distilled from a bigger ViT",
         "a bank of 4,096",
         "One run, with seed 7",
-        "| `loss` | 2.000 (step 1)",
+        "| `loss` | 1 |",
     ):
         assert said in card.text
     assert facts.pictures == [*PICTURES]
@@ -168,10 +166,128 @@ def test_a_loop_of_ones_own_writes_a_card_in_one_call(tmp_path: Path, monkeypatc
     assert header_errors(str(card)) == []
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"relational_weight": 10.0}, "- the relations that its teacher sees between examples\n"),
+        ({"relational_weight": 10.0, "bank_size": 0}, "- the relations that its teacher sees between examples\n"),
+        ({"kd_weight": 1.0}, "- its teacher's logits\n"),
+        ({"task_weight": 1.0, "kd_weight": 1.0}, "- its task\n- its teacher's logits\n"),
+        ({"relational_weight": 0.0}, "The student learned its task, without a teacher."),
+        ({"bank_size": 4096}, "With `hf_rrd`.\n"),
+    ],
+)
+def test_any_setting_of_a_loop_of_ones_own_may_be_missing(tmp_path: Path, settings: Any, said: str) -> None:
+    facts = write_card(tmp_path, tiny_vit(), teacher=tiny_vit(width=24), settings=settings)
+    card = ModelCard.load(tmp_path / "README.md").text
+    assert said in card
+    is_distilled = any(settings.get(name) for name in ("relational_weight", "kd_weight"))
+    assert ("distilled from a `ViTForImageClassification` (" in card) == is_distilled
+    assert CardFacts.from_json(facts.to_json()) == facts
+
+
+def test_numbers_of_numpy_and_torch_are_said_as_they_are_saved(tmp_path: Path) -> None:
+    given = {"learning_rate": np.float32(1 / 3), "layers": (0, 2)}
+    facts = write_card(tmp_path, tiny_vit(), training=given, metrics={"f1": torch.tensor(1 / 3)})
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "| `learning_rate` | 0.333333 |" in card.text and "| f1 |  | 0.333333 |" in card.text
+    saved = json.loads((tmp_path / FACTS_FILE).read_text())
+    assert CardFacts.from_json(saved) == facts and str(render_card(facts)).strip() == str(card).strip()
+
+
 def test_the_least_that_a_card_takes_is_a_student(tmp_path: Path) -> None:
     write_card(tmp_path / "mine", tiny_vit(), dataset="my pictures", metrics={"f1": 0.25})
     card = ModelCard.load(tmp_path / "mine" / "README.md")
     assert "datasets" not in card.data.to_dict() and " on my pictures. It is a plain transformers model" in card.text
-    assert "| f1 | 25.0 % |" in card.text and "With `hf_rrd`.\n" in card.text
+    assert "| f1 |  | 0.25 |" in card.text and "With `hf_rrd`.\n" in card.text
     for nothing in ("None", "without a teacher", "distilled from", "setting", "![", "## Teacher"):
         assert nothing not in card.text.split("## Citation")[0]
+
+
+def test_every_number_of_a_card_is_among_the_facts_of_the_run(run: RelationalDistillationTrainer) -> None:
+    card = str(card_of(run, **DATASET))
+    assert len(numbers_shown(card)) > 60
+    assert unsaid(card, facts_of(run)) == [] and header_errors(card) == []
+    wrong = card.replace("| accuracy | ", "| accuracy | 99.87 % ", 1)
+    assert unsaid(wrong, facts_of(run)) == ["99.87"], "the check sees a number that is not among them"
+
+
+def test_the_cards_of_our_own_students_say_the_facts_beside_them() -> None:
+    folders = sorted(path.parent for path in (Path(__file__).parents[2] / "model_cards").glob(f"*/{FACTS_FILE}"))
+    assert len(folders) >= 4
+    for folder in folders:
+        card, facts = ModelCard.load(folder / "README.md"), json.loads((folder / FACTS_FILE).read_text())
+        assert unsaid(str(card), facts) == [], folder.name
+        assert header_errors(str(card)) == [], folder.name
+        pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", card.text)
+        assert len(pictures) >= 3 and all((folder / picture).is_file() for picture in pictures)
+        again = render_card(CardFacts.from_json(facts))
+        assert str(again).strip() == str(card).strip(), f"{folder.name} was rendered by another version"
+
+
+def test_a_card_is_a_function_of_its_facts(run: RelationalDistillationTrainer) -> None:
+    card = card_of(run, license="mit", tags="mine", language=["en", "de"], finetuned_from="org/base", **DATASET)
+    facts = CardFacts.from_json(facts_of(run))
+    assert str(render_card(facts)).strip() == str(card).strip()
+    assert facts.to_json() == facts_of(run)
+
+
+def test_what_is_unknown_is_absent(tmp_path: Path) -> None:
+    run = trainer(tmp_path / "student", train_dataset=Images(16))
+    card = card_of(run)
+    header, page = card.data.to_dict(), card.text
+    assert header.keys() == {"library_name", "pipeline_tag", "tags"}
+    for section in ("Teacher and student", "Results", "How alike", "!["):
+        assert section not in page
+    for nothing in ("None", "nan", "null", "unknown", "[]", "{}", "More information"):
+        assert nothing not in page.split("## Citation")[0]
+    assert "\n\n\n" not in page
+
+
+def test_the_student_is_used_in_four_lines_or_fewer_as_they_stand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "text"]))
+    tokenizer = BertTokenizer(str(vocabulary))
+    runs = {
+        "vit": ({}, "pixel_values = torch.zeros(1, 3, 16, 16)", (1, 4)),
+        "bert": (
+            {
+                "model": tiny_bert(),
+                "teacher": tiny_bert(width=24),
+                "train_dataset": Texts(),
+                "processing_class": tokenizer,
+            },
+            "",
+            (1, 4),
+        ),
+        "headless": (
+            {"model": tiny_vit().vit, "task_weight": 0.0},
+            "pixel_values = torch.zeros(1, 3, 16, 16)",
+            (1, 16),
+        ),
+    }
+    for name, (given, before, shape) in runs.items():
+        run = trainer(tmp_path / name, **given)
+        run.save_model()
+        code = usage_of(card_of(run))
+        assert len(code.strip().splitlines()) <= 4
+        result = "embedding" if name == "headless" else "logits"
+        names: dict[str, Any] = {"torch": torch}
+        exec(f"{before}\n{code}", names)
+        assert names[result].shape == shape, name
+
+
+def test_the_template_has_no_fact_of_its_own() -> None:
+    text = TEMPLATE.read_text().split("## Citation")[0].replace("https://arxiv.org/abs/2407.12073", "")
+    assert re.findall(r"\d", re.sub(r"{%.*?%}|{{.*?}}", "", text, flags=re.DOTALL)) == []
+
+
+def test_names_cannot_break_a_table(tmp_path: Path) -> None:
+    run = trainer(tmp_path, eval_dataset=Images(8), compute_metrics=lambda _: {"a|b\nc <i>": 0.5, "flag": True})
+    run.train()
+    run.evaluate()
+    card = card_of(run)
+    assert "| a&#124;b c &lt;i> |  | 0.5 |" in card.text and "flag" not in card.text

@@ -7,18 +7,22 @@ from typing import Any
 import datasets
 import pytest
 import torch
+import transformers
+from transformers import ViTForImageClassification, ViTImageProcessor
 
 from hf_rrd import cache_teacher_outputs
 from hf_rrd.results.facts import (
     CardFacts,
-    LossTerm,
     Metric,
     ModelFacts,
+    Usage,
     hub_name,
-    loss_terms,
+    last_losses,
+    model_facts,
     source_of,
     task_of,
-    teacher_facts,
+    usage_of,
+    versions_in_use,
 )
 from tests.builders import Images, tiny_bert, tiny_vit
 
@@ -42,22 +46,39 @@ def test_a_cached_data_set_is_still_from_where_it_was() -> None:
 @pytest.mark.parametrize(
     ("model", "task"),
     [
-        (tiny_vit(), ("image-classification", "AutoModelForImageClassification")),
-        (tiny_bert(), ("text-classification", "AutoModelForSequenceClassification")),
-        (tiny_bert().bert, ("feature-extraction", "AutoModel")),
-        (tiny_vit().vit, ("image-feature-extraction", "AutoModel")),
-        (torch.nn.Linear(1, 1), (None, "Linear")),
+        (tiny_vit(), "image-classification"),
+        (tiny_bert(), "text-classification"),
+        (tiny_bert().bert, "feature-extraction"),
+        (tiny_vit().vit, "image-feature-extraction"),
+        (torch.nn.Linear(1, 1), None),
     ],
 )
-def test_the_task_is_that_of_the_models_class(model: Any, task: tuple[str | None, str]) -> None:
-    if not isinstance(model, torch.nn.Linear):
-        assert task_of(model) == task
+def test_the_task_is_that_of_the_models_class(model: Any, task: str | None) -> None:
+    assert task_of(model) == task
+
+
+def test_only_what_transformers_has_is_loaded_and_processed_as_the_card_says() -> None:
+    class Mine(ViTForImageClassification):
+        pass
+
+    student = tiny_vit()
+    assert usage_of(Mine(student.config), None, "auto") is None
+    assert usage_of(student, object(), "auto") == Usage("pixel_values", has_processor=False)
+    assert usage_of(student, ViTImageProcessor(), "auto") == Usage("pixel_values", has_processor=True)
+    assert usage_of(student.vit, None, "auto") == Usage("pixel_values", False, pooling="cls")
+    assert usage_of(student.vit, None, lambda output, mask: output[0]) == Usage("pixel_values", False)
+
+
+def test_the_versions_are_those_of_what_is_loaded() -> None:
+    versions = versions_in_use("transformers")
+    assert versions["torch"] == torch.__version__ and versions["transformers"] == transformers.__version__
+    assert versions["hf_rrd"] and list(versions)[0] == "python"
 
 
 def test_the_facts_come_back_from_json_and_what_is_unknown_is_not_in_it() -> None:
     facts = CardFacts("a", "transformers", ModelFacts("Vit", 10, teacher_layers=[0, 2]), tags=["b"])
-    facts.usage, facts.metrics = "import this", [Metric("accuracy", 0.0, split="test")]
-    facts.losses, facts.settings = [LossTerm("loss", 1, 2.0, 3, 1.0)], {"include_own": False}
+    facts.usage, facts.metrics = Usage("input_ids", False), [Metric("accuracy", 0.0, split="test")]
+    facts.losses, facts.settings = {"loss": 1.0}, {"include_own": False}
     told = facts.to_json()
     assert told["student"] == {"class_name": "Vit", "parameters": 10, "teacher_layers": [0, 2]}
     assert told["metrics"] == [{"name": "accuracy", "value": 0.0, "split": "test"}]
@@ -66,14 +87,15 @@ def test_the_facts_come_back_from_json_and_what_is_unknown_is_not_in_it() -> Non
     assert CardFacts.from_json(json.loads(json.dumps(told))) == facts
 
 
-def test_the_losses_are_the_first_and_the_last_finite_line_of_each_term() -> None:
-    log = [{"loss": 3.0, "task_loss": float("nan"), "step": 1}, {"loss": 2.0, "task_loss": 1.0, "step": 2}]
-    log += [{"eval_loss": 9.0, "step": 2}, {"loss": 1.0, "step": 3}, {"train_loss": 2.0, "step": 3}]
-    assert loss_terms(log) == [LossTerm("loss", 1, 3.0, 3, 1.0), LossTerm("task_loss", 2, 1.0, 2, 1.0)]
+def test_the_losses_are_the_last_finite_value_of_each_term() -> None:
+    log = [{"loss": 3.0, "task_loss": 2.0, "step": 1}, {"loss": 2.0, "task_loss": 1.0, "step": 2}]
+    log += [{"eval_loss": 9.0, "step": 2}, {"loss": 1.0, "task_loss": float("nan"), "step": 3}]
+    log += [{"train_loss": 2.0, "step": 3}]
+    assert last_losses(log) == {"loss": 1.0, "task_loss": 1.0}
 
 
 def test_a_teacher_that_is_only_called_something_has_no_size() -> None:
-    assert teacher_facts(None, None) is None
-    assert teacher_facts(None, "a big one") == ModelFacts(description="a big one")
-    named = teacher_facts(tiny_vit(), "a big one")
-    assert named is not None and named.class_name == "ViTForImageClassification" and named.parameters > 1000
+    assert model_facts(None) == ModelFacts()
+    assert model_facts(None, "a big one") == ModelFacts(description="a big one")
+    named = model_facts(tiny_vit(), "a big one")
+    assert named.class_name == "ViTForImageClassification" and named.parameters > 1000

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from transformers import ViTImageProcessor
 from hf_rrd.results import hub as hub_module
 from hf_rrd.results.hub import (
     PushError,
-    adapters_of,
     explained_hub_errors,
     link,
     model_files,
@@ -220,7 +220,7 @@ def test_without_a_token_or_a_network_all_but_the_push_works(
             run.push_to_hub()
         said = str(error.value)
         assert said.startswith("the student is in student, and not on the Hub: ") and "\n" not in said
-        assert said.endswith("(`hf auth login`, or hub_token=), and call trainer.push_to_hub().")
+        assert said.endswith("(to log in: `hf auth login`, or hub_token=), and call trainer.push_to_hub().")
         assert hub.token not in said
         loaded = transformers.AutoModelForImageClassification.from_pretrained("student")
         assert torch.equal(logits(loaded), logits(run.model)) and os.path.exists("student/README.md")
@@ -321,40 +321,46 @@ def test_a_push_has_links_of_a_checkpoint_or_copies_where_there_are_none(
     assert (tmp_path / "copied").stat().st_ino != source.stat().st_ino
 
 
+@dataclass
+class Adapter:
+    base_model_name_or_path: str
+
+
+@dataclass
+class Adapters:
+    peft_config: dict[str, Adapter]
+
+
 def test_adapters_are_published_without_a_base_that_lies_beside_them(tmp_path: Path) -> None:
     tiny_vit().save_pretrained(tmp_path)
     for name in ("adapter_config.json", "adapter_model.safetensors", "lora/adapter_config.json", "lora/README.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
-    assert model_files(tmp_path, ["default"]) == ["adapter_config.json", "adapter_model.safetensors"]
-    assert model_files(tmp_path, ["lora"]) == ["lora/adapter_config.json"]
+    default, lora = (Adapters({name: Adapter("org/base")}) for name in ("default", "lora"))
+    found = published_files(tmp_path, None, default, with_card=False)
+    assert found == ["adapter_config.json", "adapter_model.safetensors"]
+    assert published_files(tmp_path, None, lora, with_card=False) == ["lora/adapter_config.json"]
 
 
 def test_an_adapter_of_a_base_in_a_folder_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Adapter:
-        def __init__(self, base: str) -> None:
-            self.base_model_name_or_path = base
-
-    class Model:
-        peft_config = {"default": Adapter(str(tmp_path)), "other": Adapter("org/base")}
-
     warnings: list[str] = []
     monkeypatch.setattr(hub_module.logger, "warning_once", warnings.append)
-    assert adapters_of(Model()) == ["default", "other"] and adapters_of(tiny_vit()) == []
+    files = model_files(tmp_path, Adapters({"default": Adapter(str(tmp_path)), "other": Adapter("org/base")}))
+    assert files[0] == "adapter_config.json" and files[-1] == "other/adapter_model.safetensors"
     assert len(warnings) == 1 and f"The adapter names the folder {tmp_path} as its base model" in warnings[0]
 
 
 def test_an_index_of_an_earlier_run_is_not_published(tmp_path: Path) -> None:
     tiny_vit().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
-    assert set(model_files(tmp_path)) == WEIGHTS
+    assert set(published_files(tmp_path, None)) == WEIGHTS
 
 
 def test_any_failure_on_the_way_is_one_sentence_with_its_cause_and_what_to_do() -> None:
     cause = ValueError("Invalid metadata:\n- bad")
     failures = [
-        (ConnectionError("refused"), "refused. See that"),
-        (RuntimeError("upload"), "upload: Invalid metadata: - bad. Then"),
+        (ConnectionError("refused"), "refused. Mend"),
+        (RuntimeError("upload"), "upload: Invalid metadata: - bad. Mend"),
     ]
     for error, expected in failures:
         error.__cause__ = cause if isinstance(error, RuntimeError) else None
