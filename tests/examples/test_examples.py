@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import HfArgumentParser
 
 from tests.examples.scripts import CLASSIFY, QUIET, SCRIPTS, TOKENIZER, load_script, start_process
 from tests.loopback_hub import LoopbackHub, header_errors
@@ -87,8 +88,8 @@ def test_the_command_in_the_docstring_is_understood(name: str, monkeypatch: pyte
     words = shlex.split(command)
     assert words[:2] == ["python", f"examples/{name}.py"]
     monkeypatch.setattr(sys, "argv", words[1:])
-    parsed = script.parse()
-    settings = parsed[-1] if isinstance(parsed, tuple) else parsed
+    parse = getattr(script, "parse", None) or HfArgumentParser(script.Arguments).parse_args_into_dataclasses
+    settings = parse()[-1]
     assert settings.output_dir == f"out/{name}"
 
 
