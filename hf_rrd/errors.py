@@ -22,9 +22,7 @@ def named_errors(what: str, data: Any = None) -> Iterator[None]:
     """Turn an error inside the block into a `BatchError` that says what failed, and with which columns.
 
     Errors of memory, devices and the network stay as they are: the data have no part in them. So do errors of classes
-    of somebody's own, which say themselves what they are about.
-
-    `what` is the beginning of a sentence; `data` a batch or an example, where it is known.
+    of somebody's own. `what` is the beginning of a sentence; `data` a batch or an example, where it is known.
     """
     try:
         yield
@@ -51,9 +49,7 @@ def _kind_of(value: Any) -> str:
 
 
 def _is_of_the_machine(error: Exception) -> bool:
+    if isinstance(error, OF_DEVICES) or should_reduce_batch_size(error):
+        return True
     words = ("out of memory", "gloo", "nccl", "connection", "dataloader worker", "cuda error", "cublas", "cudnn")
-    return (
-        isinstance(error, OF_DEVICES)
-        or should_reduce_batch_size(error)
-        or (isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words))
-    )
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)

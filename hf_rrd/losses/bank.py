@@ -46,17 +46,18 @@ class FeatureBank:
         if rows.dim() != 2 or rows.shape[1] != self.dim:
             raise ValueError(f"`rows` must have the shape (n, {self.dim}), got {tuple(rows.shape)}.")
         rows = rows[max(len(rows) - self.size, 0) :]
-        kept = self.filled[max(len(self) + len(rows) - self.size, 0) :]
+        kept = min(len(self), self.size - len(rows))
         if self._end + len(rows) > len(self._storage):
             # Room for a quarter more than the size: a row is moved four times on its way, not at every step. A bank
             # that is far from full takes less.
-            self._storage = kept.new_empty(min(self.size * 5 // 4 + 1, 2 * (len(kept) + len(rows))), self.dim)
-            self._storage[: len(kept)] = kept
-            self._end = len(kept)
+            newest = self._storage[self._end - kept : self._end]
+            self._storage = newest.new_empty(min(self.size * 5 // 4 + 1, 2 * (kept + len(rows))), self.dim)
+            self._storage[:kept] = newest
+            self._end = kept
         # Through `data`, because autograd counts writes to all of a storage: these are to rows that nobody has seen.
         self._storage.data[self._end : self._end + len(rows)] = rows
         self._end += len(rows)
-        self._start = self._end - len(kept) - len(rows)
+        self._start = self._end - kept - len(rows)
 
     def clear(self) -> None:
         """Take all rows out."""

@@ -27,8 +27,7 @@ def rkd_distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: (batch, teacher_dim).
 
     Returns:
-        The mean over the ordered pairs of distinct examples, a scalar; 0 for fewer than 3 examples, unless the rows
-        of one side coincide.
+        The mean over pairs of examples, a scalar; 0 for fewer than 3 examples, unless the rows of a side coincide.
 
     Raises:
         ValueError: `student` and `teacher` are not rows of the same examples.
@@ -118,8 +117,8 @@ def correlation_congruence_loss(student: Tensor, teacher: Tensor, gamma: float =
 def _angle_cosines(rows: Tensor) -> Tensor:
     """The cosine at j of the angle between i and k, as [j, i, k], (batch, batch, batch). Arbitrary where i is k.
 
-    By the law of cosines, from distances that are themselves taken from differences: for rows that nearly coincide
-    the rounding error grows as 1 / distance, where that of a Gram matrix of the rows grows as 1 / distance**2.
+    By the law of cosines from distances: for rows that nearly coincide the rounding error grows as 1 / distance, where
+    that of a Gram matrix of the rows grows as 1 / distance**2.
     """
     upper = torch.ones(len(rows), len(rows), dtype=torch.bool, device=rows.device).triu(1)
     distances = rows.new_zeros(len(rows), len(rows)).masked_scatter(upper, F.pdist(rows))

@@ -10,7 +10,7 @@ from hf_rrd.losses.rows import pair, unit
 
 
 def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """One minus the cosine between the student's row and the teacher's.
+    """One minus the cosine between the student's row and the teacher's, as a mean over the batch, a scalar.
 
     The scale of any row does not change it; a rotation does, unless it turns both sides. The cosine of a row of zeros
     is 0.
@@ -18,9 +18,6 @@ def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student: Rows, (batch, dim), of any scale.
         teacher: Rows of the same examples, (batch, dim), of any scale.
-
-    Returns:
-        The mean over the batch, a scalar.
 
     Raises:
         ValueError: `student` and `teacher` are not rows of the same examples and one width.
@@ -32,12 +29,11 @@ def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def mse_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared difference of the student's row and the teacher's.
+    """Squared difference of the student's row and the teacher's, as a mean over all entries, a scalar.
 
     Scale changes it; a rotation or translation does too, unless it moves both sides.
 
     Args, Raises: as for `cosine_loss`; (batch, dim) each.
-    Returns: the mean over the batch and the dimensions, a scalar.
     Source: Romero et al., FitNets, arXiv:1412.6550, eq. 3 (there half the sum over the dimensions).
     """
     with pair(student, teacher, one_width=True) as (student, teacher):

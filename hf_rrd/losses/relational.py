@@ -65,8 +65,8 @@ def relational_terms(
 ) -> tuple[Tensor, Tensor]:
     """`relational_loss` of each example, (batch,), and how far it is from its floor: `KL(p_t || p_s)`, (batch,).
 
-    With `s` and `m_s` the student's logits and its mean of the candidates under p_s, and `m_t` the teacher's mean, all
-    rows unit, the cross-entropy is `logsumexp(s) - <student, m_t> / student_temperature`, its gradient
+    With `s` the student's logits, `m_s` its mean of the candidates under p_s and `m_t` the teacher's, all rows unit,
+    the first is `logsumexp(s) - <student, m_t> / student_temperature`, with the gradient
     `(m_s - m_t) / student_temperature`: two attention reads of the bank.
     """
     check_positive("teacher_temperature", teacher_temperature, 0.02)

@@ -17,17 +17,15 @@ def body_of(model: nn.Module) -> Any:
     A headless model is its own body. Looks through PEFT wrappers. A ValueError says what has no body.
     """
     model = unwrapped(model)
+    name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"the model needs a body that returns hidden states, got {type(model).__name__}, which is not a "
-            "transformers model. Use a PreTrainedModel (any AutoModelFor...) or a PEFT model around one."
+            f"the model needs a body that returns hidden states, got {name}, which is not a transformers model. Use a "
+            "PreTrainedModel (any AutoModelFor...) or a PEFT model around one."
         )
-    name = type(model).__name__
     if name.endswith("ForConditionalGeneration") and model.config.is_encoder_decoder:
-        raise ValueError(
-            f"{name} is not supported: its decoder's states have no mask of their own. Use the family's encoder or "
-            "its classifier as the model."
-        )
+        why = "its decoder's states have no mask of their own. Use the family's encoder or its classifier"
+        raise ValueError(f"{name} is not supported: {why}.")
     if name.endswith("ForCausalLM") and hasattr(model.base_model, "decoder"):
         return model.base_model.decoder  # OPT, BART and their kin call it directly
     if model.base_model is not model:
@@ -56,9 +54,8 @@ def is_classifier(model: nn.Module) -> bool:
 
 def is_one_of(model: nn.Module, mapping: str) -> bool:
     """Whether the model's class is among those of an auto class, given by the name of its mapping."""
-    name = type(unwrapped(model)).__name__
-    known = getattr(auto.modeling_auto, mapping).values()
-    return any(name == each or (not isinstance(each, str) and name in each) for each in known)
+    name, known = type(unwrapped(model)).__name__, getattr(auto.modeling_auto, mapping).values()
+    return any(name == each if isinstance(each, str) else name in each for each in known)
 
 
 def main_input_of(body: Any) -> str:
@@ -80,12 +77,10 @@ def placed(inputs: dict[str, Any], body: nn.Module) -> dict[str, Any]:
     """A forward's inputs on the device of a body, those in floating point in its dtype."""
     device, dtype = place_of(body)
 
-    def place(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
+    def place(value: torch.Tensor) -> torch.Tensor:
         return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
 
-    return {name: place(value) for name, value in inputs.items()}
+    return {name: place(value) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
 
 
 # ---- Its output ----

@@ -8,14 +8,9 @@ from torch import nn
 
 from hf_rrd.models.body import unwrapped
 
-TEACHER_PREFIX = "teacher_"
-"""Columns with this prefix reach the teacher, without it."""
-
-CACHED_COLUMNS = ("teacher_embedding", "teacher_logits")
-"""Columns that stand in for a teacher: (batch, width) and (batch, classes)."""
-
-Accepted = list[str] | None
-"""The names of a forward's arguments; None for a forward that takes anything."""
+TEACHER_PREFIX = "teacher_"  # columns with it reach the teacher, without it
+CACHED_COLUMNS = ("teacher_embedding", "teacher_logits")  # stand in for a teacher: (batch, width), (batch, classes)
+Accepted = list[str] | None  # the names of a forward's arguments; None for a forward that takes anything
 
 
 def forward_columns(model: nn.Module) -> Accepted:

@@ -12,8 +12,8 @@ from transformers.models import auto
 from hf_rrd.models.body import body_of, keep_next, main_input_of, place_of, take_kept, watch
 from hf_rrd.models.pooling import POOLERS
 
+# A key of `POOLERS`, "auto", or a function from the body's output and the attention mask to (batch, width).
 Pooling = str | Callable[..., Any]
-"""A key of `POOLERS`, "auto", or a function from the body's output and the attention mask to (batch, width)."""
 
 
 def embed(
@@ -78,20 +78,16 @@ class Embedder:
     def width(self) -> int:
         """The width of a pooled embedding, measured on one blank input, or else `hidden_size` of the config.
 
-        A config does not say it for all: an OPT may project its output, a Wav2Vec2 may end with an adapter.
-
-        Raises:
-            ValueError: The body gives no hidden states, or its width is neither in the config nor to be measured.
+        A config does not say it for all: an OPT may project its output, a Wav2Vec2 may end with an adapter. A
+        ValueError says that the body gives no hidden states, or that there is no width either way.
         """
         outputs, name = _blank_outputs(self.body), type(self.body).__name__
         if outputs is None:
             width = getattr(self.body.config, "hidden_size", None)
             if isinstance(width, int) and isinstance(self.pooling, str):
                 return width
-            raise ValueError(
-                f"the width of {name}'s embedding is not in its config as `hidden_size`, and a blank input could not "
-                "be run to measure it. Add it to the config."
-            )
+            where = "in its config as `hidden_size`, and a blank input could not be run to measure it"
+            raise ValueError(f"the width of {name}'s embedding is not {where}. Add it to the config.")
         try:
             pooled: Any = self.pool(outputs, None)
         except Exception as error:

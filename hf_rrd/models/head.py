@@ -21,12 +21,12 @@ WITH_EMBEDDING = "with_relational_embedding"  # the keyword of the student's for
 EMBEDDING = "relational_embedding"  # the field of the student's output that holds it, projected
 POOLED = "relational_pooled"  # another, in evaluation mode, that holds it as the saved student has it: not projected
 
+# The values of `student_projection=`: functions from the student's width and the teacher's to a module.
 STUDENT_PROJECTIONS: dict[str, Callable[[int, int], nn.Module]] = {
     "linear": nn.Linear,
     "mlp": lambda width, dim: nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, dim)),
     "none": lambda width, dim: nn.Identity(),
 }
-"""The values of `student_projection=`: functions from the student's width and the teacher's to a module."""
 
 
 class RelationalHead(nn.Module):
@@ -39,18 +39,16 @@ class RelationalHead(nn.Module):
         super().__init__()
         self.embedder = embedder
         if projection == "none" and embedder.width != dim:
-            needed = "a student as wide as the teacher's embedding"
-            raise ValueError(
-                f"student_projection='none' needs {needed}, got {embedder.width} and {dim}. Use 'linear' instead."
-            )
+            widths = f"a student as wide as the teacher's embedding, got {embedder.width} and {dim}"
+            raise ValueError(f"student_projection='none' needs {widths}. Use student_projection='linear'.")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.projection = STUDENT_PROJECTIONS[projection](embedder.width, dim)
 
     def forward(self, pooled: Tensor) -> Tensor:
         """From (batch, width) to rows in float32, (batch, dim)."""
-        weight = next(self.projection.parameters(), pooled)
-        rows: Tensor = self.projection(pooled.to(weight.dtype)).float()
+        dtype = next(self.projection.parameters(), pooled).dtype
+        rows: Tensor = self.projection(pooled.to(dtype)).float()
         return rows
 
     def pool(self, attention_mask: Tensor | None) -> Tensor:
@@ -86,10 +84,9 @@ def attach_head(
 
 
 def detach_head(student: nn.Module) -> None:
-    """Take the projection head of a training off the student again, with its hooks, if it has one.
+    """Take the projection head of a training off the student, `trainer.model`, again, with its hooks, if it has one.
 
-    A trained student, `trainer.model`, keeps its head until then, so that a second training goes on with it; saved
-    students never have one.
+    A trained student keeps its head until then, so that a second training goes on with it. Saved ones never have one.
     """
     head = head_of(student)
     if head is not None:
@@ -116,10 +113,9 @@ def load_head(head: RelationalHead, state: dict[str, Tensor]) -> None:
 def check_student(student: nn.Module, task: bool) -> None:
     """Raise a ValueError for a student that cannot give the task loss that it is to learn."""
     if task and is_headless(student):
-        raise ValueError(
-            f"`task_weight` is above 0, so the student needs a head: {type(unwrapped(student)).__name__} has none. "
-            "Load it with an AutoModelFor... class, pass a `compute_loss_func`, or set task_weight=0."
-        )
+        came = f"the student needs a head: {type(unwrapped(student)).__name__} has none"
+        instead = "Load it with an AutoModelFor... class, pass a `compute_loss_func`, or set task_weight=0"
+        raise ValueError(f"`task_weight` is above 0, so {came}. {instead}.")
 
 
 class StudentOutputs(NamedTuple):

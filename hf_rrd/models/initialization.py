@@ -18,8 +18,7 @@ class Initialization:
 
     Args:
         layers: The teacher's layer, counted from 0, that each layer of the student started from.
-        copied: Tensors that are the teacher's.
-        fresh: Tensors that the model class initialised.
+        copied, fresh: Tensors that are the teacher's, and those that the model class initialised.
     """
 
     layers: list[int]
@@ -68,26 +67,26 @@ def student_from_teacher(teacher: PreTrainedModel, num_hidden_layers: int | None
     student.to(teacher.device).eval()
     number = rf"(?<=^{re.escape(_stack_of(teacher, student))}\.)\d+"  # a layer's, in the name of its tensor
     done: set[int] = set()
-    initialization = Initialization(layers)
+    source = Initialization(layers)
     # `data` is replaced, not filled: tied weights stay one parameter, and rotary tables keep their own precision.
     for name, weight in student.state_dict(keep_vars=True).items():
         if not isinstance(weight, Tensor) or id(weight) in done:
             continue
         done.add(id(weight))
         given = weights.get(re.sub(number, lambda found: str(layers[int(found[0])]), name))
-        its_weight = f"{name.rpartition('.')[0]}.weight"
-        if given is None or given.shape != weight.shape or its_weight in initialization.fresh:
-            initialization.fresh.append(name)
+        its_weight = f"{name.rpartition('.')[0]}.weight"  # a bias is as fresh as that
+        if given is None or given.shape != weight.shape or its_weight in source.fresh:
+            source.fresh.append(name)
             weight.data = weight.data.to(dtype=teacher.dtype if weight.is_floating_point() else None)
         else:
-            initialization.copied.append(name)
+            source.copied.append(name)
             weight.data = given.detach().to(teacher.device, copy=True)
     if getattr(teacher, "generation_config", None) is not None:
         student.generation_config = copy.deepcopy(teacher.generation_config)
-    student.initialization = initialization
-    logger.info(f"{type(student).__name__} from its teacher:\n{initialization}")
-    if initialization.fresh:
-        logger.warning(f"Initialised afresh, not from the teacher: {_short(initialization.fresh)}.")
+    student.initialization = source
+    logger.info(f"{type(student).__name__} from its teacher:\n{source}")
+    if source.fresh:
+        logger.warning(f"Initialised afresh, not from the teacher: {_short(source.fresh)}.")
     return student
 
 
@@ -115,8 +114,8 @@ def _layers_to_keep(config: Any, count: int | None) -> list[int]:
     if count is None:
         return list(range(total)) if isinstance(total, int) else []
     if not isinstance(total, int):
-        problem = f"cannot be chosen, got {count!r}: {type(config).__name__} has no such number"
-        raise ValueError(f"`num_hidden_layers` {problem}. Leave it out to keep all layers.")
+        came = f"got {count!r}: {type(config).__name__} has no such number"
+        raise ValueError(f"`num_hidden_layers` cannot be chosen, {came}. Leave it out.")
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= total:
         bounds = f"an integer from 1 to the teacher's {total}"
         raise ValueError(f"`num_hidden_layers` must be {bounds}, got {count!r}. Try {total // 2 or 1}.")
@@ -181,8 +180,6 @@ def _stack_of(teacher: Any, student: Any) -> str:
     )
     stacks = [name for name, length in before.items() if length == total and after.get(name) == count]
     if len(stacks) != 1:
-        raise ValueError(
-            f"`num_hidden_layers` needs one list of {total} layers in {type(teacher).__name__}, got "
-            f"{stacks or 'none'}. Leave it out to keep all layers, or build the student from a config of its own."
-        )
+        needed = f"one list of {total} layers in {type(teacher).__name__}, got {stacks or 'none'}"
+        raise ValueError(f"`num_hidden_layers` needs {needed}. Leave it out, or build the student from a config.")
     return stacks[0]

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# From a body's output (with `last_hidden_state`) and an attention mask, (batch, length) or None, to (batch, dim).
 Pooler = Callable[[Any, Tensor | None], Tensor]
-"""From a body's output (with `last_hidden_state`) and an attention mask, (batch, length) or None, to (batch, dim)."""
-
 
 SHAPES = {3: "(batch, length, dim)", 4: "(batch, dim, height, width)"}  # of the hidden states of tokens, and of maps
 

@@ -89,10 +89,8 @@ class Teacher:
         if self.model is None or self.is_placed:
             return
         if any(weight.is_meta for weight in self.model.parameters()):
-            raise ValueError(
-                "the teacher's weights are on the meta device, so it has none. Load it with from_pretrained, with a "
-                "`device_map` if it is to be offloaded."
-            )
+            instead = "Load it with from_pretrained, with a `device_map` if it is to be offloaded"
+            raise ValueError(f"the teacher's weights are on the meta device, so it has none. {instead}.")
         self.model.to(device)
 
     def run_through(self, engine: nn.Module) -> None:
@@ -121,29 +119,29 @@ class Teacher:
         Raises:
             ValueError: A cached column is of no use, something required is missing, or the model returns no logits.
         """
-        wanted = {"embedding": self.wants_embedding, "logits": self.wants_logits and logits}
-        found = {name: _cached(f"teacher_{name}", inputs) for name, wants in wanted.items() if wants}
-        missing = [name for name, value in found.items() if value is None]
-        if missing and self.model is not None:
+        wants_logits = self.wants_logits and logits
+        found = TeacherOutputs(
+            _cached("teacher_embedding", inputs) if self.wants_embedding else None,
+            _cached("teacher_logits", inputs) if wants_logits else None,
+        )
+        lacks_logits = wants_logits and found.logits is None
+        if not lacks_logits and (found.embedding is not None or not self.wants_embedding):
+            return found
+        if self.model is not None:
             computed = self.compute(teacher_inputs(inputs, self.columns))
-            if "logits" in missing and computed.logits is None:
-                raise ValueError(
-                    "`kd_weight` is above 0, and the teacher returns no logits. Load it with an AutoModelFor... "
-                    "class, or set kd_weight=0."
-                )
-            found |= {name: getattr(computed, name) for name in missing}
-        elif missing and required:
+            if lacks_logits and computed.logits is None:
+                instead = "Load it with an AutoModelFor... class, or set kd_weight=0"
+                raise ValueError(f"`kd_weight` is above 0, and the teacher returns no logits. {instead}.")
+            embedding = computed.embedding if found.embedding is None else found.embedding
+            return TeacherOutputs(embedding, computed.logits if lacks_logits else found.logits)
+        if required:
             raise ValueError(f"no teacher, and the batch lacks some of its outputs: its columns are {sorted(inputs)}.")
-        return TeacherOutputs(**found)
+        return found
 
     # `inference_mode` would be no faster here, and its tensors may not enter a graph: the bank's rows do.
     @torch.no_grad()
     def compute(self, inputs: dict[str, Any]) -> TeacherOutputs:
-        """One forward of the model, whose keyword arguments these are. The outputs are on the device of the inputs.
-
-        Raises:
-            ValueError: The main input is not among them.
-        """
+        """One forward of the model, whose keyword arguments these are. The outputs are on the device of the inputs."""
         assert self.model is not None
         self.model.eval()
         main_input = main_input_of(self.body)
@@ -181,10 +179,8 @@ def check_teacher(teacher: nn.Module, student: nn.Module, kd: bool) -> None:
     """Raise a ValueError for a teacher that cannot teach this student, or with `kd` not its logits."""
     shared = {id(weight) for weight in teacher.parameters()} & {id(weight) for weight in student.parameters()}
     if shared:
-        raise ValueError(
-            f"teacher and student share {len(shared)} parameters, and the teacher's are frozen. Pass a copy as the "
-            "teacher: copy.deepcopy(model)."
-        )
+        what = f"teacher and student share {len(shared)} parameters, and the teacher's are frozen"
+        raise ValueError(f"{what}. Pass a copy as the teacher: copy.deepcopy(model).")
     if kd and (problem := _problem_of_logits(teacher, student)):
         raise ValueError(f"`kd_weight` is above 0, and {problem}. Use another teacher, or set kd_weight=0.")
 
@@ -194,10 +190,8 @@ def _problem_of_logits(teacher: nn.Module, student: nn.Module) -> str:
         config = getattr(unwrapped(model), "config", None)
         kind, classes = getattr(config, "problem_type", None), getattr(config, "num_labels", 2)
         if kind in ("regression", "multi_label_classification") or classes == 1:
-            return (
-                f"distillation on logits needs a choice among 2 or more classes: {type(model).__name__} has {classes} "
-                f"and the problem_type {kind!r}"
-            )
+            came = f"{type(model).__name__} has {classes} and the problem_type {kind!r}"
+            return f"distillation on logits needs a choice among 2 or more classes: {came}"
     if is_headless(teacher):
         return f"the teacher needs logits: {type(teacher).__name__} has no head, unlike an AutoModelFor... class"
     classes = [unwrapped(model).config.num_labels for model in (teacher, student) if is_classifier(model)]
