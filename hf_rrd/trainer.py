@@ -18,8 +18,8 @@ from hf_rrd.config import RelationalDistillationConfig
 from hf_rrd.errors import named_errors
 from hf_rrd.models.columns import forward_columns, student_inputs
 from hf_rrd.models.head import HEAD, WITH_EMBEDDING, StudentOutputs, split_embedding
+from hf_rrd.results.alignment import EmbeddingLog
 from hf_rrd.results.callback import FactsCallback
-from hf_rrd.results.embedding_log import EmbeddingLog
 from hf_rrd.results.hub import PushError, create_repository, push_checkpoint, push_student
 from hf_rrd.results.report import DistillationReport, chosen_dataset, compare_in_run
 from hf_rrd.training.checkpoint import (

@@ -1,6 +1,6 @@
-"""How alike two embedding sets are: measures that no rotation or scale of either set can change."""
+"""How alike two embedding sets are, by measures that no rotation and no scale can change; at an evaluation, too."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -9,11 +9,8 @@ from torch import Tensor
 EXACT_EXAMPLES = 4096
 """Up to here all similarities are held at once, in float64; above, they come in blocks, in float32."""
 
-BLOCK = 1024
-"""Examples on each side of a block."""
-
-EXACT_STEPS, BLOCK_STEPS = 2**40, 2**19
-"""How finely similarities are told apart, in steps from 0 to 1: finer than that is rounding of float64 or float32."""
+BLOCK, STEPS = 1024, 2**19
+"""Examples on each side of a block, and the steps from 0 to 1 that tell its similarities apart: finer is rounding."""
 
 
 @torch.no_grad()
@@ -22,56 +19,102 @@ def relational_alignment(
 ) -> dict[str, float]:
     """Compare the relations among examples in two embedding sets. 1 is identical relations.
 
-    Up to 4,096 examples all is in float64. Larger sets take cosine similarities in float32, block by block and twice
-    over, and tell them apart in steps of 2**-19; the memory is a few copies of the embeddings, the time grows with
-    the square of the examples.
+    Up to 4,096 examples all is in float64. Of more, cosine similarities are in float32 and told apart in steps of
+    2**-19; the memory is a few copies of the embeddings, the time grows with the square of the examples.
 
     Args:
-        student: (examples, any width), of any dtype, on any device.
-        teacher: (examples, any width), the same examples in the same order.
+        student, teacher: (examples, any width), the same examples in the same order, of any dtype, on any device.
         neighbors: How many nearest neighbours to compare, at most examples - 1.
-        debiased: Whether `cka` is free of the bias that few examples of wide embeddings have: the classic one gives
-            two unrelated sets of 100 examples, 768 wide, about 0.9 instead of 0.
+        debiased: Whether `cka` is free of the bias of few wide embeddings: the classic one gives two unrelated sets of
+            100 examples, 768 wide, about 0.9 instead of 0.
 
     Returns:
-        `cka`: linear centred kernel alignment. Debiased: -1 to 1, about 0 for unrelated sets, by the unbiased
-            estimator of HSIC (Song et al., JMLR 13, 2012; Nguyen et al., arXiv:2010.15327, eq. 3); nan below 4
-            examples, where there is none. Classic: 0 to 1 (Kornblith et al., arXiv:1905.00414, eq. 4). 0 for a set
-            without relations: all embeddings the same or, debiased, all pairs alike.
+        `cka`: linear centred kernel alignment. Debiased: -1 to 1, about 0 for unrelated sets, nan below 4 examples
+            (Song et al., JMLR 13, 2012; Nguyen et al., arXiv:2010.15327, eq. 3). Classic: 0 to 1 (Kornblith et al.,
+            arXiv:1905.00414, eq. 4). 0 if all embeddings of a set are the same or, debiased, all its pairs alike.
         `rank_correlation`: Spearman's correlation of all pairwise cosine similarities, -1 to 1; ties get their mean
             rank. nan if one set's similarities are all the same, as with 2 examples.
         `neighbor_overlap`: the mean share, 0 to 1, of each example's nearest neighbours (by cosine) that both sets
-            agree on. Whatever ties with the last neighbour is one too, and the share is of the larger neighbourhood.
-            An embedding of zeros has a cosine of 0 with all.
+            agree on. What ties with the last neighbour is one too; the share is of the larger neighbourhood.
 
     Raises:
-        ValueError: The sets differ in length, have fewer than 2 examples or values that are not finite, or
-            `neighbors` is below 1.
+        ValueError: The sets differ in length, have fewer than 2 examples or a value that is not finite.
     """
     check_sets(student, teacher)
     if neighbors < 1:
         raise ValueError(f"`neighbors` must be at least 1, got {neighbors}.")
     device = "cpu" if student.device.type == "mps" else student.device  # mps has no float64
-    student, teacher = student.detach().to(device), teacher.detach().to(device)
+    sets = [rows.detach().to(device) for rows in (student, teacher)]
     compare = _compare_at_once if len(student) <= EXACT_EXAMPLES else _compare_in_blocks
-    with torch.autocast(student.device.type, enabled=False):
-        rank_correlation, neighbor_overlap = compare(student, teacher, min(neighbors, len(student) - 1))
-        cka = _linear_cka(student, teacher, debiased)
-    return {"cka": cka, "rank_correlation": rank_correlation, "neighbor_overlap": neighbor_overlap}
+    with torch.autocast(sets[0].device.type, enabled=False):
+        rank_correlation, (shared, *own) = compare(sets, min(neighbors, len(student) - 1))
+        overlap = (shared.double() / torch.maximum(*own)).mean()
+        cka = _linear_cka(sets[0], sets[1], debiased)
+    return {"cka": cka, "rank_correlation": float(rank_correlation), "neighbor_overlap": float(overlap)}
+
+
+class EmbeddingLog:
+    """Teacher's and student's embeddings of the same examples, on the host.
+
+    Args:
+        examples: At most so many are compared, spread evenly over the evaluation.
+    """
+
+    def __init__(self, examples: int) -> None:
+        self.examples = examples
+        self.start()
+
+    def start(self) -> None:
+        """Forget an earlier evaluation."""
+        self._student, self._teacher = torch.empty(0), torch.empty(0)  # later (kept, width) each
+        self._seen, self._stride = 0, 1
+
+    def add(self, student: Tensor, teacher: Tensor, gather: Callable[[Tensor], Tensor]) -> None:
+        """Add an evaluated batch.
+
+        Args:
+            student: (batch, width).
+            teacher: (batch, another width).
+            gather: From this process's rows to those of all processes, without duplicates.
+        """
+        width = student.shape[1]
+        both = gather(torch.cat([student.detach().float(), teacher.detach().float().to(student.device)], dim=1))
+        kept = both[-self._seen % self._stride :: self._stride].cpu()
+        self._seen += len(both)
+        self._student = torch.cat([self._student, kept[:, :width]])
+        self._teacher = torch.cat([self._teacher, kept[:, width:]])
+        while len(self._student) > 2 * self.examples:  # memory does not grow with the evaluation
+            self._student, self._teacher, self._stride = self._student[::2], self._teacher[::2], 2 * self._stride
+
+    def alignment(self) -> dict[str, float]:
+        """`known_alignment` of what was added."""
+        return known_alignment(self._student, self._teacher, self.examples)
+
+
+def known_alignment(student: Tensor, teacher: Tensor, most: int) -> dict[str, float]:
+    """`relational_alignment` of at most so many of the examples, without what so few leave undefined."""
+    if len(student) < 2:
+        return {}
+    some = evenly_spaced(len(student), most)
+    measured = relational_alignment(student[some], teacher[some])
+    return {name: value for name, value in measured.items() if value == value}
+
+
+def evenly_spaced(count: int, most: int) -> Tensor:
+    """Up to `most` of `count` places, evenly spaced, the first and the last among them: (places,), whole numbers."""
+    return torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).round().long()
 
 
 def check_sets(student: Tensor, teacher: Tensor) -> None:
     """Raise a ValueError unless both sets are finite embeddings of the same 2 or more examples."""
-    shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
-    if student.dim() != 2 or teacher.dim() != 2 or len(student) != len(teacher) or len(student) < 2:
+    shapes = [tuple(rows.shape) for rows in (student, teacher)]
+    if any(len(shape) != 2 or shape[0] < 2 or shape[1] < 1 for shape in shapes) or len(student) != len(teacher):
         raise ValueError(
-            f"a comparison needs two sets of the same 2 or more examples, each (examples, dim), got {shapes}."
+            "a comparison needs two sets of the same 2 or more examples, each (examples, dim), 1 or more wide, got "
+            f"{shapes[0]} and {shapes[1]}."
         )
-    if not student.shape[1] or not teacher.shape[1]:
-        raise ValueError(f"a comparison needs embeddings that are 1 or more wide, got {shapes}.")
     for name, rows in (("student", student), ("teacher", teacher)):
-        bad = int((~rows.isfinite()).any(1).sum())
-        if bad:
+        if bad := int((~rows.isfinite()).any(1).sum()):
             raise ValueError(f"`{name}` must be finite, got nan or infinity in {bad} of {len(rows)} embeddings.")
 
 
@@ -108,55 +151,51 @@ def _hsic(left: Tensor, right: Tensor, debiased: bool) -> float:
     return float(unbiased) if unbiased.abs() > 1e-12 * product else 0.0  # the rest is rounding
 
 
-def _compare_at_once(student: Tensor, teacher: Tensor, neighbors: int) -> tuple[float, float]:
-    """The rank correlation and the neighbour overlap, by (examples, examples) matrices."""
-    above = torch.ones(len(student), len(student), dtype=torch.bool, device=student.device).triu_(1)
+def _compare_at_once(sets: list[Tensor], neighbors: int) -> tuple[Tensor, Tensor]:
+    """The rank correlation, and `_count_near` of all, by (examples, examples) matrices."""
+    count, device = len(sets[0]), sets[0].device
+    pairs = torch.ones(count, count, dtype=torch.bool, device=device).triu_(1)
     ranks, near = [], []
-    for rows in (student, teacher):
+    for rows in sets:
         unit = _unit(rows, torch.float64)
-        cosine = _in_steps(unit, unit, EXACT_STEPS)
-        _, place, counts = torch.unique(cosine[above], return_inverse=True, return_counts=True)
+        cosine = _in_steps(unit, unit, 2**40)  # finer is rounding of float64
+        _, place, counts = torch.unique(cosine[pairs], return_inverse=True, return_counts=True)
         ranks.append(_standard_ranks(counts)[place])  # (pairs,)
         cosine.fill_diagonal_(-1)  # below all: no example is its own neighbour
         near.append(cosine >= cosine.topk(neighbors).values[:, -1:])
-    return float(ranks[0] @ ranks[1]), _overlap(_count_near(*near))
+    return ranks[0] @ ranks[1], _count_near(torch.stack(near))
 
 
-def _compare_in_blocks(student: Tensor, teacher: Tensor, neighbors: int) -> tuple[float, float]:
+def _compare_in_blocks(sets: list[Tensor], neighbors: int) -> tuple[Tensor, Tensor]:
     """The same by blocks: first how often each similarity occurs and the nearest of each, then both sets together."""
-    sets = [_unit(rows, torch.float32) for rows in (student, teacher)]
-    count, device = len(student), student.device
-    histograms = torch.zeros(2, 2 * BLOCK_STEPS + 1, dtype=torch.long, device=device)
+    count, device = len(sets[0]), sets[0].device
+    units = [_unit(rows, torch.float32) for rows in sets]
+    histograms = torch.zeros(2, 2 * STEPS + 1, dtype=torch.long, device=device)
     nearest = torch.full((2, count, neighbors), -1, dtype=torch.int32, device=device)
-    for rows, columns, blocks in _blocks(sets):
-        for block, histogram, kept in zip(blocks, histograms, nearest, strict=True):
-            pairs = _pairs(block, rows == columns)
-            histogram.index_add_(0, pairs, histogram.new_ones(1).expand(len(pairs)))
-            _keep_largest(kept[rows], block)
-            if rows != columns:
-                _keep_largest(kept[columns], block.T.contiguous())
+    for rows, columns, block, pairs in _blocks(units):
+        for histogram, places in zip(histograms, pairs, strict=True):
+            histogram.index_add_(0, places, histogram.new_ones(1).expand(len(places)))
+        _keep_largest(nearest[:, rows], block)
+        if rows != columns:
+            _keep_largest(nearest[:, columns], block.mT)
 
     ranks = [_standard_ranks(histogram).float() for histogram in histograms]
-    last = nearest[:, :, -1]  # (2, examples): as similar as the last neighbour
+    last = nearest[:, :, -1:]  # (2, examples, 1): as similar as the last neighbour
     correlation = torch.zeros((), dtype=torch.float64, device=device)
     near = torch.zeros(3, count, dtype=torch.long, device=device)
-    for rows, columns, blocks in _blocks(sets):
-        own, other = (ranks[i].index_select(0, _pairs(blocks[i], rows == columns)) for i in (0, 1))
-        correlation += own @ other
-        near[:, rows] += _count_near(*(blocks[i] >= last[i, rows, None] for i in (0, 1)))
+    for rows, columns, block, pairs in _blocks(units):
+        correlation += ranks[0].index_select(0, pairs[0]) @ ranks[1].index_select(0, pairs[1])
+        near[:, rows] += _count_near(block >= last[:, rows])
         if rows != columns:
-            near[:, columns] += _count_near(*((blocks[i] >= last[i, columns]).T for i in (0, 1)))
-    return float(correlation), _overlap(near)
+            near[:, columns] += _count_near(block.mT >= last[:, columns])
+    return correlation, near
 
 
 def _unit(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Of length 1, whatever the length was."""
-    parts = []
-    for part in torch.split(rows, BLOCK):
-        part = part.double()
-        largest = part.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-        parts.append(F.normalize(part / largest).to(dtype))
-    return torch.cat(parts)
+    rows = rows.double()
+    largest = rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    return F.normalize(rows / largest).to(dtype)
 
 
 def _in_steps(left: Tensor, right: Tensor, steps: int) -> Tensor:
@@ -165,41 +204,29 @@ def _in_steps(left: Tensor, right: Tensor, steps: int) -> Tensor:
     return nearest_step.to(torch.int32 if steps < 2**30 else torch.int64)
 
 
-def _blocks(sets: list[Tensor]) -> Iterator[tuple[slice, slice, list[Tensor]]]:
-    """The upper triangle of both sets' similarities: its rows, its columns, what stands there; -1 on the diagonal."""
-    slices = [slice(start, start + BLOCK) for start in range(0, len(sets[0]), BLOCK)]
+def _blocks(units: list[Tensor]) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Both sets' similarities above the diagonal: where, (2, rows, columns), and of each pair once, (2, pairs)."""
+    slices = [slice(start, start + BLOCK) for start in range(0, len(units[0]), BLOCK)]
     for number, rows in enumerate(slices):
         for columns in slices[number:]:
-            blocks = [_in_steps(each[rows], each[columns], BLOCK_STEPS) for each in sets]
-            yield rows, columns, [block.fill_diagonal_(-1) for block in blocks] if rows == columns else blocks
-
-
-def _pairs(block: Tensor, on_diagonal: bool) -> Tensor:
-    """The similarities of its pairs, each once."""
-    return block[torch.ones_like(block, dtype=torch.bool).triu_(1)] if on_diagonal else block.flatten()
+            block = torch.stack([_in_steps(unit[rows], unit[columns], STEPS) for unit in units])
+            pairs = block.flatten(1)
+            if rows == columns:
+                pairs = block[:, torch.ones_like(block[0], dtype=torch.bool).triu_(1)]
+                block.diagonal(dim1=1, dim2=2).fill_(-1)  # no example is its own neighbour
+            yield rows, columns, block, pairs
 
 
 def _keep_largest(kept: Tensor, block: Tensor) -> None:
-    """Of each row. They stand in the groups that have the largest maxima, which costs less than to search all."""
-    groups = F.pad(block, (0, -block.shape[1] % 8), value=-1).view(len(block), 8, -1)  # a group is a column of these
-    best = groups.amax(1).topk(min(kept.shape[1], groups.shape[2]), dim=1).indices  # (rows, groups)
-    candidates = groups.gather(2, best[:, None].expand(-1, 8, -1)).flatten(1)
-    kept.copy_(torch.cat([kept, candidates], dim=1).topk(kept.shape[1], dim=1).values)
+    kept.copy_(torch.cat([kept, block], dim=2).topk(kept.shape[2]).values)
 
 
 def _standard_ranks(counts: Tensor) -> Tensor:
-    """The mean rank of each value that occurs so often, in rising order; the ranks of all have mean 0 and length 1.
-
-    Where all are the same their rank is 0 / 0, nan, and so is what comes of it.
-    """
+    """The mean rank of each value that occurs so often, in rising order; of mean 0 and length 1, nan where all tie."""
     ranks = counts.cumsum(0).double() - (counts.double() - 1) / 2 - (counts.sum().double() + 1) / 2
     return ranks / (counts * ranks.square()).sum().sqrt()
 
 
-def _count_near(student: Tensor, teacher: Tensor) -> Tensor:
-    """(3, examples): the neighbours in both sets, in the student's and in the teacher's."""
-    return torch.stack([near.sum(1, dtype=torch.int32) for near in (student & teacher, student, teacher)])
-
-
-def _overlap(near: Tensor) -> float:
-    return float((near[0].double() / near[1:].amax(0)).mean())
+def _count_near(near: Tensor) -> Tensor:
+    """(3, examples), of (2, examples, others): the neighbours in both sets, in the student's and in the teacher's."""
+    return torch.stack([near.all(0).sum(1), *near.sum(2)])

@@ -19,16 +19,13 @@ from hf_rrd.files import written_whole
 from hf_rrd.models.body import main_input_of
 from hf_rrd.models.head import detach_head
 
-_PACKAGES = ("transformers.exporters", "onnx", "onnxruntime", "onnxscript")
-_PLAIN_OUTPUT = {"use_cache": False, "output_hidden_states": False, "output_attentions": False, "return_dict": True}
-
 
 def export_onnx(model: PreTrainedModel, path: str | Path, inputs: Mapping[str, Tensor], atol: float = 1e-4) -> float:
     """Write a model to one ONNX file by transformers' own exporter, and compare the two by `check_onnx`.
 
     The file takes any number of examples, and texts and sound of any length that the model takes; images keep their
-    size. It gives what the model gives in eval mode, computed in float32, without hidden states, attentions and
-    caches. What is exported is a copy without the relational head: the model stays as it was.
+    size. It gives what the model gives in eval mode and float32, without hidden states, attentions, caches and the
+    relational head. The model stays as it was.
 
     Args:
         model: A transformers model, with a trainer's head or none, its adapters merged, of less than 2 GiB in float32.
@@ -44,7 +41,8 @@ def export_onnx(model: PreTrainedModel, path: str | Path, inputs: Mapping[str, T
         TypeError: `model` is not a transformers model.
         ValueError: `inputs` do not suit, the model is too large, or the file differs from it.
     """
-    if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
+    packages = ("transformers.exporters", "onnx", "onnxruntime", "onnxscript")
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
         raise ImportError(
             f"`export_onnx` needs transformers 5.13 or newer, got {transformers.__version__}, and ONNX. Missing: "
             f"{', '.join(missing)}. Try: pip install -U 'hf_rrd[onnx]'"
@@ -52,15 +50,13 @@ def export_onnx(model: PreTrainedModel, path: str | Path, inputs: Mapping[str, T
     import onnx_ir
     from transformers.exporters import OnnxConfig, OnnxExporter
 
-    plain = _plain_copy(model)
-    given, free = _plain_inputs(plain, inputs)
+    plain, given, free = _plain(model, inputs)
     # Twice the examples: torch.export takes a size of 1 for a constant.
     traced = {name: torch.cat([value, value]) for name, value in given.items()}
     shapes = {name: dict.fromkeys(dims, torch.export.Dim.AUTO) for name, dims in free.items()}
     with contextlib.redirect_stdout(io.StringIO()):  # torch.onnx prints how far it is
         exported = OnnxExporter().export(plain, traced, OnnxConfig(dynamic=True, dynamic_shapes=shapes))
-    # Before 5.23 the exporter returned a class of torch.
-    program = exported.model if isinstance(exported, torch.onnx.ONNXProgram) else exported.program
+    program = exported.program if hasattr(exported, "program") else exported.model  # before transformers 5.23
     with written_whole(path) as temporary:
         onnx_ir.save(program, temporary)
         return check_onnx(temporary, model, inputs, atol)
@@ -71,8 +67,7 @@ def check_onnx(path: str | Path, model: PreTrainedModel, inputs: Mapping[str, Te
 
     Arguments, result and errors are those of `export_onnx`; nothing is written.
     """
-    plain = _plain_copy(model)
-    given, free = _plain_inputs(plain, inputs)
+    plain, given, free = _plain(model, inputs)
     # The last token stays: BART's classifier needs it.
     shorter = {name: value[:1, 1:] if 1 in free[name] else value[:1] for name, value in given.items()}
     if "attention_mask" in shorter:  # the mean over no token at all is no number
@@ -86,24 +81,17 @@ def check_onnx(path: str | Path, model: PreTrainedModel, inputs: Mapping[str, Te
     return differences.max().item()
 
 
-def _plain_copy(model: Any) -> Any:
-    name, limit = type(model).__name__, 2**31 - 2**25  # protobuf ends at 2 GiB, and the graph itself needs some
+def _plain(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor], dict[str, list[int]]]:
+    """A copy of the model in eval mode and its inputs, in float32 on the CPU, and which dimensions of each are free.
+
+    Free are the batch and the length of a text; images and spectrograms keep their size.
+    """
+    name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"`model` must be a PreTrainedModel, got {name}. Merge adapters: `model.merge_and_unload()`.")
-    if (size := 4 * sum(weight.numel() for weight in model.parameters())) > limit:
+    size = 4 * sum(weight.numel() for weight in model.parameters())
+    if size > 2**31 - 2**25:  # protobuf ends at 2 GiB, and the graph itself needs some
         raise ValueError(f"`model` must have less than 2 GiB of weights in float32, got {size / 2**30:.1f} in {name}.")
-    plain: Any = copy.deepcopy(model)
-    detach_head(plain)
-    plain = extract_model_from_parallel(plain, keep_fp32_wrapper=False)  # without the autocast of a trainer with bf16
-    for field, value in _PLAIN_OUTPUT.items():
-        setattr(plain.config, field, value)
-    if plain.config._attn_implementation not in ("eager", "sdpa"):  # kernels that ONNX does not know
-        plain.set_attn_implementation("eager")
-    return plain.cpu().float().eval()
-
-
-def _plain_inputs(model: Any, inputs: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-    """The inputs in float32 on the CPU, and which dimensions of each are free: the batch, and the length of a text."""
     main = inputs.get(main_input_of(model))
     sizes = {len(value) if isinstance(value, Tensor) and value.dim() else 0 for value in inputs.values()}
     if main is None or "labels" in inputs or len(sizes) != 1 or 0 in sizes or (main.dim() == 2 and main.shape[1] < 2):
@@ -111,13 +99,21 @@ def _plain_inputs(model: Any, inputs: Mapping[str, Any]) -> tuple[dict[str, Tens
             f"`inputs` must be tensors of as many examples, without labels, among them `{main_input_of(model)}`, a "
             f"text of 2 tokens or more, got {described(inputs)}."
         )
+    plain: Any = copy.deepcopy(model)
+    detach_head(plain)
+    plain = extract_model_from_parallel(plain, keep_fp32_wrapper=False)  # without the autocast of a trainer with bf16
+    plain.config.update({"use_cache": False, "output_hidden_states": False, "output_attentions": False})
+    plain.config.return_dict = True
+    if plain.config._attn_implementation not in ("eager", "sdpa"):  # kernels that ONNX does not know
+        plain.set_attn_implementation("eager")
     tensors = {name: value.detach().cpu() for name, value in inputs.items()}
-    plain = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
-    lengths = (2, main.shape)  # images and spectrograms keep their size
-    return plain, {name: [0, 1] if (value.dim(), value.shape) == lengths else [0] for name, value in plain.items()}
+    given = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+    is_text = {name: value.dim() == 2 and value.shape == main.shape for name, value in given.items()}
+    return plain.cpu().float().eval(), given, {name: [0, 1] if is_text[name] else [0] for name in given}
 
 
 def _difference(path: str | Path, plain: Any, inputs: dict[str, Tensor]) -> float:
+    """The largest absolute difference of an output of the file from the model's."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -131,7 +127,5 @@ def _difference(path: str | Path, plain: Any, inputs: dict[str, Tensor]) -> floa
     with torch.no_grad():
         wanted = {name: value for name, value in plain(**inputs).items() if isinstance(value, Tensor)}
     if any(name not in found or found[name].shape != value.shape for name, value in wanted.items()):
-        raise ValueError(
-            f"the ONNX file must give {described(wanted)} for {described(inputs)}, got {described(found)}."
-        )
+        raise ValueError(f"the ONNX file must give {described(wanted)}, got {described(found)}.")
     return torch.stack([(found[name] - wanted[name]).abs().max() for name in wanted]).max().item()

@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,10 +19,9 @@ WARM_UP, FEWEST, MOST, SECONDS = 3, 10, 50, 10.0
 
 
 def size_of(model: nn.Module) -> dict[str, Any]:
-    """A model's class and weights: without our head, tied ones once, an adapter's base too.
+    """A model's `class`, `parameters`, `bytes` (of the weights and of the buffers that are saved) and `dtype`.
 
-    Returns:
-        `class`, `parameters`, `bytes` (of the weights and of the buffers that are saved) and `dtype`.
+    Without our head, tied weights once, an adapter's base too.
     """
     weights = {name: weight for name, weight in model.named_parameters() if not name.startswith(f"{HEAD}.")}
     saved = model.state_dict().keys()
@@ -36,56 +35,44 @@ def size_of(model: nn.Module) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def flops_of(model: nn.Module, inputs: dict[str, Any]) -> int | None:
-    """The operations of a forward, as torch counts matrix products and convolutions; None where it counts none."""
+def flops_of(model: nn.Module, inputs: dict[str, Any]) -> dict[str, int]:
+    """The `flops` of a forward, as torch counts matrix products and convolutions; {} where it counts none."""
     try:
         # The counter knows no fused attention of a CPU: the plain one is made of products that it does.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(**placed(inputs, model))
     except (NotImplementedError, RuntimeError):  # kernels that are not torch's, as of some quantised weights
-        return None
-    return counter.get_total_flops() or None
+        return {}
+    return {"flops": counter.get_total_flops()} if counter.get_total_flops() else {}
 
 
 @torch.no_grad()
-def forward_times(
-    models: Mapping[str, nn.Module], inputs: Mapping[str, dict[str, Any]]
-) -> dict[str, dict[str, float]]:
-    """Time the forwards of models in turns, so that a machine that grows slower does so for all.
+def forward_times(models: dict[str, nn.Module], inputs: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """By model the `median` and `p95` (95th percentile) time of a forward of its inputs, in milliseconds.
 
-    Args:
-        models: By name.
-        inputs: What each one's forward takes, by the same names.
-
-    Returns:
-        By name, `median` and `p95`, the 95th percentile, in milliseconds.
+    The models take turns, so that a machine that grows slower does so for all.
     """
     ready = {name: placed(inputs[name], model) for name, model in models.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+    times: dict[str, list[float]] = {name: [] for name in models}  # milliseconds
     start = time.perf_counter()
     for turn in range(WARM_UP + MOST):
         if turn >= WARM_UP + FEWEST and time.perf_counter() - start > SECONDS * len(models):
             break
         for name, model in models.items():
-            seconds[name].append(_time_of(model, ready[name]))
-    times = {name: 1000 * torch.tensor(taken[WARM_UP:], dtype=torch.float64) for name, taken in seconds.items()}
-    return {
-        name: {"median": each.quantile(0.5).item(), "p95": each.quantile(0.95).item()} for name, each in times.items()
-    }
+            begun = _now(model)
+            model(**ready[name])
+            times[name].append(1000 * (_now(model) - begun))
+    ends = torch.tensor([0.5, 0.95], dtype=torch.float64)
+    found = {name: torch.tensor(each[WARM_UP:], dtype=torch.float64).quantile(ends) for name, each in times.items()}
+    return {name: dict(zip(("median", "p95"), each.tolist(), strict=True)) for name, each in found.items()}
 
 
-def _time_of(model: nn.Module, inputs: Mapping[str, Any]) -> float:
+def _now(model: nn.Module) -> float:
+    """The time in seconds once the model's device has done all it was given."""
     device = next(model.parameters()).device
-    _wait_for(device)
-    start = time.perf_counter()
-    model(**inputs)
-    _wait_for(device)
-    return time.perf_counter() - start
-
-
-def _wait_for(device: torch.device) -> None:
     if device.type != "cpu":
         getattr(torch, device.type).synchronize(device)
+    return time.perf_counter()
 
 
 def environment_of(model: nn.Module) -> dict[str, Any]:
@@ -99,11 +86,11 @@ def environment_of(model: nn.Module) -> dict[str, Any]:
 @contextmanager
 def evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
     """Models in evaluation mode, and afterwards each of their modules as it was."""
-    modules = {module: module.training for model in models for module in model.modules()}
+    modes = {module: module.training for model in models for module in model.modules()}
     try:
-        for module in modules:
+        for module in modes:
             module.training = False
         yield
     finally:
-        for module, training in modules.items():
-            module.training = training
+        for module, mode in modes.items():
+            module.training = mode

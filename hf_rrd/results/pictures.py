@@ -2,23 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers.utils import logging
 
 from hf_rrd.files import written_whole
-from hf_rrd.results.loss_plot import plot_losses
-from hf_rrd.results.plots import plot_embeddings, plot_reliability, plot_similarities
+from hf_rrd.results.plots import Names, plot_embeddings, plot_losses, plot_reliability, plot_similarities
 from hf_rrd.results.report import DistillationReport
-from hf_rrd.results.style import Names
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 logger = logging.get_logger(__name__)
 
-FIGURES = "figures"
-"""The folder of a card's pictures, beside it."""
+FIGURES = "figures"  # the folder of a card's pictures, beside it
 
 PICTURES = {
     "losses": "Loss terms over the steps",
@@ -48,7 +42,7 @@ def draw_pictures(
     for name in PICTURES:
         Path(folder, place_of(name)).unlink(missing_ok=True)
     try:
-        figures = figures_of(log_history, report, names)
+        figures = _figures_of(log_history, report, names)
         for name, figure in figures.items():
             with written_whole(Path(folder, place_of(name))) as temporary:
                 figure.savefig(temporary, format="png", dpi=150, facecolor="white", metadata={"Software": None})
@@ -58,23 +52,21 @@ def draw_pictures(
     return list(figures)
 
 
-def figures_of(
+def _figures_of(
     log_history: Sequence[Mapping[str, Any]], report: DistillationReport | None, names: Names | None
-) -> dict[str, "Figure"]:
-    """What there is to draw of a run and its report, by the names of `PICTURES`."""
-    figures: dict[str, Figure] = {}
+) -> dict[str, Any]:
+    figures = {}
     if any("loss" in entry and "step" in entry for entry in log_history):
         figures["losses"] = plot_losses(log_history)
     if report is None:
         return figures
-    tensors, has_classes = report.tensors, "accuracy" in report.facts["student"]
-    labels = tensors["labels"] if has_classes else None
-    student, teacher = (tensors.get(f"{name}_embedding") for name in ("student", "teacher"))
-    if student is not None and teacher is not None and len(student) > 1:
-        figures["similarities"] = plot_similarities(student, teacher, labels, names)
-        figures["embeddings"] = plot_embeddings(student, teacher, labels, names)
+    tensors, facts = report.tensors, report.facts
+    labels = tensors["labels"] if "accuracy" in facts["student"] else None
+    if "alignment" in facts:
+        sets = tensors["student_embedding"], tensors["teacher_embedding"]
+        figures["similarities"] = plot_similarities(*sets, labels, names)
+        figures["embeddings"] = plot_embeddings(*sets, labels, names)
     if labels is not None:
-        is_rival = "accuracy" in report.facts.get("teacher", {})
-        others = {"teacher": tensors["teacher_logits"]} if is_rival else None
+        others = {"teacher": tensors["teacher_logits"]} if "accuracy" in facts.get("teacher", {}) else {}
         figures["reliability"] = plot_reliability(tensors["student_logits"], labels, others=others)
     return figures

@@ -1,13 +1,12 @@
 """Teacher and student side by side: size, speed, quality and likeness, on the same examples and the same machine."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import RemoveColumnsCollator
@@ -17,7 +16,7 @@ from hf_rrd.files import write_json
 from hf_rrd.models.body import body_of, placed, unwrapped
 from hf_rrd.models.columns import CACHED_COLUMNS, forward_columns, student_inputs, teacher_inputs
 from hf_rrd.models.embedding import embed
-from hf_rrd.results.embedding_log import known_alignment
+from hf_rrd.results.alignment import known_alignment
 from hf_rrd.results.measure import environment_of, evaluating, flops_of, forward_times, size_of
 from hf_rrd.results.reliability import NO_LABEL, calibration_error
 from hf_rrd.results.table import HEADER, place, rows_of
@@ -25,16 +24,7 @@ from hf_rrd.training.data import DataCollatorForDistillation, examples_in, is_ma
 from hf_rrd.training.distillation import preserved_randomness
 
 REPORT_FILE = "distillation_report.json"
-"""The name under which a report is saved."""
-
-LATENCY_BATCHES = (1, 32)
-"""How many examples a timed forward has."""
-
-ALIGNED_EXAMPLES = 4096
-"""Alignment is measured on so many examples at most, spread evenly over the data set."""
-
-NEIGHBORS = 10
-"""As `relational_alignment` has it."""
+NEIGHBORS = 10  # as `relational_alignment` has it
 
 
 @dataclass
@@ -60,29 +50,14 @@ class DistillationReport:
         return write_json(Path(folder) / REPORT_FILE, self.facts)
 
     def table(self) -> Any:
-        """Teacher and student side by side: a `rich.table.Table`, for the terminal.
+        """Teacher and student side by side: a `rich.table.Table`, for the terminal. Needs the extra [demo]."""
+        from rich.table import Column, Table
 
-        Raises:
-            ImportError: rich is not installed.
-        """
-        try:
-            from rich.table import Table
-        except ImportError as error:
-            raise ImportError("the table needs rich: pip install 'hf_rrd[demo]'.") from error
-        table = Table(title=f"{self.facts['examples']:,} examples", caption=place(self.facts["environment"]))
-        for column in HEADER:
-            table.add_column(column, justify="left" if column == "" else "right")
+        columns = [Column(name, justify="right" if name else "left") for name in HEADER]
+        table = Table(*columns, title=f"{self.facts['examples']:,} examples", caption=place(self.facts["environment"]))
         for row in rows_of(self.facts):
             table.add_row(*row)
         return table
-
-
-class _Side(NamedTuple):
-    """One of the two models: how it is pooled, and what of a batch its forward takes."""
-
-    model: nn.Module
-    pooling: Any
-    inputs_of: Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def compare_models(
@@ -107,8 +82,7 @@ def compare_models(
             own (`teacher_...`), its cached outputs, or the student's.
         data_collator: Default: `DataCollatorForDistillation()`.
         batch_size: Examples of a forward while quality is measured.
-        student_pooling: How the student's embedding is pooled: as in the settings.
-        teacher_pooling: How the teacher's embedding is pooled.
+        student_pooling, teacher_pooling: How the embedding is pooled: as in the settings.
         label_names: The batch's columns that are labels.
 
     Raises:
@@ -116,133 +90,58 @@ def compare_models(
     """
     if not is_map_style(dataset) or len(dataset) == 0:
         raise ValueError(
-            "a report needs a data set with examples and a length, got "
-            f"{'none in it' if hasattr(dataset, '__len__') else type(dataset).__name__}. Of a stream take some: "
-            "datasets.Dataset.from_list(list(stream.take(1000)))."
+            f"a report needs a data set with examples and a length, got {type(dataset).__name__}, empty or a stream. "
+            "Of a stream take some: datasets.Dataset.from_list(list(stream.take(1000)))."
         )
     collate = data_collator or DataCollatorForDistillation()
     dataset = with_cached_arrays(dataset)
-    sides = _sides(student, teacher, (student_pooling, teacher_pooling), label_names)
-    facts: dict[str, Any] = {name: size_of(side.model) for name, side in sides.items()}
-    with evaluating(side.model for side in sides.values()):
-        tensors = _outputs(DataLoader(dataset, batch_size=batch_size, collate_fn=collate), sides, label_names)
-        batches = [collate([dataset[i] for i in range(min(count, len(dataset)))]) for count in LATENCY_BATCHES]
-        for name, speed in _speed(sides, batches).items():
-            facts[name] |= speed
-    comparable = _same_classes(student, teacher)
-    for name, quality in _quality(tensors, ["student", "teacher"] if comparable else ["student"]).items():
-        facts[name] = facts.get(name, {}) | quality
-    facts |= _likeness(tensors, comparable and not _is_multiple(student))
+    models = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
+    facts: dict[str, Any] = {name: size_of(model) for name, model in models.items()}
+    with evaluating(models.values()), preserved_randomness():  # a loader draws a seed
+        loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
+        tensors = _outputs(loader, models, {"student": student_pooling, "teacher": teacher_pooling}, label_names)
+        batches = [collate([dataset[i] for i in range(min(count, len(dataset)))]) for count in (1, 32)]
+        for name, inputs in _inputs_of(batches[0], models, label_names).items():
+            facts[name] |= flops_of(models[name], inputs) | {"latency_ms": {}}
+        for batch in batches:
+            for name, times in forward_times(models, _inputs_of(batch, models, label_names)).items():
+                facts[name]["latency_ms"][str(examples_in(batch))] = times
+                facts[name]["examples_per_second"] = 1000 * examples_in(batch) / times["median"]
+    logits = _comparable_logits(tensors, class_names(student), class_names(teacher))
+    for name, rows in logits.items():
+        if quality := _quality(rows, tensors.get("labels")):
+            facts[name] = facts.get(name, {}) | quality
+    kind = getattr(getattr(unwrapped(student), "config", None), "problem_type", None)
+    if len(logits) == 2 and kind not in ("regression", "multi_label_classification"):
+        facts["agreement"] = (logits["student"].argmax(1) == logits["teacher"].argmax(1)).float().mean().item()
+    facts |= _alignment(tensors) | {"examples": len(dataset), "environment": environment_of(student)}
     split = getattr(dataset, "split", None)
-    facts |= {"examples": len(dataset)} | ({} if split is None else {"split": str(split)})
-    return DistillationReport(facts | {"environment": environment_of(student)}, tensors)
+    return DistillationReport(facts if split is None else facts | {"split": str(split)}, tensors)
 
 
-def chosen_dataset(dataset: Any, eval_dataset: Any) -> Any:
-    """The data set that a trainer's report is of: `dataset`, the evaluation set of that name, or the only one.
-
-    Raises:
-        ValueError: There is none, or it is not said which one.
-    """
-    dataset = eval_dataset if dataset is None else dataset
-    if isinstance(dataset, str) and isinstance(eval_dataset, dict):
-        dataset = eval_dataset.get(dataset, dataset)
-    if dataset is None or isinstance(dataset, dict | str):
-        known = f"one of {sorted(eval_dataset)}" if isinstance(eval_dataset, dict) else "a data set"
-        came = "none" if dataset is None else dataset if isinstance(dataset, str) else f"several, {sorted(dataset)}"
-        raise ValueError(f"`dataset` must be {known}, got {came}.")
-    return dataset
-
-
-def compare_in_run(
-    student: nn.Module,
-    teacher: nn.Module | None,
-    dataset: Any,
-    data_collator: Any,
-    columns: list[str],
-    label_names: list[str],
-    args: Any,
-) -> DistillationReport:
-    """`compare_models` as a trainer reads its data; the report is saved in the run's folder.
-
-    Args:
-        student, teacher, dataset, data_collator, label_names: As of `compare_models`.
-        columns: Those that the models read: the others are left out, unless the settings keep them.
-        args: The settings.
-    """
-    kept = [*columns, *CACHED_COLUMNS]  # cached logits are of use, also without kd_weight
-    if args.remove_unused_columns and isinstance(dataset, Dataset):
-        dataset = dataset.select_columns([name for name in dataset.column_names if name in kept])
-    elif args.remove_unused_columns:
-        data_collator = RemoveColumnsCollator(data_collator, kept)
-    poolings = (args.student_pooling, args.teacher_pooling)
-    batch_size = args.per_device_eval_batch_size
-    report = compare_models(student, teacher, dataset, data_collator, batch_size, *poolings, label_names)
-    report.save(args.output_dir)
-    return report
-
-
-def class_names(model: nn.Module | None) -> dict[int, str] | None:
-    """A model's classes by number; None where its config only numbers them."""
-    names = getattr(getattr(unwrapped(model), "config", None), "id2label", None) or {}
-    return None if all(name == f"LABEL_{label}" for label, name in names.items()) else names
-
-
-def _sides(
-    student: nn.Module, teacher: nn.Module | None, poolings: tuple[Any, Any], label_names: Iterable[str]
-) -> dict[str, _Side]:
-    own, others = forward_columns(student), [] if teacher is None else forward_columns(teacher)
-
-    def unlabelled(inputs: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in inputs.items() if name not in label_names}
-
-    sides = {"student": _Side(student, poolings[0], lambda batch: unlabelled(student_inputs(batch, own, others)))}
-    if teacher is not None:
-        sides["teacher"] = _Side(teacher, poolings[1], lambda batch: unlabelled(teacher_inputs(batch, others)))
-    return sides
-
-
-# ---- Speed ----
-
-
-def _speed(sides: dict[str, _Side], batches: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of each model `flops` of the first batch, `latency_ms` by batch size, `examples_per_second` of the last one."""
-    speed: dict[str, dict[str, Any]] = {}
-    for name, side in sides.items():
-        flops = flops_of(side.model, side.inputs_of(batches[0]))
-        speed[name] = ({} if flops is None else {"flops": flops}) | {"latency_ms": {}}
-    for batch in batches:
-        examples = examples_in(batch)
-        inputs = {name: side.inputs_of(batch) for name, side in sides.items()}
-        for name, times in forward_times({name: side.model for name, side in sides.items()}, inputs).items():
-            speed[name]["latency_ms"][str(examples)] = times
-            speed[name]["examples_per_second"] = 1000 * examples / times["median"]
-    return speed
-
-
-# ---- Outputs and quality ----
+def _inputs_of(batch: Any, models: dict[str, nn.Module], label_names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What of a batch the forward of each model takes, without labels."""
+    own, others = forward_columns(models["student"]), forward_columns(models["teacher"]) if "teacher" in models else []
+    inputs = {"student": student_inputs(batch, own, others), "teacher": teacher_inputs(batch, others)}
+    return {name: {key: inputs[name][key] for key in inputs[name] if key not in label_names} for name in models}
 
 
 @torch.no_grad()
-def _outputs(
-    loader: Iterable[dict[str, Any]], sides: dict[str, _Side], label_names: Iterable[str]
-) -> dict[str, Tensor]:
+def _outputs(loader: Any, models: dict[str, Any], poolings: dict[str, Any], label_names: Any) -> dict[str, Tensor]:
     """What each model gives for all examples, in float32 on the CPU; the keys are those of a report's `tensors`."""
     parts: dict[str, list[Tensor]] = {}
-    with preserved_randomness():  # a loader draws a seed
-        for batch in loader:
-            found = {f"teacher_{name}": batch.get(f"teacher_{name}") for name in ("embedding", "logits")}
-            for name, side in sides.items():
-                with named_errors(f"the {name}", batch):
-                    outputs = _observe(side.model, side.pooling, side.inputs_of(batch))
-                found |= {f"{name}_{key}": value for key, value in outputs.items()}
-            labels = next((batch[name] for name in label_names if name in batch), None)
-            # GLUE's test sets have -1.
-            if isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point():
-                parts.setdefault("labels", []).append(labels.masked_fill(labels < 0, NO_LABEL).cpu())
-            for name, value in found.items():
-                if isinstance(value, Tensor) and value.dim() == 2:
-                    parts.setdefault(name, []).append(value.float().cpu())
+    for batch in loader:
+        found = {name: batch.get(name) for name in CACHED_COLUMNS}
+        for name, inputs in _inputs_of(batch, models, label_names).items():
+            with named_errors(f"the {name}", batch):
+                outputs = _observe(models[name], poolings[name], inputs)
+            found |= {f"{name}_{key}": value for key, value in outputs.items()}
+        labels = next((batch[name] for name in label_names if name in batch), None)
+        if isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point():
+            parts.setdefault("labels", []).append(labels.masked_fill(labels < 0, NO_LABEL).cpu())  # GLUE's tests: -1
+        for name, value in found.items():
+            if isinstance(value, Tensor) and value.dim() == 2:
+                parts.setdefault(name, []).append(value.float().cpu())
     return {name: torch.cat(values) for name, values in parts.items()}
 
 
@@ -257,43 +156,68 @@ def _observe(model: nn.Module, pooling: Any, inputs: dict[str, Any]) -> dict[str
     return {"logits": outputs.get("logits"), "embedding": embedding}
 
 
-def _is_multiple(model: nn.Module) -> bool:
-    """Whether a model's outputs are not one class of several: of a regression, or several labels at once."""
-    kind = getattr(getattr(unwrapped(model), "config", None), "problem_type", None)
-    return kind in ("regression", "multi_label_classification")
+def _comparable_logits(tensors: dict[str, Tensor], student: Any, teacher: Any) -> dict[str, Tensor]:
+    """The logits of the student, and the teacher's if their classes are the same as far as names and numbers tell."""
+    found = {name: tensors[f"{name}_logits"] for name in ("student", "teacher") if f"{name}_logits" in tensors}
+    if None not in (student, teacher) and student != teacher:
+        found.pop("teacher", None)
+    classes = found["student"].shape[1] if "student" in found else 0
+    return {name: rows for name, rows in found.items() if rows.shape[1] == classes > 1}
 
 
-def _same_classes(student: nn.Module, teacher: nn.Module | None) -> bool:
-    """Whether the n-th class of both is the same, as far as their configs tell."""
-    names = [class_names(student), class_names(teacher)]
-    return None in names or names[0] == names[1]
+def _quality(logits: Tensor, labels: Tensor | None) -> dict[str, float]:
+    """Accuracy and calibration, where there are labels of the classes."""
+    if labels is None or labels.max() >= logits.shape[1]:
+        return {}
+    logits, labels = logits[labels != NO_LABEL], labels[labels != NO_LABEL]
+    if not len(labels) or not logits.isfinite().all():
+        return {}
+    right = (logits.argmax(1) == labels).float().mean().item()
+    return {"accuracy": right, "calibration_error": calibration_error(logits, labels)}
 
 
-def _quality(tensors: dict[str, Tensor], models: list[str]) -> dict[str, dict[str, float]]:
-    """Accuracy and calibration of models with the same classes, where there are labels of such."""
-    labels, quality = tensors.get("labels"), {}
-    classes = tensors["student_logits"].shape[1] if "student_logits" in tensors else 0
-    for name in models:
-        logits = tensors.get(f"{name}_logits")
-        if logits is None or labels is None or logits.shape[1] != classes or classes < 2:
-            continue
-        known = labels != NO_LABEL
-        if known.any() and int(labels[known].max()) < classes and logits[known].isfinite().all():
-            right = (logits.argmax(1) == labels)[known].float().mean().item()
-            quality[name] = {"accuracy": right, "calibration_error": calibration_error(logits[known], labels[known])}
-    return quality
-
-
-def _likeness(tensors: dict[str, Tensor], same_classes: bool) -> dict[str, Any]:
-    """How alike the two are: of classes and of embeddings."""
-    likeness: dict[str, Any] = {}
-    logits = [tensors[name] for name in ("student_logits", "teacher_logits") if name in tensors]
-    if same_classes and len(logits) == 2 and logits[0].shape == logits[1].shape and logits[0].shape[1] > 1:
-        likeness["agreement"] = (logits[0].argmax(1) == logits[1].argmax(1)).float().mean().item()
+def _alignment(tensors: dict[str, Tensor]) -> dict[str, Any]:
     rows = [tensors[name] for name in ("student_embedding", "teacher_embedding") if name in tensors]
-    if len(rows) == 2 and len(rows[0]) > 1 and all(each.isfinite().all() for each in rows):
-        likeness["alignment"] = known_alignment(rows[0], rows[1], ALIGNED_EXAMPLES)
-        likeness["aligned_examples"] = min(len(rows[0]), ALIGNED_EXAMPLES)
-        if len(rows[0]) <= NEIGHBORS + 1:  # all the others are near
-            del likeness["alignment"]["neighbor_overlap"]
-    return likeness
+    if len(rows) < 2 or len(rows[0]) < 2 or not all(each.isfinite().all() for each in rows):
+        return {}
+    count = min(len(rows[0]), 4096)  # spread evenly over the data set
+    alignment = known_alignment(rows[0], rows[1], count)
+    if len(rows[0]) <= NEIGHBORS + 1:  # all the others are near
+        del alignment["neighbor_overlap"]
+    return {"alignment": alignment, "aligned_examples": count}
+
+
+def chosen_dataset(dataset: Any, eval_dataset: Any) -> Any:
+    """The data set of a trainer's report: `dataset`, the evaluation set of that name, or the only one."""
+    dataset = eval_dataset if dataset is None else dataset
+    if isinstance(dataset, str) and isinstance(eval_dataset, dict):
+        dataset = eval_dataset.get(dataset, dataset)
+    if dataset is None or isinstance(dataset, dict | str):
+        known = sorted(eval_dataset) if isinstance(eval_dataset, dict) else []
+        came = sorted(dataset) if isinstance(dataset, dict) else dataset
+        raise ValueError(f"`dataset` must be one data set, or the name of one of {known}, got {came}.")
+    return dataset
+
+
+def compare_in_run(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    dataset: Any,
+    data_collator: Any,
+    columns: list[str],
+    label_names: list[str],
+    args: Any,
+) -> DistillationReport:
+    """`compare_models` by a run's settings, which may leave out all but `columns`; saved in the run's folder."""
+    if args.remove_unused_columns:  # cached logits are of use, also without kd_weight
+        data_collator = RemoveColumnsCollator(data_collator, [*columns, *CACHED_COLUMNS])
+    how = (args.per_device_eval_batch_size, args.student_pooling, args.teacher_pooling, label_names)
+    report = compare_models(student, teacher, dataset, data_collator, *how)
+    report.save(args.output_dir)
+    return report
+
+
+def class_names(model: nn.Module | None) -> dict[int, str] | None:
+    """A model's classes by number; None where its config only numbers them."""
+    names = getattr(getattr(unwrapped(model), "config", None), "id2label", None) or {}
+    return None if all(name == f"LABEL_{label}" for label, name in names.items()) else names

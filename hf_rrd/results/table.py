@@ -13,19 +13,16 @@ def digits(value: Any, count: int = 3) -> str:
     return f"{value:,.0f}"
 
 
-def whole(value: Any) -> str:
-    """A number of things."""
-    return f"{value:,}"
+whole = "{:,}".format
+"""A number of things."""
+
+decimal = "{:.3f}".format
+"""A measure without a unit."""
 
 
 def percent(value: Any) -> str:
     """A share from 0 to 1."""
     return f"{100 * value:.1f} %"
-
-
-def decimal(value: Any) -> str:
-    """A measure without a unit."""
-    return f"{value:.3f}"
 
 
 def size(value: Any, unit: str = "B") -> str:
@@ -52,50 +49,41 @@ ALIGNMENT = {
 }
 """The measures of `relational_alignment`, by their names there."""
 
-AGREEMENT = Measure("same top class as the teacher", percent)
-
-
-def rows_of(facts: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """The table of a report: what was measured, of the teacher, of the student, and the student's share of it.
-
-    Args:
-        facts: Those of a `DistillationReport`. What is not among them has no row.
-    """
-    rows = []
-    for measure, values in _of_each(*(facts.get(name, {}) for name in ("teacher", "student"))):
-        teacher, student = ("" if value is None else measure.written(value) for value in values)
-        if teacher or student:
-            has_ratio = measure.has_ratio and values[0] and values[1] is not None
-            rows.append((measure.title, teacher, student, digits(values[1] / values[0]) if has_ratio else ""))
-    shared = [(AGREEMENT, facts.get("agreement"))]
-    shared += [(measure, facts.get("alignment", {}).get(name)) for name, measure in ALIGNMENT.items()]
-    return rows + [(measure.title, "", measure.written(value), "") for measure, value in shared if value is not None]
-
-
-def _of_each(teacher: dict[str, Any], student: dict[str, Any]) -> list[tuple[Measure, tuple[Any, ...]]]:
-    """What is measured of each model, in the order of the rows, with the teacher's value and the student's."""
-    found = []
-    for name, measure in _MEASURES.items():
-        found.append((measure, (teacher.get(name), student.get(name))))
-        if name == "flops":
-            latencies = [model.get("latency_ms", {}) for model in (teacher, student)]
-            for batch in {**latencies[0], **latencies[1]}:
-                for kind in ("median", "p95"):
-                    measure = Measure(f"latency, batch of {batch}, {kind}", lambda ms: f"{digits(ms)} ms", True)
-                    found.append((measure, tuple(each.get(batch, {}).get(kind) for each in latencies)))
-    return found
-
-
 _MEASURES = {
     "parameters": Measure("parameters", whole, True),
     "bytes": Measure("weights", size, True),
     "dtype": Measure("dtype", str),
     "flops": Measure("forward of one example", lambda flops: size(flops, "FLOP"), True),
+    "latency_ms": Measure("latency", lambda ms: f"{digits(ms)} ms", True),  # by batch and kind, a row each
     "examples_per_second": Measure("examples per second", digits, True),
     "accuracy": Measure("accuracy", percent),
     "calibration_error": Measure("expected calibration error", percent),
 }
-"""By their names among a model's facts. The latencies, which depend on the batch, come after the forward."""
+"""Of each model, by their names among its facts."""
+
+
+def rows_of(facts: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """The table of a `DistillationReport`: each measure among its facts, in the order of `HEADER`."""
+    teacher, student = facts.get("teacher", {}), facts.get("student", {})
+    rows = []
+    for name, measure in _MEASURES.items():
+        if name != "latency_ms":
+            rows.append(_row(measure, teacher.get(name), student.get(name)))
+            continue
+        old, new = teacher.get(name, {}), student.get(name, {})
+        for batch in {**old, **new}:
+            for kind in ("median", "p95"):
+                one = measure._replace(title=f"latency, batch of {batch}, {kind}")
+                rows.append(_row(one, old.get(batch, {}).get(kind), new.get(batch, {}).get(kind)))
+    rows.append(_row(Measure("same top class as the teacher", percent), None, facts.get("agreement")))
+    rows += [_row(measure, None, facts.get("alignment", {}).get(name)) for name, measure in ALIGNMENT.items()]
+    return [row for row in rows if any(row[1:])]
+
+
+def _row(measure: Measure, teacher: Any, student: Any) -> tuple[str, str, str, str]:
+    old, new = ("" if value is None else measure.written(value) for value in (teacher, student))
+    has_ratio = measure.has_ratio and teacher and student is not None
+    return measure.title, old, new, digits(student / teacher) if has_ratio else ""
 
 
 def place(environment: dict[str, Any]) -> str:

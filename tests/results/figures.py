@@ -8,8 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from hf_rrd.results.loss_plot import plot_losses
-from hf_rrd.results.plots import plot_embeddings, plot_reliability, plot_similarities
+from hf_rrd.results.plots import plot_embeddings, plot_losses, plot_reliability, plot_similarities
 
 
 def embeddings(count: int = 30, width: int = 8, seed: int = 0, mean: float = 0.0) -> Tensor:

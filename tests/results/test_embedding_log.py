@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_rrd import cache_teacher_outputs, relational_alignment
-from hf_rrd.results.embedding_log import EmbeddingLog, evenly_spaced
+from hf_rrd.results.alignment import EmbeddingLog, evenly_spaced
 from tests.builders import Images, be_process, run_together, tiny_vit, trainer
 
 MEASURES = ("cka", "rank_correlation", "neighbor_overlap")

@@ -83,7 +83,7 @@ def test_combined_with_another_it_is_measured_over_all_batches(alignment: Any) -
         ([[1.0, 2.0]], [[1.0]], {}, r"2 or more examples.* got \(1, 2\) and \(1, 1\)"),
         ([[1.0], [2.0]], [[1.0], [2.0]], {"neighbors": 0}, "`neighbors` must be at least 1, got 0"),
         ([[1.0], [2.0]], [[1.0], [float("nan")]], {}, "`teacher` must be finite"),
-        ([[1.0], [2.0, 3.0]], [[1.0], [2.0]], {}, "`predictions` must be embeddings of one width.* 1 to 2"),
+        ([[1.0], [2.0, 3.0]], [[1.0], [2.0]], {}, "expected sequence of length 1 at dim 1"),
         ([[1.0], [2.0]], [[1.0], [2.0], [3.0]], {}, "Mismatch in the number of predictions"),
         ([1.0, 2.0], [[1.0], [2.0]], {}, "don't match the expected format"),
     ],

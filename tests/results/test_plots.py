@@ -1,7 +1,11 @@
-"""The pictures of embeddings and of reliability: what is in them, and what they refuse."""
+"""The pictures: what is in them, what they refuse, and the look that they share."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -9,14 +13,24 @@ from matplotlib.colors import to_hex
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from hf_rrd.results.plots import plot_embeddings, plot_reliability, plot_similarities
+from hf_rrd.results.plots import (
+    COLORS,
+    MARKERS,
+    plot_embeddings,
+    plot_losses,
+    plot_reliability,
+    plot_similarities,
+)
 from hf_rrd.results.reliability import calibration_error, reliability_bins
+from tests.builders import Images, trainer
 from tests.results.figures import (
+    FIGURES,
     classes,
     draw,
     embeddings,
     legend_of,
     lines_of,
+    log,
     matrices,
     points,
     predictions,
@@ -62,15 +76,6 @@ def test_the_colours_have_one_scale_of_both_without_their_diagonals() -> None:
     assert [axes.get_xlabel().split("\n")[0] for axes in figure.axes[2:]] == ["cosine similarity, one scale for both"]
 
 
-def test_a_set_that_would_look_flat_gives_each_a_scale_of_its_own() -> None:
-    figure = plot_similarities(embeddings(), embeddings(seed=1, mean=5.0))
-    off = ~np.eye(30, dtype=bool)
-    for axes, matrix in zip(figure.axes[:2], matrices(figure), strict=True):
-        assert axes.images[0].get_clim() == pytest.approx(tuple(np.percentile(matrix[off], (1, 99))))
-    labels = [axes.get_xlabel().split("\n")[0] for axes in figure.axes[2:]]
-    assert labels == ["cosine similarity, a scale of its own"] * 2
-
-
 def test_few_classes_have_borders_and_names_in_the_middle() -> None:
     labels = torch.tensor([2, 0, 0, 2, 2, 0, 2, -100])
     axes = plot_similarities(embeddings(8), embeddings(8), labels, {0: "cat", 2: "dog"}).axes[0]
@@ -79,16 +84,12 @@ def test_few_classes_have_borders_and_names_in_the_middle() -> None:
     assert [line.get_ydata()[0] for line in axes.lines[::2]] == [0.5, 3.5]
 
 
-def test_a_name_that_would_overlap_another_is_left_out() -> None:
-    labels = torch.tensor([0] * 98 + [1, 2])
-    axes = plot_similarities(embeddings(100), embeddings(100), labels).axes[0]
-    assert [text.get_text() for text in axes.get_yticklabels()] == ["0", "1"]
-
-
-def test_many_classes_are_counted_and_not_named() -> None:
+def test_many_classes_are_not_told_apart() -> None:
     axes = plot_similarities(embeddings(), embeddings(), torch.arange(30)).axes[0]
     assert len(axes.get_yticks()) == len(axes.lines) == 0
-    assert axes.get_ylabel() == "30 examples, by class (30 classes)"
+    assert axes.get_ylabel() == "30 examples, by class"
+    figure = plot_embeddings(embeddings(), embeddings(), torch.arange(30))
+    assert figure.legends == [] and len(figure.axes[0].collections) == 1
 
 
 def test_of_many_examples_an_evenly_spaced_subset_is_drawn_and_counted() -> None:
@@ -149,13 +150,6 @@ def test_up_to_20_classes_have_a_colour_and_a_shape_that_no_other_has() -> None:
     assert legend_of(figure) == [str(label) for label in range(20)]
 
 
-def test_more_classes_are_told_by_a_colour_bar_and_no_legend() -> None:
-    figure = plot_embeddings(embeddings(), embeddings(), torch.arange(30) * 10)
-    assert figure.legends == []
-    assert figure.axes[2].get_xlabel() == "class id (30 classes)"
-    assert figure.axes[0].collections[1].get_array().tolist() == [10 * label for label in range(30)]
-
-
 def test_without_labels_there_is_one_colour_and_no_legend() -> None:
     figure = plot_embeddings(embeddings(), embeddings())
     assert figure.legends == [] and len(figure.axes) == 2 and len(figure.axes[0].collections) == 1
@@ -176,7 +170,7 @@ def test_awkward_sets_are_drawn(case: str, plot: Any) -> None:
     ("student", "teacher", "more", "message"),
     [
         (embeddings(3), embeddings(4), {}, r"got \(3, 8\) and \(4, 8\)"),
-        (embeddings(1), embeddings(1), {}, r"2 or more examples, each \(examples, dim\), got \(1, 8\)"),
+        (embeddings(1), embeddings(1), {}, r"2 or more examples, each .*, got \(1, 8\)"),
         (embeddings(3)[0], embeddings(3)[0], {}, r"got \(8,\) and \(8,\)"),
         (
             embeddings(3),
@@ -203,7 +197,7 @@ def test_the_diagram_shows_the_bins_and_the_legend_the_error() -> None:
         expected = 100 * torch.stack([found["confidence"], found["accuracy"]], dim=1)[found["count"] > 0]
         assert np.array_equal(lines_of(figure.axes[0])[label].get_xydata(), expected.numpy())
         assert label in legend_of(figure)
-    assert [axes.get_ylabel() for axes in figure.axes] == ["accuracy, % (bars: 95 % interval)", "examples"]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["accuracy, %", "examples"]
     assert figure.axes[1].get_xlabel() == "confidence, %"
     assert figure.axes[0].lines[0].get_xydata().tolist() == [[0, 0], [100, 100]]
 
@@ -218,19 +212,11 @@ def test_the_bars_count_the_examples_of_each_bin_side_by_side() -> None:
     assert {bar.get_width() for bar in bars} == {10}
 
 
-def test_models_differ_in_shape_dash_and_hatch_beside_their_colour() -> None:
+def test_models_differ_in_shape_beside_their_colour() -> None:
     logits, labels = predictions()
     above, below = plot_reliability(logits, labels, others={"teacher": logits, "other": logits}, bins=1).axes
-    looks = [(line.get_marker(), line.get_linestyle()) for line in above.lines[1:]]
-    assert len({marker for marker, _ in looks}) == len({dash for _, dash in looks}) == 3
-    assert len({bar.get_hatch() for bar in below.patches}) == 3
-
-
-def test_the_interval_is_wilsons() -> None:
-    logits = torch.tensor([[2.0, 0.0]]).repeat(10, 1)  # of 10 in one bin 8 are right
-    labels = torch.tensor([0] * 8 + [1] * 2)
-    ends = plot_reliability(logits, labels).axes[0].collections[0].get_segments()[0][:, 1]
-    assert ends.tolist() == pytest.approx([49.02, 94.33], abs=0.01)  # as in tables
+    assert len({line.get_marker() for line in above.lines[1:]}) == 3
+    assert len({bar.get_facecolor() for bar in below.patches}) == 3
 
 
 @pytest.mark.parametrize("labels", [torch.tensor([0, -100]), torch.tensor([0, 0])])
@@ -245,3 +231,150 @@ def test_an_error_says_of_which_model() -> None:
         plot_reliability(logits, labels, others={"teacher": logits[:3]})
     with pytest.raises(ValueError, match="student: `bins` must be at least 1, got 0"):
         plot_reliability(logits, labels, bins=0)
+
+
+# ---- The losses ----
+
+
+@pytest.mark.parametrize(
+    ("history", "labels"),
+    [
+        (
+            log(),
+            [
+                "loss, weighted sum",
+                "task loss, nats",
+                "kd loss, nats x T²",
+                "relational loss, own unit",
+                "relational kl, nats",
+                "teacher perplexity, keys",
+            ],
+        ),
+        ([{"loss": 1.0, "step": 1}], ["loss, weighted sum"]),
+        ([{"eval_loss": 1.0, "eval_relational_kl": 3.0, "step": 1}], ["loss, weighted sum", "relational kl, nats"]),
+    ],
+)
+def test_each_term_has_a_panel_with_its_unit(history: Any, labels: list[str]) -> None:
+    assert [axes.get_ylabel() for axes in plot_losses(history).axes] == labels
+
+
+@pytest.mark.parametrize("kd", [True, False])
+def test_the_panels_share_the_steps_and_the_lowest_name_them(kd: bool) -> None:
+    figure = draw(plot_losses([*log(kd=kd), {"loss": 60.0, "step": 500}]))  # where the others have no value
+    assert {axes.get_xlim() for axes in figure.axes} == {figure.axes[0].get_xlim()}
+    assert [axes.get_xlabel() for axes in figure.axes] == [""] * (len(figure.axes) - 2) + ["optimizer step"] * 2
+
+
+def test_of_an_odd_number_of_terms_the_first_has_a_row_for_itself() -> None:
+    wide, narrow, *_ = draw(plot_losses(log(kd=False))).axes
+    assert wide.get_position().width > 1.9 * narrow.get_position().width
+
+
+def test_training_is_a_line_and_each_evaluation_has_its_own_markers() -> None:
+    lines = lines_of(plot_losses(log()).axes[1])
+    assert [(line.get_linestyle(), line.get_marker()) for line in lines.values()] == [
+        ("-", "."),
+        ("None", MARKERS[1]),
+        ("None", MARKERS[2]),
+    ]
+    assert list(lines) == ["training", "eval", "test"]
+    assert lines["training"].get_xydata().tolist() == [[step, 9.0 / step] for step in range(10, 121, 10)]
+    assert lines["eval"].get_xydata().tolist() == [[step, 9.0 / step + 1] for step in (40, 80, 120)]
+    assert lines["test"].get_xydata().tolist() == [[120, 9.0 / 120 + 2]]
+
+
+def test_the_legend_has_what_several_panels_share_once() -> None:
+    assert legend_of(plot_losses(log())) == ["training", "eval", "test"]
+
+
+def test_the_summary_at_the_end_is_no_evaluation() -> None:
+    assert legend_of(plot_losses([{"loss": 1.0, "step": 1}, {"train_loss": 2.0, "step": 1}])) == ["training"]
+
+
+def test_a_metric_that_is_called_a_loss_is_no_evaluation_of_its_own() -> None:
+    history = [{"eval_loss": 1.0, "eval_my_loss": 7.0, "step": 1}, {"eval_small_loss": 2.0, "step": 1}]
+    lines = lines_of(plot_losses(history).axes[0])
+    assert {name: line.get_ydata().tolist() for name, line in lines.items()} == {"eval": [1.0], "eval_small": [2.0]}
+
+
+def test_a_log_of_one_line_shows_a_dot() -> None:
+    assert lines_of(plot_losses([{"loss": 1.0, "step": 1}]).axes[0])["training"].get_marker() == "."
+
+
+def test_a_loss_that_is_not_finite_leaves_a_gap() -> None:
+    history = [{"loss": value, "step": step} for step, value in enumerate([1.0, float("nan"), float("inf"), 2.0])]
+    assert draw(plot_losses(history)).axes[0].get_ylim()[1] < 3
+
+
+@pytest.mark.parametrize("history", [[], [{"loss": 1.0}], [{"train_loss": 1.0, "step": 3}], [{"step": 3}]])
+def test_a_log_without_a_loss_at_a_step_is_an_error(history: Any) -> None:
+    with pytest.raises(ValueError, match=f"got {len(history)} lines without. Draw after training"):
+        plot_losses(history)
+
+
+def test_the_log_of_a_run_is_drawn(tmp_path: Path) -> None:
+    run = trainer(tmp_path, eval_dataset=Images(8), eval_strategy="steps", eval_steps=2, kd_weight=1.0)
+    run.train()
+    figure = draw(plot_losses(run.state.log_history))
+    assert len(figure.axes) == 6 and legend_of(figure) == ["training", "eval"]
+
+
+# ---- The look that all share ----
+
+
+def test_colours_and_shapes_together_tell_72_classes_apart() -> None:
+    assert len({(COLORS[index % 8], MARKERS[index % 9]) for index in range(72)}) == 72
+
+
+def test_names_of_classes_come_from_a_list_or_a_dict_and_are_plain_text() -> None:
+    labels, sets = torch.tensor([0, 1, 2, 3, -100, 0]), (embeddings(6), embeddings(6))
+    names = ["$a$", "_b", "long name of a class, first", "long name of a class, second"]
+    expected = ["no label", "$a$", " _b", "long name of a clas…", "long name of a clas…"]
+    assert legend_of(draw(plot_embeddings(*sets, labels, names))) == expected
+    assert legend_of(plot_embeddings(*sets, labels, dict(enumerate(names)))) == expected
+    assert legend_of(plot_embeddings(*sets, labels, names[:1])) == ["no label", "$a$", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_text_is_dark_on_white_and_8_points_or_more_whatever_the_style(name: str) -> None:
+    with matplotlib.rc_context({"text.color": "white", "axes.facecolor": "black", "figure.facecolor": "black"}):
+        with matplotlib.rc_context({"font.size": 5, "xtick.color": "white", "axes.labelcolor": "white"}):
+            figure = draw(FIGURES[name]())
+    assert to_hex(figure.get_facecolor()) == "#ffffff"
+    assert {to_hex(axes.get_facecolor()) for axes in figure.axes} == {"#ffffff"}
+    texts = [text for text in figure.findobj(matplotlib.text.Text) if text.get_text() and text.get_visible()]
+    assert {to_hex(text.get_color()) for text in texts} == {"#333333"}
+    assert min(text.get_fontsize() for text in texts) >= 8
+    assert 6.5 <= figure.get_figwidth() <= 8
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_no_setting_of_matplotlib_and_of_the_random_numbers_is_touched(name: str) -> None:
+    settings, state = dict(matplotlib.rcParams), (torch.get_rng_state(), np.random.get_state()[1])
+    draw(FIGURES[name]())
+    assert dict(matplotlib.rcParams) == settings
+    assert torch.equal(torch.get_rng_state(), state[0]) and np.array_equal(np.random.get_state()[1], state[1])
+
+
+@pytest.mark.slow
+def test_a_fresh_process_imports_matplotlib_only_to_draw_and_neither_pyplot_nor_evaluate(tmp_path: Path) -> None:
+    code = """
+import sys, torch
+import hf_rrd.trainer
+assert not {"matplotlib", "evaluate", "sklearn"} & sys.modules.keys()
+from hf_rrd.results.pictures import draw_pictures
+rows, labels = torch.eye(3), torch.arange(3)
+tensors = {f"{whose}_{what}": rows for whose in ("student", "teacher") for what in ("embedding", "logits")}
+report = hf_rrd.DistillationReport({"student": {"accuracy": 1.0}, "alignment": {}}, tensors | {"labels": labels})
+assert len(draw_pictures(sys.argv[1], [{"loss": 1.0, "step": 1}], report, None)) == 4
+assert "matplotlib" in sys.modules and not {"matplotlib.pyplot", "evaluate", "sklearn"} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    assert len(list((tmp_path / "figures").iterdir())) == 4
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_without_matplotlib_the_error_names_the_extra(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install 'hf_rrd\[plots\]'"):
+        FIGURES[name]()

@@ -146,7 +146,7 @@ def test_a_module_that_is_no_transformers_model_is_compared_by_its_logits() -> N
     assert facts["teacher"]["parameters"] == 3 * 16 * 16 * CLASSES + CLASSES
 
 
-@pytest.mark.parametrize(("data", "came"), [(Images(0), "none in it"), (iter(()), "got \\w*iterator")])
+@pytest.mark.parametrize(("data", "came"), [(Images(0), "got Images, empty"), (iter(()), "got \\w*iterator")])
 def test_nothing_to_measure_on_is_an_error(data: Any, came: str) -> None:
     with pytest.raises(ValueError, match=f"needs a data set with examples and a length.*{came}"):
         compare_models(tiny_vit(), None, data)
@@ -169,11 +169,11 @@ def test_one_of_several_evaluation_sets_is_named(tmp_path: Path) -> None:
     run = trainer(tmp_path, eval_dataset={"first": Images(8), "second": Images(9)})
     assert run.report("second").facts["examples"] == 9  # type: ignore[union-attr]
     for dataset in (None, "third"):
-        with pytest.raises(ValueError, match=r"`dataset` must be one of \['first', 'second'\]"):
+        with pytest.raises(ValueError, match=r"`dataset` must be .* one of \['first', 'second'\]"):
             run.report(dataset)
-    with pytest.raises(ValueError, match="`dataset` must be a data set, got none"):
+    with pytest.raises(ValueError, match="`dataset` must be one data set, .* got None"):
         trainer(tmp_path).report()
-    with pytest.raises(ValueError, match=r"`dataset` must be a data set, got several, \['test', 'train'\]"):
+    with pytest.raises(ValueError, match=r"`dataset` must be one data set, .* got \['test', 'train'\]"):
         trainer(tmp_path).report({"train": Images(8), "test": Images(8)})
 
 
