@@ -52,8 +52,8 @@ logger = logging.get_logger(__name__)
 class RelationalDistillationTrainer(Trainer):
     """Trains `model`, the student, on its task and on what a frozen teacher knows.
 
-    Takes all that `Trainer` takes, under the same names and in the same order, and two arguments more. The student
-    that it saves is a plain transformers model.
+    Takes what `Trainer` takes, in the same order, and two arguments more. The student that it saves is a plain
+    transformers model.
 
     Args:
         model: The student: a transformers model, or a PEFT model around one.

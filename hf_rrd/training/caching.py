@@ -33,9 +33,6 @@ SHARD_EXAMPLES = 8192
 CALIBRATION_EXAMPLES = 4096
 """Examples that a projection is measured on."""
 
-KEPT_DTYPES = ("float16", "float32")
-"""The values of `dtype=`; Arrow has no bfloat16."""
-
 AnyDataset = TypeVar("AnyDataset", bound=Dataset | DatasetDict | IterableDataset | IterableDatasetDict)
 
 
@@ -100,8 +97,8 @@ def cache_teacher_outputs(
     trainer = RelationalDistillationTrainer(model=student, args=args, train_dataset=train)
     ```
     """
-    if dtype not in KEPT_DTYPES:
-        raise ValueError(f"`dtype` must be one of {list(KEPT_DTYPES)}, got {dtype!r}.")
+    if dtype not in ("float16", "float32"):  # Arrow has no bfloat16
+        raise ValueError(f"`dtype` must be one of ['float16', 'float32'], got {dtype!r}.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be 1 or more, got {batch_size}.")
     model = load_teacher(teacher, teacher_model_init_kwargs)
@@ -136,9 +133,9 @@ def cache_teacher_outputs(
 def with_views(dataset: Dataset, views: int) -> Dataset:
     """Each example several times, with a column `view_seed`, so that an augmentation can be cached.
 
-    A transform that draws its random numbers from `view_seed` alone gives the same view each time it is asked: teacher
-    and student see one and the same. One epoch is then `views` passes over the examples. Each example is stored once;
-    a shuffled or selected set is first written out in its order.
+    A transform that draws its random numbers from `view_seed` alone (README has one) gives the same view each time it
+    is asked: teacher and student see one and the same. One epoch is then `views` passes over the examples. Each
+    example is stored once; a shuffled or selected set is first written out in its order.
 
     Args:
         dataset: Map-style.
@@ -149,18 +146,6 @@ def with_views(dataset: Dataset, views: int) -> Dataset:
 
     Raises:
         ValueError: `views` is below 1.
-
-    Example:
-
-    ```python
-    def augment(batch):
-        generators = [torch.Generator().manual_seed(seed) for seed in batch["view_seed"]]
-        images = [random_crop(image, generator) for image, generator in zip(batch["image"], generators)]
-        return {"pixel_values": list(processor(images, return_tensors="pt")["pixel_values"]), "labels": batch["label"]}
-
-
-    train = cache_teacher_outputs(with_views(train, 4).with_transform(augment), teacher)
-    ```
     """
     if views < 1:
         raise ValueError(f"`views` must be 1 or more, got {views}.")

@@ -74,9 +74,8 @@ class DataCollatorForDistillation:
 
 def _stacked(rows: list[Any]) -> Tensor:
     """Rows of one length as a tensor; lists become float32, by way of one array, which is the fastest."""
-    if isinstance(rows[0], Tensor):
-        return torch.stack(rows)
-    return torch.from_numpy(np.asarray(rows, dtype=np.float32))
+    own = isinstance(rows[0], Tensor)
+    return torch.stack(rows) if own else torch.from_numpy(np.asarray(rows, dtype=np.float32))
 
 
 def collator_of(processor: Any) -> Any:
@@ -111,11 +110,7 @@ def check_batch_labels(batch: Mapping[str, Any], label_names: list[str]) -> None
 
 
 class Preview:
-    """What can be known of a data set before a run: its columns and its first example, which is read at most once.
-
-    Args:
-        dataset: Of any kind, or None.
-    """
+    """What can be known of a data set before a run: its columns and its first example, which is read at most once."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset

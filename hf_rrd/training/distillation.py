@@ -16,14 +16,12 @@ from hf_rrd.losses.relational import infonce_terms, relational_terms
 from hf_rrd.losses.rows import unit
 from hf_rrd.models.head import RelationalHead, StudentOutputs, attach_head, detach_head, head_of, load_head
 from hf_rrd.models.teacher import Teacher, TeacherOutputs
+from hf_rrd.training.checkpoint import State
 from hf_rrd.training.data import has_cached_embeddings, sample_of
 from hf_rrd.training.projection import TeacherProjection
 
 RELATIONAL_LOSSES = ("rrd", "infonce", *BATCH_LOSSES)
 """The values of `relational_loss=`: the first two compare with the bank, the others within the micro-batch."""
-
-State = dict[str, dict[str, Tensor]]
-"""Tensors by group and name."""
 
 
 class Distillation:
@@ -145,21 +143,14 @@ class Distillation:
     # ---- The bank ----
 
     def update_bank(self, gather: Callable[[Tensor], Tensor]) -> None:
-        """Put the rows of the finished step into the bank, as unit rows, which fit any dtype.
-
-        Args:
-            gather: From this process's rows, (n, dim), to those of all processes.
-        """
+        """Put the step's rows, gathered from all processes, into the bank: unit rows, which fit any dtype."""
         if self.bank is not None and self.pending:
             rows = unit(torch.cat(self.pending))
             self.bank.enqueue(gather(rows.to(self.bank.filled.dtype)))
         self.pending.clear()
 
     def start(self, student: nn.Module) -> None:
-        """Begin a training: an empty bank, and the settings as they are by now, which a search may have changed.
-
-        Args:
-            student: The model that is to be trained.
+        """Begin a training of a student: an empty bank, and the settings as a search may have changed them.
 
         Raises:
             ValueError: A setting is out of its range, or needs what this object was made without; or the student has
@@ -224,11 +215,7 @@ class Distillation:
         return {name: dict(part.state_dict()) for name, part in parts.items() if part is not None}
 
     def load_state_dict(self, state: State, head: bool = True) -> None:
-        """Take over what was saved.
-
-        Raises:
-            ValueError: It is of another teacher or of other settings.
-        """
+        """Take over what was saved; a ValueError if it is of another teacher or of other settings."""
         if self.bank is not None:
             self.bank.load_state_dict(state.get("bank", {}))
         if self.projection is not None:

@@ -19,12 +19,8 @@ from hf_rrd.training.data import cached_embeddings, has_cached_embeddings
 class StepExamples:
     """How many examples an optimizer step has, on this process and on all of them.
 
-    The processes tell each other when the step begins, and the numbers are on the host by the time it ends: nobody
-    waits for the device.
-
-    Args:
-        accelerator: Of the trainer.
-        micro_batches: The number of examples in each micro-batch of this process.
+    The processes tell each other how many are in each of their micro-batches when the step begins, and the numbers are
+    on the host by the time it ends: nobody waits for the device.
     """
 
     def __init__(self, accelerator: Accelerator, micro_batches: list[int]) -> None:
@@ -136,10 +132,7 @@ def embed_all(
 
 
 def place_teacher(teacher: Teacher, accelerator: Accelerator) -> None:
-    """Move the teacher to the process's device, or share it out as the student is.
-
-    A teacher that `device_map`, offloading or quantisation has placed stays where it is, whole on each process.
-    """
+    """Move the teacher to the process's device, or share it out as the student is, unless it has a place already."""
     if teacher.model is None or teacher.is_placed:
         return
     state = accelerator.state

@@ -5,13 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-_OF_THE_TEACHER = (
-    "Check that batch: its columns `teacher_embedding` and `teacher_logits`, or what the teacher reads. A float16 "
-    "teacher may overflow: load it in bfloat16 or float32."
-)
 ADVICE = {
-    "the teacher's embedding": _OF_THE_TEACHER,
-    "the teacher's logits": _OF_THE_TEACHER,
+    "the teacher": "Check its columns in that batch, `teacher_embedding` and `teacher_logits`, or what it reads. A "
+    "float16 teacher may overflow: load it in bfloat16 or float32.",
     "the loss": "The weights of the step before are in order: go on from the last checkpoint with a lower "
     "learning_rate, with max_grad_norm, or in bf16 instead of fp16, with weights (task_weight, kd_weight, "
     "relational_weight) and temperatures within reason. A task_loss of nan may be a micro-batch without a single "
@@ -38,7 +34,7 @@ class FiniteCheck:
         self._first_step: dict[str, Tensor] = {}
 
     def note(self, step: int, name: str, value: Tensor) -> None:
-        """Look at a value of a step, numbered as in the log; its name is one of `ADVICE`."""
+        """Look at a value of a step, numbered as in the log."""
         found = torch.where(value.detach().isfinite().all(), -1, step)  # scalar
         first = self._first_step.get(name, found)
         self._first_step[name] = torch.where(first >= 0, first, found)
@@ -57,9 +53,10 @@ class FiniteCheck:
         for name, first in found.items():
             step = int(first)
             if step >= 0:
+                about = "the loss" if name == "the loss" else "the teacher"
                 terms = ", ".join(self._broken_terms()) if name == "the loss" else ""
                 which = f"{name} ({terms})" if terms else name
-                raise ValueError(f"{which} is not finite (nan or inf) at step {step}. {ADVICE[name]}")
+                raise ValueError(f"{which} is not finite (nan or inf) at step {step}. {ADVICE[about]}")
 
 
 @torch.no_grad()

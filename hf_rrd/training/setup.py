@@ -22,11 +22,7 @@ def check_data(training_set: Preview, eval_dataset: Any, student: Any, args: Any
 
 
 def prepared(teacher: Teacher, distillation: Distillation, loss_is_its_own: bool, student: Any) -> Any:
-    """A student with its head, after a look at whether it can be trained under this teacher; None of none.
-
-    Raises:
-        ValueError: It cannot.
-    """
+    """A student with its head, or None of none; a ValueError if it cannot be trained under this teacher."""
     if student is None:
         return None
     check_student(student, loss_is_its_own and distillation.args.task_weight > 0)
@@ -37,17 +33,10 @@ def prepared(teacher: Teacher, distillation: Distillation, loss_is_its_own: bool
 
 
 def teacher_for(teacher: Any, args: Any, training_set: Preview, student: nn.Module | None) -> Teacher:
-    """The teacher of a run, as far as the settings need one.
-
-    Args:
-        teacher: A model, a Hub name or a folder; None where the training set has its outputs.
-        args: The settings.
-        training_set: Its cached columns stand in for a model.
-        student: Whom it is to teach, where that is known already.
+    """The teacher of a run, as far as the settings need one: a model, or the training set's cached columns.
 
     Raises:
-        ValueError: One is needed, and there is neither a model nor cached outputs; or it cannot be loaded, or not
-            teach this student.
+        ValueError: There is neither; or it cannot be loaded, or not teach this student.
     """
     wants_embedding, wants_logits = args.relational_weight > 0, args.kd_weight > 0
     needed = wants_embedding or wants_logits

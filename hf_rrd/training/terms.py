@@ -33,12 +33,9 @@ class TermLog:
         self.window, self.lines_near_one = {}, 0
 
     def add(self, terms: dict[str, Tensor], share: float | Tensor) -> None:
-        """Add a micro-batch.
+        """Add a micro-batch's terms, of each example or their mean, and its share of the optimizer step.
 
-        Args:
-            terms: Each example's terms, or their mean.
-            share: The micro-batch's part of its optimizer step; the parts of a step add up to 1, in the mean over the
-                processes.
+        The shares of a step add up to 1, in the mean over the processes.
         """
         for name, term in terms.items():
             self._sum(name, term.detach().float().mean() * share)
