@@ -38,7 +38,7 @@ def relational_alignment(
             agree on. What ties with the last neighbour is one too; the share is of the larger neighbourhood.
 
     Raises:
-        ValueError: The sets differ in length, have fewer than 2 examples or a value that is not finite.
+        ValueError: The sets differ in length, have under 2 examples or a value that is not finite, or `neighbors` < 1.
     """
     check_sets(student, teacher)
     if neighbors < 1:
@@ -229,4 +229,4 @@ def _standard_ranks(counts: Tensor) -> Tensor:
 
 def _count_near(near: Tensor) -> Tensor:
     """(3, examples), of (2, examples, others): the neighbours in both sets, in the student's and in the teacher's."""
-    return torch.stack([near.all(0).sum(1), *near.sum(2)])
+    return torch.stack([each.sum(1, dtype=torch.int32) for each in (near[0] & near[1], *near)])
