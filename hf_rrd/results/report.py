@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import RemoveColumnsCollator
@@ -51,8 +52,10 @@ class DistillationReport:
 
     def table(self) -> Any:
         """Teacher and student side by side: a `rich.table.Table`, for the terminal. Needs the extra [demo]."""
-        from rich.table import Column, Table
-
+        try:
+            from rich.table import Column, Table
+        except ImportError as error:
+            raise ImportError("a report's table needs rich: pip install 'hf_rrd[demo]'") from error
         columns = [Column(name, justify="right" if name else "left") for name in HEADER]
         table = Table(*columns, title=f"{self.facts['examples']:,} examples", caption=place(self.facts["environment"]))
         for row in rows_of(self.facts):
@@ -209,8 +212,11 @@ def compare_in_run(
     args: Any,
 ) -> DistillationReport:
     """`compare_models` by a run's settings, which may leave out all but `columns`; saved in the run's folder."""
-    if args.remove_unused_columns:  # cached logits are of use, also without kd_weight
-        data_collator = RemoveColumnsCollator(data_collator, [*columns, *CACHED_COLUMNS])
+    kept = [*columns, *CACHED_COLUMNS]  # cached logits are of use, also without kd_weight
+    if args.remove_unused_columns:
+        data_collator = RemoveColumnsCollator(data_collator, kept)
+        if isinstance(dataset, Dataset):  # what nobody reads is not decoded
+            dataset = dataset.select_columns([name for name in dataset.column_names if name in kept])
     how = (args.per_device_eval_batch_size, args.student_pooling, args.teacher_pooling, label_names)
     report = compare_models(student, teacher, dataset, data_collator, *how)
     report.save(args.output_dir)

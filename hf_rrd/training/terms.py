@@ -12,8 +12,7 @@ logger = logging.get_logger(__name__)
 TERMS = ("task_loss", "kd_loss", "relational_loss", "relational_kl")
 """The terms' names, in the order of the log."""
 
-PERPLEXITY = "teacher_perplexity"
-"""Over how many rows of the bank the target is spread; logged beside the relational loss."""
+PERPLEXITY = "teacher_perplexity"  # over how many rows of the bank the target is spread
 
 LOGGED = ("loss", *TERMS, PERPLEXITY)
 """What a log line has of the loss, in that order."""

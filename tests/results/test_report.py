@@ -1,6 +1,7 @@
 """The report against plain counts and loops, and what it leaves as it was."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +235,9 @@ def test_a_stream_of_datasets_is_refused_by_name(tmp_path: Path) -> None:
     stream = datasets.Dataset.from_dict({"labels": [1, 2]}).to_iterable_dataset()
     with pytest.raises(ValueError, match="needs a data set with examples and a length, got IterableDataset"):
         trainer(tmp_path).report(stream)
+
+
+def test_without_rich_a_table_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rich.table", None)
+    with pytest.raises(ImportError, match=r"needs rich: pip install 'hf_rrd\[demo\]'"):
+        DistillationReport({"examples": 1, "environment": {}}).table()
