@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import Trainer
 
 import hf_rrd
 
@@ -228,3 +229,23 @@ def test_mypy_sees_a_mistake_in_the_trainers_class(mistake: str, message: str, t
     command = [sys.executable, "-m", "mypy", "--cache-dir", str(ROOT / ".mypy_cache")]
     printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
     assert message in printed
+
+
+# ---- The trainer's class ----
+
+
+def overridden() -> set[str]:
+    """The methods of the Trainer that ours overrides."""
+    ours, theirs = vars(hf_rrd.RelationalDistillationTrainer), dir(Trainer)
+    return {name for name, value in ours.items() if name in theirs and inspect.isfunction(value)}
+
+
+def test_the_trainer_overrides_few_methods_and_of_the_private_ones_those_of_checkpoints_and_pushes() -> None:
+    assert len(overridden()) <= 16
+    private = {name for name in overridden() if name.startswith("_") and not name.startswith("__")}
+    checkpoints = {"_save_checkpoint", "_save_rng_state", "_load_from_checkpoint", "_load_best_model"}
+    assert private == checkpoints | {"_push_from_checkpoint"}
+
+
+def test_the_trainers_class_has_at_most_400_lines() -> None:
+    assert len(inspect.getsource(hf_rrd.RelationalDistillationTrainer).splitlines()) <= 400

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_rrd import cache_teacher_outputs, compare_models, relational_alignment
+from hf_rrd import DistillationReport, cache_teacher_outputs, compare_models, relational_alignment
 from hf_rrd.results.report import REPORT_FILE
 from tests.builders import CLASSES, Images, Texts, tiny_bert, tiny_vit, trainer
 
