@@ -219,7 +219,7 @@ def settings_of(run: Run) -> RelationalDistillationConfig:
         kd_weight=0.5,
         bank_size=48,
         teacher_temperature=0.5,
-        logging_steps=3,
+        logging_steps=SAVE_STEPS,  # a line that a kill falls into is of fewer steps afterwards
         eval_strategy="steps",
         eval_steps=SAVE_STEPS,
         save_steps=SAVE_STEPS,
@@ -334,7 +334,7 @@ def left_by(run: Run) -> dict[str, dict[str, Any]]:
         "files of the cache": cache,
         "best step: parameters, head and bank": load_file(run.folder / "left.safetensors"),
         "last step: parameters": load_file(last / "model.safetensors"),
-        "last step: head, projection, bank and log window": load_file(last / SIDECAR),
+        "last step: head, projection and bank": load_file(last / SIDECAR),
         "last step: moments of the optimizer": moments,
         "log lines, without times": {str(number): without_times(line) for number, line in enumerate(lines)},
     }

@@ -6,7 +6,6 @@ forward asks for the embedding; without it the student behaves as if there were 
 
 import dataclasses
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -155,8 +154,12 @@ def _add_embedding(student: nn.Module, args: Any, kwargs: dict[str, Any], output
     return _extended(output_class)(**dict(outputs.items()), **ours)
 
 
-@cache
+_EXTENDED: dict[type, Any] = {}  # no functools.cache, which torch.compile would warn of
+
+
 def _extended(output_class: type) -> Any:
     # DistributedDataParallel rebuilds an output as `cls(**items)`: one more key has to be a field of the class.
-    fields = [(EMBEDDING, object, None), (POOLED, object, None)]
-    return dataclasses.make_dataclass(f"{output_class.__name__}WithEmbedding", fields, bases=(output_class,))
+    if output_class not in _EXTENDED:
+        name, fields = f"{output_class.__name__}WithEmbedding", [(EMBEDDING, object, None), (POOLED, object, None)]
+        _EXTENDED[output_class] = dataclasses.make_dataclass(name, fields, bases=(output_class,))
+    return _EXTENDED[output_class]
