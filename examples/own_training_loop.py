@@ -108,10 +108,10 @@ def main() -> None:
         report = compare_models(student, teacher, data["validation"], collate)
         report.save(args.output_dir)
         Console().print(report.table())
-        about: dict[str, Any] = {"dataset": args.card_dataset, "processing_class": tokenizer}
-        about["settings"] = {"relational_weight": args.relational_weight, "kd_weight": args.kd_weight}
+        settings = {name: getattr(args, name) for name in ("relational_weight", "kd_weight", "bank_size")}
+        about: dict[str, Any] = {"settings": settings | {"task_weight": 1.0}, "processing_class": tokenizer}
         about["training"] = {"epochs": args.num_train_epochs, "learning_rate": args.learning_rate, "seed": args.seed}
-        write_card(args.output_dir, student, teacher=teacher, report=report, **about)
+        write_card(args.output_dir, student, teacher=teacher, report=report, dataset=args.card_dataset, **about)
     accelerator.wait_for_everyone()  # torch 2.13 may hang where the group ends right after a gather
     accelerator.end_training()
 

@@ -176,7 +176,7 @@ class RelationalDistillationTrainer(Trainer):
         """The weighted sum of the terms, each a mean over the micro-batch: `num_items_in_batch` is not used."""
         with self.accelerator.autocast():
             teacher = self._teacher.read(inputs, required=model.training)
-        self._finite.note_teacher(self.state.global_step + model.training, *teacher)
+        self._finite.note_teacher(self.state.global_step + int(model.training), *teacher)
         student = self._ask_student(model, inputs)
         with named_errors("comparing student and teacher", inputs):
             terms = self.distillation.terms(student, teacher, inputs.get("attention_mask"), model.training)
@@ -187,8 +187,8 @@ class RelationalDistillationTrainer(Trainer):
             self._terms.add(terms, share)
             if self.accelerator.scaler is None:  # which skips the steps of a float16 training that overflow
                 self._finite.note(self.state.global_step + 1, "the loss", loss)
-            # The Trainer divides by the number of micro-batches; together that is the micro-batch's share of examples.
-            loss = loss * (share * (step.micro_batches if self._trainer_divides else 1))
+            # A micro-batch counts by its examples. The Trainer divides each by their number, as if they were alike.
+            loss = loss * share * (step.micro_batches if self._trainer_divides else 1)
         else:
             self._terms.add_evaluated(terms, examples, self.accelerator.gather_for_metrics)
             if self._embeddings.examples > 0 and student.pooled is not None and teacher.embedding is not None:

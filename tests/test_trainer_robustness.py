@@ -14,6 +14,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
+from hf_rrd import detach_head
 from hf_rrd.models.head import HEAD
 from hf_rrd.models.pooling import mean_pool
 from hf_rrd.training.checkpoint import load_student
@@ -115,7 +116,10 @@ def test_a_trainer_whose_student_was_taken_over_says_so(tmp_path: Path) -> None:
     student = tiny_vit()
     first = trainer(tmp_path, model=student)
     trainer(tmp_path, model=student)
-    with pytest.raises(ValueError, match="another trainer has taken this student over"):
+    with pytest.raises(ValueError, match="head is gone or another trainer's"):
+        first.train()
+    detach_head(student)
+    with pytest.raises(ValueError, match="head is gone or another trainer's"):
         first.train()
 
 

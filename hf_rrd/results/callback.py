@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from hf_rrd.losses.in_batch import BATCH_LOSSES
 from hf_rrd.models.pooling import name_of
 from hf_rrd.results.card import write_card
 from hf_rrd.results.facts import CardFacts, DataFacts, Metric, hub_name, source_of
@@ -111,7 +112,7 @@ class FactsCallback(TrainerCallback):
         if args.relational_weight > 0:
             names += ["relational_loss", "student_projection", "teacher_projection", "projection_dim"]
             names += ["student_pooling", "teacher_pooling"]
-            if args.relational_loss in ("rrd", "infonce"):
+            if args.relational_loss not in BATCH_LOSSES:
                 names += ["bank_size", "include_own", "student_temperature"]
             if args.relational_loss == "rrd":
                 names += ["teacher_temperature" if args.teacher_perplexity is None else "teacher_perplexity"]

@@ -139,7 +139,7 @@ def model_facts(model: nn.Module | None, description: str | None = None) -> Mode
         return ModelFacts(description=description)
     plain, size = unwrapped(model), size_of(model)
     facts = ModelFacts(size["class"], size["parameters"], size["bytes"], description=description)
-    if hasattr(plain, "initialization"):  # of `student_from_teacher`
+    if getattr(getattr(plain, "initialization", None), "copied", None):  # by `student_from_teacher`
         facts.teacher_layers = list(plain.initialization.layers)
     elif description is None:
         name, revision = model.__dict__.get(LOADED_FROM, (None, None))

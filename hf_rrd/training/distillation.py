@@ -118,8 +118,7 @@ class Distillation:
         if training and self.bank.size > 0:
             self.pending.append(teacher)
         if args.relational_loss == "infonce":
-            own = include_own or not within_batch
-            return {"relational_loss": infonce_terms(student, teacher, bank, args.student_temperature, own)}
+            return {"relational_loss": infonce_terms(student, teacher, bank, args.student_temperature, include_own)}
         temperatures = (args.student_temperature, args.teacher_temperature)
         loss, divergence = relational_terms(
             student, teacher, bank, *temperatures, include_own, args.teacher_perplexity
@@ -159,7 +158,7 @@ class Distillation:
         self.args.validate()
         if head_of(student) is not self.head:
             raise ValueError(
-                "another trainer has taken this student over: its head is not this trainer's. Make a new one."
+                "the student's head is gone or another trainer's (`detach_head`, a second trainer). Make a new one."
             )
         for name, learned in self._learned.items():
             if getattr(self.args, name) > 0 and not learned:

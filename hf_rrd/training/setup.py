@@ -55,7 +55,7 @@ def teacher_for(teacher: Any, args: Any, training_set: Preview, student: nn.Modu
                 "training set with a `teacher_embedding` column. Got neither. relational_weight=0 does without."
             )
         made.cached_as(*shape)
-    elif model is None and wants_logits and training_set.dataset is not None:
+    if model is None and wants_logits and training_set.dataset is not None:
         if "teacher_logits" not in training_set.example:
             raise ValueError(
                 "`kd_weight` is above 0, so a teacher is needed: pass `teacher=` a model, a Hub name or a folder, or "
