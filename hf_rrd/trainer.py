@@ -188,7 +188,7 @@ class RelationalDistillationTrainer(Trainer):
             if self.accelerator.scaler is None:  # which skips the steps of a float16 training that overflow
                 self._finite.note(self.state.global_step + 1, "the loss", loss)
             # A micro-batch counts by its examples. The Trainer divides each by their number, as if they were alike.
-            loss = loss * share * (step.micro_batches if self._trainer_divides else 1)
+            loss = loss * (share * (step.micro_batches if self._trainer_divides else 1))
         else:
             self._terms.add_evaluated(terms, examples, self.accelerator.gather_for_metrics)
             if self._embeddings.examples > 0 and student.pooled is not None and teacher.embedding is not None:
