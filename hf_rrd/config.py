@@ -1,6 +1,7 @@
 """The settings of a distillation run: `TrainingArguments` and ours."""
 
 import copy
+import inspect
 import json
 import math
 import re
@@ -31,8 +32,8 @@ def described(config: Config) -> Config:
 
     So there is one text, which `help()`, an editor and `--help` all show.
     """
-    _, _, section = (config.__doc__ or "").partition("\n    Args:\n")
-    for entry in re.split(r"\n {8}(?=\w)", "\n" + section.partition("\n\n")[0]):
+    _, _, section = inspect.cleandoc(config.__doc__ or "").partition("\nArgs:\n")
+    for entry in re.split(r"\n {4}(?=\w)", "\n" + section.partition("\n\n")[0]):
         name, _, text = entry.partition(": ")
         if name in config.__dataclass_fields__:
             ours = config.__dataclass_fields__[name]
@@ -215,7 +216,7 @@ class RelationalDistillationConfig(TrainingArguments):
     __repr__ = __str__
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled, into `training_args.bin`: no token, and no callable that could not be pickled."""
+        """What is pickled, into `training_args.bin`: no token, and of a callable its name."""
         shown = self.to_dict()
         secret = [name for name in shown if name.endswith("_token") and getattr(self, name) is not None]
         masked = ("student_pooling", "teacher_pooling", "teacher_model_init_kwargs", *secret)

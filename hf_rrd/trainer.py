@@ -1,17 +1,18 @@
 """`RelationalDistillationTrainer`: a `Trainer` whose loss adds what the teacher knows."""
 
 import os
+import weakref
 from collections.abc import Callable, Iterator
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import EvalPrediction, PreTrainedModel, TrainerCallback
 from transformers.trainer import Trainer
 from transformers.trainer_pt_utils import find_batch_size, nested_detach
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction, HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, number_of_arguments
 from transformers.utils import PushInProgress, logging
 
 from hf_rrd.config import RelationalDistillationConfig
@@ -135,7 +136,7 @@ class RelationalDistillationTrainer(Trainer):
             train_dataset=with_cached_arrays(train_dataset),
             eval_dataset=with_cached_arrays(eval_dataset),
             processing_class=processing_class,
-            model_init=model_init and wraps(model_init)(lambda *trial: prepare(model_init(*trial))),
+            model_init=model_init and (lambda *trial: prepare(model_init(*trial[: number_of_arguments(model_init)]))),
             compute_loss_func=compute_loss_func,
             compute_metrics=compute_metrics,
             callbacks=[_Phases(self), *(callbacks or []), self._facts],
@@ -143,9 +144,8 @@ class RelationalDistillationTrainer(Trainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        # Each of our terms is a mean over the micro-batch, whatever the model would do with the number of its labels:
-        # the Trainer has to divide by the accumulation steps. transformers 5.0 does not where there is a
-        # `compute_loss_func`.
+        # Each of our terms is a mean over the micro-batch, whatever a model does with the count of labels: the Trainer
+        # has to divide by the accumulation steps. transformers 5.0 does not where there is a `compute_loss_func`.
         self.model_accepts_loss_kwargs = False
         self._trainer_divides = compute_loss_func is None or hasattr(Trainer, "loss_is_scaled_for_ga")
         self.loss_is_scaled_for_ga = False
@@ -185,6 +185,8 @@ class RelationalDistillationTrainer(Trainer):
             step = self._step or StepExamples(self.accelerator, [examples])
             share = step.share(examples)
             self._terms.add(terms, share)
+            if self._step is None:  # nobody counted: `training_step` was called by hand
+                self.distillation.update_bank(step.gather)
             if self.accelerator.scaler is None:  # which skips the steps of a float16 training that overflow
                 self._finite.note(self.state.global_step + 1, "the loss", loss)
             # A micro-batch counts by its examples. The Trainer divides each by their number, as if they were alike.
@@ -222,7 +224,11 @@ class RelationalDistillationTrainer(Trainer):
     ) -> Any:
         """As in `Trainer`. `resume_from_checkpoint=True` takes the newest checkpoint that was written to its end."""
         self._resumed_from = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
-        return super().train(self._resumed_from, trial, ignore_keys_for_eval)
+        output, self._step = super().train(self._resumed_from, trial, ignore_keys_for_eval), None
+        check_weights(self.model, "the last step broke them")
+        if self.state.max_steps > 0 and self.state.global_step == 0:
+            raise ValueError("`train_dataset` gave no batch. Is it smaller than one, with `dataloader_drop_last` on?")
+        return output
 
     def _calibrate(self) -> None:
         def embed(sample: Any) -> Tensor:
@@ -351,8 +357,7 @@ class RelationalDistillationTrainer(Trainer):
         """
         if self._is_sharded:
             raise ValueError(
-                "a report needs the whole student in one process, and FSDP or DeepSpeed has it in parts. Load the "
-                "saved student, and call compare_models."
+                "a report needs the whole student in one process, not in parts. Load a saved one for compare_models."
             )
         dataset = chosen_dataset(dataset, self.eval_dataset)
         if self.is_world_process_zero():
@@ -448,10 +453,10 @@ class RelationalDistillationTrainer(Trainer):
 
 
 class _Phases(TrainerCallback):
-    """What the trainer does as a training begins, as one of its steps has ended, and as it ends itself."""
+    """What the trainer does as a training begins, and as one of its steps has ended."""
 
     def __init__(self, trainer: RelationalDistillationTrainer) -> None:
-        self.trainer = trainer
+        self.trainer = weakref.proxy(trainer)  # no circle: the memory is free as soon as the trainer is
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         trainer = self.trainer  # which may begin anew after a step for which the memory did not suffice
@@ -466,10 +471,3 @@ class _Phases(TrainerCallback):
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         if self.trainer._step is not None:
             self.trainer.distillation.update_bank(self.trainer._step.gather)
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        check_weights(self.trainer.model, "the last step broke them")
-        if self.trainer.state.max_steps > 0 and self.trainer.state.global_step == 0:
-            raise ValueError(
-                "`train_dataset` gave no batch: it is empty, or smaller than one and `dataloader_drop_last` is on."
-            )

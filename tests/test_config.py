@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_rrd import RelationalDistillationConfig
+from hf_rrd.config import described
 
 DEFAULTS = {
     "task_weight": 1.0,
@@ -299,6 +300,15 @@ def test_the_help_of_a_field_is_its_text_in_the_docstring() -> None:
         pydoc.render_doc(RelationalDistillationConfig, renderer=pydoc.plaintext).replace("|", " ").split()
     )
     assert [name for name in OURS if f"{name}: {FIELDS[name].metadata['help']}" not in shown] == []
+
+
+def test_help_is_found_in_a_docstring_without_its_indentation() -> None:
+    @dataclasses.dataclass
+    class Settings(TrainingArguments):
+        ours: int = 0
+
+    Settings.__doc__ = "One line.\n\nArgs:\n    ours: In two\n        lines.\n    theirs: No field.\n"  # Python 3.13's
+    assert described(Settings).__dataclass_fields__["ours"].metadata["help"] == "In two lines."
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])

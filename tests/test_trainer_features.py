@@ -1,8 +1,10 @@
 """The features of the Trainer that a distillation run goes through, one fact a test."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput
 
 import hf_rrd.training.distillation
-from hf_rrd.models.head import EMBEDDING, HEAD, detach_head, head_of
+from hf_rrd.models.head import EMBEDDING, HEAD, WITH_EMBEDDING, detach_head, head_of
 from hf_rrd.training.checkpoint import SIDECAR
 from tests.builders import CLASSES, Images, Texts, config, log_of, tiny_bert, tiny_vit, trainer
 
@@ -315,6 +317,10 @@ def test_student_from_model_init_gets_a_head_that_trains(tmp_path: Path) -> None
         with torch.random.fork_rng():  # the builder's seed is not to change the order of the data
             return tiny_vit()
 
+    def of_width(width: int) -> Any:
+        return tiny_vit(width)
+
+    assert trainer(tmp_path, model_init=partial(of_width, width=8)).model.config.hidden_size == 8
     run = trainer(tmp_path, model_init=model_init)
     assert head_of(run.model) is not None
     before = parameters(head_of(run.model))
@@ -694,6 +700,21 @@ def test_detached_head_leaves_the_student_as_it_was(tmp_path: Path) -> None:
         "_keys_to_ignore_on_save",
         "_is_accelerate_prepared",
     }  # a None of ours, a mark of accelerate's
+
+
+def test_a_replica_of_the_student_gives_an_embedding_of_its_own_body(tmp_path: Path) -> None:
+    student, pixels = tiny_vit(), Images(2).pixels
+    trainer(tmp_path, model=student)
+    replica, body = student._replicate_for_data_parallel(), student.vit._replicate_for_data_parallel()
+    replica._modules["vit"] = body  # as `nn.DataParallel` has them on another device
+    expected, found = (model(pixel_values=pixels, **{WITH_EMBEDDING: True})[EMBEDDING] for model in (student, replica))
+    torch.testing.assert_close(found, expected)
+
+
+def test_evaluation_sets_may_be_in_any_dict(tmp_path: Path) -> None:
+    sets = defaultdict(list, {"one": Images(8), "two": Images(8, seed=1)})
+    metrics = trainer(tmp_path, eval_dataset=sets).evaluate()
+    assert {"eval_one_relational_kl", "eval_two_relational_kl"} <= metrics.keys()
 
 
 def test_a_teacher_of_logits_alone_may_be_any_module(tmp_path: Path) -> None:

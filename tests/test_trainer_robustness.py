@@ -1,5 +1,7 @@
 """Unusual models, settings and orders of calls: each works, or is refused in one sentence."""
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from transformers import (
     BertModel,
     OPTConfig,
     OPTForCausalLM,
+    TrainerCallback,
 )
 
 from hf_rrd import detach_head
@@ -97,6 +100,16 @@ def test_a_term_cannot_be_turned_on_after_construction(tmp_path: Path, name: str
         run.train()
 
 
+def test_a_term_cannot_be_turned_on_while_training(tmp_path: Path) -> None:
+    class Ramp(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            args.relational_weight = float(state.global_step)
+
+    run = trainer(tmp_path, relational_weight=0.0, callbacks=[Ramp()])
+    with pytest.raises(ValueError, match="`relational_weight` was 0 when the trainer was made and is 1.0"):
+        run.train()
+
+
 def test_a_term_that_is_turned_off_after_construction_is_logged_with_no_part_in_the_loss(tmp_path: Path) -> None:
     run = trainer(tmp_path)
     run.args.relational_weight = 0.0
@@ -119,8 +132,44 @@ def test_a_trainer_whose_student_was_taken_over_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="head is gone or another trainer's"):
         first.train()
     detach_head(student)
-    with pytest.raises(ValueError, match="head is gone or another trainer's"):
-        first.train()
+    for ask in (first.train, lambda: first.evaluate(Images(8))):
+        with pytest.raises(ValueError, match="head is gone or another trainer's"):
+            ask()
+
+
+def test_a_trainer_is_freed_as_soon_as_nobody_holds_it(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.train()
+    held = weakref.ref(run)
+    gc.disable()  # what only the collector frees holds the memory of a GPU until it runs
+    try:
+        del run
+        assert held() is None
+    finally:
+        gc.enable()
+
+
+def test_steps_by_hand_feed_the_bank(tmp_path: Path) -> None:
+    run = trainer(tmp_path, bank_size=40)
+    run.train()
+    batch = next(iter(run.get_train_dataloader()))
+    for rows in (32, 40, 40):
+        run.training_step(run.model, dict(batch))
+        assert len(run.distillation.bank or ()) == rows and run.distillation.pending == []
+
+
+def test_a_training_that_fails_at_its_end_has_ended(tmp_path: Path) -> None:
+    class Ends(TrainerCallback):
+        ended = 0
+
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            self.ended += 1
+
+    ends = Ends()
+    run = trainer(tmp_path, train_dataset=Images(4), dataloader_drop_last=True, callbacks=[ends])
+    with pytest.raises(ValueError, match="gave no batch"):
+        run.train()
+    assert ends.ended == 1 and not run.is_in_train
 
 
 def test_an_evaluation_after_one_with_a_broken_teacher_is_in_order(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_rrd.losses.rows import check_positive, pair, unit
+from hf_rrd.losses.rows import check_positive, pair, ratio, unit
 
 SLICE_ROWS = 4096  # of the bank, that are read at a time, at most; 16 times as many on an accelerator
 SOLVER_ELEMENTS = 2**20  # of the (rows, bank) similarities that the search for a perplexity holds at a time
@@ -131,7 +131,8 @@ def temperature_of_perplexity(teacher: Tensor, bank: Tensor, perplexity: float) 
     """
     found = []
     for rows in torch.split(unit(teacher), max(1, SOLVER_ELEMENTS // len(bank))):
-        cosines = [rows @ unit(keys.to(rows.dtype)).T for keys in torch.split(bank, SLICE_ROWS)]
+        slices = (keys.to(rows.dtype) for keys in torch.split(bank, SLICE_ROWS))
+        cosines = [ratio(rows @ keys.T, torch.linalg.vector_norm(keys, dim=-1)) for keys in slices]
         found.append(_solve_temperature(torch.cat(cosines, dim=1), math.log(perplexity)))
     return torch.cat(found)
 

@@ -30,7 +30,7 @@ def pair(student: Tensor, teacher: Tensor, one_width: bool = False) -> Iterator[
     if one_width and student.shape[1] != teacher.shape[1]:
         raise ValueError(
             f"`student` and `teacher` must have one width here, got {student.shape[1]} and {teacher.shape[1]}. "
-            "Project the student into the teacher's width, or use a loss on relations, such as pkt_loss."
+            "Project the student into the teacher's width, or use a loss on relations, such as PKT."
         )
     student = precise(student)
     with torch.autocast(student.device.type, enabled=False):

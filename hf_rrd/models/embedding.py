@@ -25,7 +25,7 @@ def embed(
     is compared by what comes after its last layer norm.
 
     Args:
-        model: A transformers model with a head or without, also inside PEFT or DistributedDataParallel.
+        model: A transformers model with a head or none, also inside PEFT or DistributedDataParallel; uncompiled here.
         inputs: Of its forward. `attention_mask` says which tokens are padding.
         pooling: `"auto"`, the trainer's default, `"cls"`, `"mean"`, `"max"`, `"last_token"`, `"pooler"`, `"gap"`, or a
             function `(body_output, attention_mask) -> (batch, width)`.
@@ -48,7 +48,8 @@ def embed(
     unwatch = watch(embedder.body)
     keep_next(embedder.body)
     try:
-        outputs = model(**inputs)
+        with torch.compiler.set_stance("force_eager"):  # a compiled graph calls no hook
+            outputs = model(**inputs)
         embedding = embedder.pool(take_kept(embedder.body), inputs.get("attention_mask"))
     finally:
         unwatch()

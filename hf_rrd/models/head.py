@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from hf_rrd.models.body import is_headless, keep_next, take_kept, unwrapped, watch
+from hf_rrd.models.body import body_of, is_headless, keep_next, take_kept, unwrapped, watch
 from hf_rrd.models.embedding import Embedder, Pooling
 
 HEAD = "relational_head"  # the name of the head on the student
@@ -50,9 +50,9 @@ class RelationalHead(nn.Module):
         rows: Tensor = self.projection(pooled.to(dtype)).float()
         return rows
 
-    def pool(self, attention_mask: Tensor | None) -> Tensor:
-        """What the body kept of its last forward, as one row per example, (batch, width)."""
-        pooled, width = self.embedder.pool(take_kept(self.embedder.body), attention_mask), self.embedder.width
+    def pool(self, outputs: Any, attention_mask: Tensor | None) -> Tensor:
+        """The body's output as one row per example, (batch, width)."""
+        pooled, width = self.embedder.pool(outputs, attention_mask), self.embedder.width
         if pooled.shape[1:] != (width,):
             raise ValueError(f"the student's embedding must be {width} wide, got shape {tuple(pooled.shape)}.")
         return pooled
@@ -138,7 +138,7 @@ def _ask_body(student: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[An
     wanted = kwargs.pop(WITH_EMBEDDING, False)
     student.__dict__[WITH_EMBEDDING] = wanted
     if wanted:
-        keep_next(head_of(student).embedder.body)
+        keep_next(body_of(student))  # of a replica or a copy its own
     return args, kwargs
 
 
@@ -148,7 +148,7 @@ def _add_embedding(student: nn.Module, args: Any, kwargs: dict[str, Any], output
     if not isinstance(outputs, ModelOutput):
         raise ValueError(f"the student must return a ModelOutput, got {type(outputs).__name__}. Set return_dict=True.")
     head = head_of(student)
-    pooled = head.pool(kwargs.get("attention_mask"))
+    pooled = head.pool(take_kept(body_of(student)), kwargs.get("attention_mask"))
     ours = {EMBEDDING: head(pooled), POOLED: None if student.training else pooled}
     output_class: Any = type(outputs)
     return _extended(output_class)(**dict(outputs.items()), **ours)

@@ -102,7 +102,7 @@ def known_alignment(student: Tensor, teacher: Tensor, most: int) -> dict[str, fl
 
 def evenly_spaced(count: int, most: int) -> Tensor:
     """Up to `most` of `count` places, evenly spaced, the first and the last among them: (places,), whole numbers."""
-    return torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).round().long()
+    return torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).long()
 
 
 def check_sets(student: Tensor, teacher: Tensor) -> None:

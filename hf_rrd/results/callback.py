@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from hf_rrd.losses.in_batch import BATCH_LOSSES
 from hf_rrd.models.pooling import name_of
 from hf_rrd.results.card import write_card
-from hf_rrd.results.facts import CardFacts, DataFacts, Metric, hub_name, source_of
+from hf_rrd.results.facts import CardFacts, DataFacts, Metric, hub_name, last_losses, source_of
 from hf_rrd.results.measure import size_of
 from hf_rrd.results.report import DistillationReport
 from hf_rrd.training.terms import LOGGED
@@ -107,9 +107,10 @@ class FactsCallback(TrainerCallback):
         """Those of ours that had a part in this run."""
         args = self.args
         names = ["task_weight", "relational_weight", "kd_weight"]
-        if args.kd_weight > 0:
+        learned = last_losses(self.state.log_history)  # a weight may have come down to 0 since
+        if args.kd_weight > 0 or "kd_loss" in learned:
             names += ["kd_temperature"]
-        if args.relational_weight > 0:
+        if args.relational_weight > 0 or "relational_loss" in learned:
             names += ["relational_loss", "student_projection", "teacher_projection", "projection_dim"]
             names += ["student_pooling", "teacher_pooling"]
             if args.relational_loss not in BATCH_LOSSES:
@@ -159,6 +160,11 @@ class FactsCallback(TrainerCallback):
                 is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
                 if key.startswith(f"{prefix}_") and name not in others and is_number:
                     metrics[name, str(source)] = Metric(name, value, **source)
+        measured = {} if self.report is None else self.report.facts
+        if "accuracy" in measured.get("student", {}) and all(name.startswith("alignment_") for name, _ in metrics):
+            source = {key: measured[key] for key in ("id", "config", "split") if key in measured}
+            source = ({"id": named} if named else {}) | source
+            metrics["accuracy", str(source)] = Metric("accuracy", measured["student"]["accuracy"], **source)
         return list(metrics.values())
 
 

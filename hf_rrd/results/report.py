@@ -18,6 +18,7 @@ from hf_rrd.models.body import body_of, placed, unwrapped
 from hf_rrd.models.columns import CACHED_COLUMNS, forward_columns, student_inputs, teacher_inputs
 from hf_rrd.models.embedding import embed
 from hf_rrd.results.alignment import known_alignment
+from hf_rrd.results.facts import source_of
 from hf_rrd.results.measure import environment_of, evaluating, flops_of, forward_times, size_of
 from hf_rrd.results.reliability import NO_LABEL, calibration_error
 from hf_rrd.results.table import HEADER, place, rows_of
@@ -37,8 +38,8 @@ class DistillationReport:
             `flops` (of one example's forward; a multiplication and an addition are two), `latency_ms` (by examples in
             the batch: `median`, `p95`), `examples_per_second` (at the largest batch), `accuracy`, `calibration_error`
             (0 to 1); `agreement` (the share of examples with the same top class); `alignment` (of
-            `relational_alignment`); `examples`, `aligned_examples` and `environment`. What could not be measured is
-            left out.
+            `relational_alignment`); `examples`, `aligned_examples` and `environment`; of a data set from the Hub `id`,
+            `config` and `split`. What could not be measured is left out.
         tensors: What pictures are drawn from, on the CPU: `labels`, (examples,), and `student_` and `teacher_`
             `embedding`, (examples, width), and `logits`, (examples, classes).
     """
@@ -118,8 +119,7 @@ def compare_models(
     if len(logits) == 2 and kind not in ("regression", "multi_label_classification"):
         facts["agreement"] = (logits["student"].argmax(1) == logits["teacher"].argmax(1)).float().mean().item()
     facts |= _alignment(tensors) | {"examples": len(dataset), "environment": environment_of(student)}
-    split = getattr(dataset, "split", None)
-    return DistillationReport(facts if split is None else facts | {"split": str(split)}, tensors)
+    return DistillationReport(facts | source_of(dataset), tensors)
 
 
 def _inputs_of(batch: Any, models: dict[str, nn.Module], label_names: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -221,10 +221,10 @@ def cached_embeddings(dataset: Dataset | IterableDataset) -> Tensor:
 def with_cached_arrays(dataset: Any) -> Any:
     """With the cached columns as arrays where all columns would be Python objects: lists of numbers are slow.
 
-    Several sets in a dict get so each; what is no `datasets.Dataset` stays as it is.
+    Several sets in a dict get so each, in a dict; what is no `datasets.Dataset` stays as it is.
     """
     if isinstance(dataset, Mapping):
-        return type(dataset)({name: with_cached_arrays(part) for name, part in dataset.items()})  # type: ignore[call-arg]
+        return {name: with_cached_arrays(part) for name, part in dataset.items()}
     cached = [name for name in CACHED_COLUMNS if isinstance(dataset, Dataset) and name in dataset.column_names]
     if not cached or dataset.format["type"] is not None:
         return dataset

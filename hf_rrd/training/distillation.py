@@ -23,6 +23,8 @@ from hf_rrd.training.projection import TeacherProjection
 RELATIONAL_LOSSES = ("rrd", "infonce", *BATCH_LOSSES)
 """The values of `relational_loss=`: the first two compare with the bank, the others within the micro-batch."""
 
+NO_HEAD = "the student's head is gone or another trainer's (`detach_head`, a second trainer). Make a new trainer."
+
 
 class Distillation:
     """`task_weight * task + kd_weight * KD(kd_temperature) + relational_weight * relational(...)`. No parameters.
@@ -82,15 +84,22 @@ class Distillation:
             training: Evaluation leaves the bank as it is.
 
         Raises:
-            ValueError: The teacher has logits, and the student has none; or there is no term at all.
+            ValueError: The teacher has logits, or an embedding, and the student has none; a weight has left the 0 that
+                this object was made with; or there is no term at all.
         """
+        for name, learned in self._learned.items():
+            weight = getattr(self.args, name)
+            if weight > 0 and not learned:
+                raise ValueError(f"`{name}` was 0 when the trainer was made and is {weight} now. Make a new trainer.")
         terms = {} if student.task_loss is None else {"task_loss": student.task_loss}
         if teacher.logits is not None:
             logits = student.outputs.get("logits") if isinstance(student.outputs, dict) else None
             if logits is None:
                 raise ValueError("`kd_weight` is above 0, but the student returns no logits. Set kd_weight=0.")
             terms |= self.kd_terms(logits, teacher.logits, attention_mask)
-        if teacher.embedding is not None and student.embedding is not None:
+        if teacher.embedding is not None:
+            if student.embedding is None:
+                raise ValueError(NO_HEAD)
             terms |= self.relational_terms(student.embedding, teacher.embedding, training)
         if not terms:
             raise ValueError(
@@ -111,18 +120,15 @@ class Distillation:
         student = student.to(teacher.device)
         if args.relational_loss in BATCH_LOSSES:
             return {"relational_loss": BATCH_LOSSES[args.relational_loss](student, teacher)}
-        # With no bank, or in an evaluation before the first step, the micro-batch itself is the bank. Own keys are in
-        # it.
+        # With no bank, or in an evaluation before the first step, the micro-batch itself is one, with the own keys.
         within_batch = self.bank.size == 0 or (len(self.bank) == 0 and not training)
         bank, include_own = (teacher, False) if within_batch else (self.bank.filled, args.include_own)
         if training and self.bank.size > 0:
             self.pending.append(teacher)
         if args.relational_loss == "infonce":
             return {"relational_loss": infonce_terms(student, teacher, bank, args.student_temperature, include_own)}
-        temperatures = (args.student_temperature, args.teacher_temperature)
-        loss, divergence = relational_terms(
-            student, teacher, bank, *temperatures, include_own, args.teacher_perplexity
-        )
+        how = (args.student_temperature, args.teacher_temperature, include_own, args.teacher_perplexity)
+        loss, divergence = relational_terms(student, teacher, bank, *how)
         return {"relational_loss": loss, "relational_kl": divergence}
 
     def kd_terms(self, student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
@@ -152,20 +158,11 @@ class Distillation:
         """Begin a training of a student: an empty bank, and the settings as a search may have changed them.
 
         Raises:
-            ValueError: A setting is out of its range, or needs what this object was made without; or the student has
-                another head than the one that it was given.
+            ValueError: A setting is out of its range, or the student has not the head that it was given.
         """
         self.args.validate()
         if head_of(student) is not self.head:
-            raise ValueError(
-                "the student's head is gone or another trainer's (`detach_head`, a second trainer). Make a new one."
-            )
-        for name, learned in self._learned.items():
-            if getattr(self.args, name) > 0 and not learned:
-                raise ValueError(
-                    f"`{name}` was 0 when the trainer was made and is {getattr(self.args, name)} now. Make a new "
-                    "trainer."
-                )
+            raise ValueError(NO_HEAD)
         self.pending.clear()
         if self.bank is not None:
             self.bank.clear()

@@ -128,6 +128,7 @@ def embed_all(
                 if embedding is None:
                     raise ValueError("there is no teacher, and the batch has no `teacher_embedding`.")
                 parts.append(accelerator.gather_for_metrics(embedding.float()))
+    accelerator._dataloaders.remove(loader)  # or it is kept, with its examples and workers, while the run lasts
     return torch.cat(parts) if parts else torch.empty(0, 0)  # of an empty stream
 
 

@@ -307,7 +307,7 @@ def test_no_tensor_grows_with_the_bank(monkeypatch: pytest.MonkeyPatch, dtype: t
         assert largest.elements == 64 * 16  # a slice: of its logits for 16 queries, or of its rows
         with LargestTensor() as largest:
             losses.temperature_of_perplexity(teacher, bank, 6.0)
-        assert largest.elements == max(64 * 16, rows)  # or one example's similarities
+        assert largest.elements <= max(64 * 16, rows)  # or one example's similarities
 
 
 @pytest.mark.parametrize("slice_rows", [WHOLE, 3])

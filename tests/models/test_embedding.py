@@ -271,6 +271,9 @@ def test_a_wrapped_model_has_the_embedding_of_the_one_inside() -> None:
     expected = embed(tiny_vit().eval(), {"pixel_values": pixels})
     lora = peft.get_peft_model(tiny_vit(), peft.LoraConfig(target_modules=["query", "q_proj"])).eval()
     wrapped = nn.DataParallel(tiny_vit().eval())
-    compiled = torch.compile(tiny_vit().eval(), backend="eager")
-    for model in (lora, wrapped, compiled):
+    compiled, in_place = torch.compile(tiny_vit().eval(), backend="eager"), tiny_vit().eval()
+    in_place.compile(backend="eager")
+    for called in (compiled, in_place):
+        called(pixel_values=pixels)
+    for model in (lora, wrapped, compiled, in_place):
         torch.testing.assert_close(embed(model, {"pixel_values": pixels}), expected)

@@ -80,6 +80,40 @@ def test_metrics_are_of_the_data_that_was_evaluated(tmp_path: Path) -> None:
     assert shown == [("org/one", "dev"), ("org/two", "test"), (None, "mine"), (None, None)]
 
 
+def test_a_reports_accuracy_is_of_the_data_that_it_measured_on(tmp_path: Path) -> None:
+    def rows(name: str, split: str) -> datasets.Dataset:
+        data = Images(16)
+        made = datasets.Dataset.from_dict(
+            {"pixel_values": data.pixels.numpy(), "labels": data.labels.numpy()}, split=split
+        )
+        made.info.download_checksums = {f"hf://datasets/{name}@0123abc/a.parquet": {}}
+        return made.with_format("torch")
+
+    run = trainer(tmp_path, train_dataset=rows("org/one", "train"), alignment_examples=8)
+    run.train()
+    run.evaluate(rows("org/one", "dev"))  # no metric but the alignment
+    report = run.report(rows("org/two", "test"))
+    assert report is not None and (report.facts["id"], report.facts["split"]) == ("org/two", "test")
+    (result,) = card_of(run).data.eval_results
+    assert (result.metric_type, result.dataset_type, result.dataset_split) == ("accuracy", "org/two", "test")
+    assert result.metric_value == report.facts["student"]["accuracy"]
+    run.report(Images(16))
+    assert "eval_results" not in card_of(run).data.to_dict(), "of unknown data"
+    assert [metric for metric in facts_of(run)["metrics"] if metric["name"] == "accuracy"][0].keys() == {
+        "name",
+        "value",
+    }
+
+
+def test_what_was_learned_is_told_after_its_weight_has_come_down_to_0(tmp_path: Path) -> None:
+    run = trainer(tmp_path, kd_weight=1.0)
+    run.train()
+    run.args.relational_weight = run.args.kd_weight = 0.0
+    card = card_of(run).text
+    assert "- its teacher's logits\n- the relations" in card and "without a teacher" not in card
+    assert {"kd_temperature", "teacher_temperature"} <= facts_of(run)["settings"].keys()
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [

@@ -168,6 +168,12 @@ def test_a_run_can_be_given_the_teachers_perplexity(tmp_path: Path) -> None:
     assert log_of(run, "teacher_perplexity") == pytest.approx([6.0] * 3, rel=1e-3)
 
 
+def test_the_loader_of_the_calibration_is_not_kept(tmp_path: Path) -> None:
+    run = trainer(tmp_path, calibration_examples=16)
+    run.train()
+    assert len(run.accelerator._dataloaders) == 1
+
+
 def test_a_perplexity_that_stays_near_one_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     import transformers
 
