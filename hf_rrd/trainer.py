@@ -7,21 +7,28 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, TrainerCallback
 from transformers.trainer import Trainer
-from transformers.trainer_pt_utils import find_batch_size, nested_detach
+from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, number_of_arguments
-from transformers.utils import PushInProgress, logging
+from transformers.utils import logging
 
 from hf_rrd.config import RelationalDistillationConfig
 from hf_rrd.errors import named_errors
 from hf_rrd.models.columns import forward_columns, student_inputs
-from hf_rrd.models.head import HEAD, WITH_EMBEDDING, StudentOutputs, split_embedding
+from hf_rrd.models.head import HEAD
 from hf_rrd.results.alignment import EmbeddingLog
 from hf_rrd.results.callback import FactsCallback
-from hf_rrd.results.hub import PushError, create_repository, push_checkpoint, push_student
+from hf_rrd.results.hub import (
+    PushError,
+    create_repository,
+    found_repository,
+    push_checkpoint,
+    push_student,
+    unfinished,
+)
 from hf_rrd.results.report import DistillationReport, chosen_dataset, compare_in_run
 from hf_rrd.training.checkpoint import (
     checkpoint_to_resume,
@@ -36,15 +43,15 @@ from hf_rrd.training.checkpoint import (
 from hf_rrd.training.data import (
     DataCollatorForDistillation,
     Preview,
-    check_batch_labels,
     examples_in,
     with_cached_arrays,
 )
 from hf_rrd.training.distillation import Distillation
-from hf_rrd.training.distributed import StepExamples, embed_all, mend_wrap_policy, place_teacher
+from hf_rrd.training.distributed import StepExamples, calibrate, mean_over_processes, mend_wrap_policy, place_teacher
 from hf_rrd.training.finite import FiniteCheck, check_weights
 from hf_rrd.training.identity import check_identity, teacher_identity
 from hf_rrd.training.setup import check_data, prepared, teacher_for
+from hf_rrd.training.task import ask_student, has_labels, predictions_of
 from hf_rrd.training.terms import TermLog
 
 logger = logging.get_logger(__name__)
@@ -156,8 +163,7 @@ class RelationalDistillationTrainer(Trainer):
         identity = teacher_identity(self._teacher, args.teacher_pooling, preview)
         self._identity = broadcast_object_list([identity])[0]  # the others may have no weights yet (FSDP)
         place_teacher(self._teacher, self.accelerator)
-        if self.distillation.bank is not None:
-            self.distillation.bank.to(self.args.device)
+        self.distillation.to(self.args.device)
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -177,7 +183,10 @@ class RelationalDistillationTrainer(Trainer):
         with self.accelerator.autocast():
             teacher = self._teacher.read(inputs, required=model.training)
         self._finite.note_teacher(self.state.global_step + int(model.training), *teacher)
-        student = self._ask_student(model, inputs)
+        plain = student_inputs(inputs, self._student_columns, self._teacher.columns)
+        task_loss = super().compute_loss if self.args.task_weight > 0 else None
+        how = (self.label_names, self.distillation.head is not None, task_loss, self.compute_loss_func is None)
+        student = ask_student(model, plain, *how)
         with named_errors("comparing student and teacher", inputs):
             terms = self.distillation.terms(student, teacher, inputs.get("attention_mask"), model.training)
         loss, examples = self.distillation.total(terms), find_batch_size(inputs) or 1
@@ -193,26 +202,8 @@ class RelationalDistillationTrainer(Trainer):
             loss = loss * (share * (step.micro_batches if self._trainer_divides else 1))
         else:
             self._terms.add_evaluated(terms, examples, self.accelerator.gather_for_metrics)
-            if self._embeddings.examples > 0 and student.pooled is not None and teacher.embedding is not None:
-                self._embeddings.add(student.pooled, teacher.embedding, self.accelerator.gather_for_metrics)
+            self._embeddings.add(student.pooled, teacher.embedding, self.accelerator.gather_for_metrics)
         return (loss, student.outputs) if return_outputs else loss
-
-    def _ask_student(self, model: nn.Module, inputs: dict[str, Any]) -> StudentOutputs:
-        inputs = student_inputs(inputs, self._student_columns, self._teacher.columns)
-        if self.distillation.head is not None:
-            inputs[WITH_EMBEDDING] = True
-        if self.args.task_weight > 0 and self.compute_loss_func is None:
-            check_batch_labels(inputs, self.label_names)
-        task_loss = None
-        with named_errors("the student", inputs):
-            if self.args.task_weight > 0:
-                task_loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-            else:
-                outputs = model(**{name: value for name, value in inputs.items() if name not in self.label_names})
-        return StudentOutputs(task_loss, *split_embedding(outputs))
-
-    def _has_labels(self, inputs: dict[str, Any]) -> bool:
-        return any(inputs.get(name) is not None for name in self.label_names)
 
     # ---- Training ----
 
@@ -231,14 +222,8 @@ class RelationalDistillationTrainer(Trainer):
         return output
 
     def _calibrate(self) -> None:
-        def embed(sample: Any) -> Tensor:
-            how = (self._teacher, self.get_test_dataloader, self._prepare_inputs, self.accelerator, self.args)
-            return embed_all(sample, *how)
-
-        def of_main_process(state: dict[str, Tensor]) -> dict[str, Tensor]:
-            return dict(broadcast({name: tensor.to(self.args.device) for name, tensor in state.items()}))
-
-        self.distillation.calibrate(self.train_dataset, embed, of_main_process)
+        how = (self._teacher, self.get_test_dataloader, self._prepare_inputs, self.accelerator, self.args)
+        calibrate(self.distillation, self.train_dataset, *how)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The micro-batches of one optimizer step; counts their examples."""
@@ -252,7 +237,7 @@ class RelationalDistillationTrainer(Trainer):
         """As in `Trainer`, with the terms beside `loss`: over the same steps, so that their weighted sum is `loss`."""
         self._finite.raise_if_found()
         if "loss" in logs:
-            logs.update(self._terms.line(self._mean_over_processes, self.args.include_own))
+            logs.update(self._terms.line(partial(mean_over_processes, self.accelerator), self.args.include_own))
         super().log(logs, start_time)
 
     # ---- Evaluation ----
@@ -265,7 +250,7 @@ class RelationalDistillationTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Any, Any, Any]:
         """As in `Trainer`; without labels it still gives the loss when that needs none (`task_weight=0`)."""
-        if self._has_labels(inputs) or (not self.label_names and self.args.task_weight > 0):
+        if has_labels(inputs, self.label_names) or (not self.label_names and self.args.task_weight > 0):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if self.args.task_weight > 0 or not self._teacher.answers(inputs):  # a plain prediction
             plain = student_inputs(inputs, self._student_columns, self._teacher.columns)
@@ -274,10 +259,7 @@ class RelationalDistillationTrainer(Trainer):
             loss, outputs = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
         if prediction_loss_only:
             return loss, None, None
-        if ignore_keys is None:
-            ignore_keys = getattr(self.model.config, "keys_to_ignore_at_inference", ["past_key_values"])
-        values = tuple(nested_detach(value) for name, value in outputs.items() if name not in [*ignore_keys, "loss"])
-        return loss, values[0] if len(values) == 1 else values, None
+        return loss, predictions_of(outputs, self.model, ignore_keys), None
 
     def evaluation_loop(
         self,
@@ -355,11 +337,7 @@ class RelationalDistillationTrainer(Trainer):
         Raises:
             ValueError: There is no data set, or the student is sharded over processes.
         """
-        if self._is_sharded:
-            raise ValueError(
-                "a report needs the whole student in one process, not in parts. Load a saved one for compare_models."
-            )
-        dataset = chosen_dataset(dataset, self.eval_dataset)
+        dataset = chosen_dataset(dataset, self.eval_dataset, self._is_sharded)
         if self.is_world_process_zero():
             teacher = self.teacher if teacher is None else teacher.to(self.args.device)
             how = (self.data_collator, self._signature_columns, self.label_names or ["labels"], self.args)
@@ -384,11 +362,7 @@ class RelationalDistillationTrainer(Trainer):
         """Create the repository, or find it. A failure is a warning: the training goes on, the push tries again."""
         self.push_in_progress = None
         if self.is_world_process_zero():
-            failure = "`push_to_hub` is on, and the student has no place on the Hub yet"
-            try:
-                self.hub_model_id = create_repository(self.args, failure, token, private)
-            except PushError as error:
-                logger.warning(f"{error} Training goes on; the student will be in {self.args.output_dir}.")
+            self.hub_model_id = found_repository(self.args, token, private) or self.hub_model_id
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in `Trainer`: with `push_to_hub` it pushes, too. That a push failed is a warning here."""
@@ -431,17 +405,11 @@ class RelationalDistillationTrainer(Trainer):
         """As in `Trainer`, with the student's files alone, from the checkpoint itself."""
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END or self.hub_model_id is None:
             return
-        jobs = [job for job in getattr(self.push_in_progress, "jobs", []) if not job.done()]
+        jobs = unfinished(self.push_in_progress)
         if not jobs or self.args.hub_always_push:
             self.callback_handler.on_push_begin(self.args, self.state, self.control)
             student = (self.model, self._facts.processing_class, self.args, self.state)
-            self.push_in_progress = PushInProgress(
-                [*jobs, *push_checkpoint(self.hub_model_id, checkpoint_folder, *student)]
-            )
-
-    def _mean_over_processes(self, values: Tensor) -> Tensor:
-        mean: Tensor = self.accelerator.reduce(values.to(self.args.device), "mean")
-        return mean
+            self.push_in_progress = push_checkpoint(self.hub_model_id, checkpoint_folder, *student, jobs)
 
     @property
     def _is_sharded(self) -> bool:

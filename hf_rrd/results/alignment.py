@@ -69,14 +69,16 @@ class EmbeddingLog:
         self._student, self._teacher = torch.empty(0), torch.empty(0)  # later (kept, width) each
         self._seen, self._stride = 0, 1
 
-    def add(self, student: Tensor, teacher: Tensor, gather: Callable[[Tensor], Tensor]) -> None:
-        """Add an evaluated batch.
+    def add(self, student: Tensor | None, teacher: Tensor | None, gather: Callable[[Tensor], Tensor]) -> None:
+        """Add an evaluated batch, if it has both and any are wanted.
 
         Args:
             student: (batch, width).
             teacher: (batch, another width).
             gather: From this process's rows to those of all processes, without duplicates.
         """
+        if self.examples == 0 or student is None or teacher is None:
+            return
         width = student.shape[1]
         both = gather(torch.cat([student.detach().float(), teacher.detach().float().to(student.device)], dim=1))
         kept = both[-self._seen % self._stride :: self._stride].cpu()

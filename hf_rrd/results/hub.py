@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers.trainer_utils import HubStrategy, SaveStrategy
-from transformers.utils import logging
+from transformers.utils import PushInProgress, logging
 
 from hf_rrd.results.card import CARD
 from hf_rrd.results.pictures import PICTURES, place_of
@@ -93,6 +93,16 @@ def create_repository(args: Any, failure: str, token: str | None = None, private
         return str(HUB.create_repo(name, token=token or args.hub_token, private=private, exist_ok=True).repo_id)
 
 
+def found_repository(args: Any, token: str | None = None, private: bool | None = None) -> str | None:
+    """`create_repository` before a training, where a failure is a warning and gives None."""
+    failure = "`push_to_hub` is on, and the student has no place on the Hub yet"
+    try:
+        return create_repository(args, failure, token, private)
+    except PushError as error:
+        logger.warning(f"{error} Training goes on; the student will be in {args.output_dir}.")
+        return None
+
+
 def push_student(
     repository: str, message: str | None, model: Any, processing_class: Any, args: Any, failure: str, **how: Any
 ) -> Any:
@@ -115,11 +125,12 @@ def push_student(
 
 
 def push_checkpoint(
-    repository: str, checkpoint: str, model: Any, processing_class: Any, args: Any, state: Any
-) -> list[Any]:
+    repository: str, checkpoint: str, model: Any, processing_class: Any, args: Any, state: Any, earlier: list[Any]
+) -> PushInProgress:
     """Push the student of a checkpoint, and with some of the strategies the checkpoint, in the background.
 
-    Its files are linked, because it may be deleted before they are uploaded. Returns the futures, in order.
+    Its files are linked, because it may be deleted before they are uploaded. Returns the futures, in order, after the
+    earlier ones.
     """
     links = tempfile.mkdtemp(prefix="_push-", dir=args.output_dir)
     shutil.copytree(checkpoint, links, copy_function=link, dirs_exist_ok=True)
@@ -135,7 +146,12 @@ def push_checkpoint(
         jobs.append(_upload(repository, links, names, f"{message}, checkpoint", args, **how))
     for job in jobs:
         job.add_done_callback(_warn_of_failure)
-    return [*jobs, HUB.run_as_future(shutil.rmtree, links, ignore_errors=True)]
+    return PushInProgress([*earlier, *jobs, HUB.run_as_future(shutil.rmtree, links, ignore_errors=True)])
+
+
+def unfinished(push: PushInProgress | None) -> list[Any]:
+    """The futures of a push that still go on."""
+    return [job for job in getattr(push, "jobs", []) if not job.done()]
 
 
 def _upload(repository: str, folder: str, files: list[str], message: str | None, args: Any, **how: Any) -> Any:

@@ -190,8 +190,12 @@ def _alignment(tensors: dict[str, Tensor]) -> dict[str, Any]:
     return {"alignment": alignment, "aligned_examples": count}
 
 
-def chosen_dataset(dataset: Any, eval_dataset: Any) -> Any:
+def chosen_dataset(dataset: Any, eval_dataset: Any, sharded: bool = False) -> Any:
     """The data set of a trainer's report: `dataset`, the evaluation set of that name, or the only one."""
+    if sharded:
+        raise ValueError(
+            "a report needs the whole student in one process, not in parts. Load a saved one for compare_models."
+        )
     dataset = eval_dataset if dataset is None else dataset
     if isinstance(dataset, str) and isinstance(eval_dataset, dict):
         dataset = eval_dataset.get(dataset, dataset)

@@ -67,6 +67,11 @@ class Distillation:
             how = (self.args.student_projection, self.args.student_pooling, self.args.seed)
             self.head = attach_head(student, self.projection.dim, *how)
 
+    def to(self, device: torch.device) -> None:
+        """Move the bank to a device; the projection follows what it reads."""
+        if self.bank is not None:
+            self.bank.to(device)
+
     # ---- The loss ----
 
     def terms(

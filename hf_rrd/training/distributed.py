@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from datasets import IterableDataset
 from torch import Tensor, nn
 from transformers import TrainingArguments
@@ -14,6 +15,7 @@ from transformers import TrainingArguments
 from hf_rrd.errors import named_errors
 from hf_rrd.models.teacher import Teacher
 from hf_rrd.training.data import cached_embeddings, has_cached_embeddings
+from hf_rrd.training.distillation import Distillation
 
 
 class StepExamples:
@@ -130,6 +132,22 @@ def embed_all(
                 parts.append(accelerator.gather_for_metrics(embedding.float()))
     accelerator._dataloaders.remove(loader)  # or it is kept, with its examples and workers, while the run lasts
     return torch.cat(parts) if parts else torch.empty(0, 0)  # of an empty stream
+
+
+def calibrate(distillation: Distillation, dataset: Any, *how: Any) -> None:
+    """`Distillation.calibrate` on all processes; `how` are the other arguments of `embed_all`."""
+    accelerator: Accelerator = how[-2]
+
+    def of_main_process(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return dict(broadcast({name: tensor.to(accelerator.device) for name, tensor in state.items()}))
+
+    distillation.calibrate(dataset, lambda sample: embed_all(sample, *how), of_main_process)
+
+
+def mean_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """The mean of a tensor over the processes, on all of them."""
+    mean: Tensor = accelerator.reduce(values.to(accelerator.device), "mean")
+    return mean
 
 
 def place_teacher(teacher: Teacher, accelerator: Accelerator) -> None:

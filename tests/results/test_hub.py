@@ -210,6 +210,7 @@ def test_without_a_token_or_a_network_all_but_the_push_works(
         hub.down()
     warnings: list[str] = []
     monkeypatch.setattr("hf_rrd.trainer.logger.warning", warnings.append)
+    monkeypatch.setattr("hf_rrd.results.hub.logger.warning", warnings.append)
     for switch in (True, False):
         saves = {"save_strategy": "steps", "save_steps": 2, "hub_strategy": "every_save"}
         run = new_trainer("student", push_to_hub=switch, **saves)
