@@ -29,7 +29,7 @@ from hf_rrd.results.hub import (
     push_student,
     unfinished,
 )
-from hf_rrd.results.report import DistillationReport, chosen_dataset, compare_in_run
+from hf_rrd.results.report import DistillationReport, chosen_dataset, compare_in_run, teacher_of_report
 from hf_rrd.training.checkpoint import (
     checkpoint_to_resume,
     explained_write_errors,
@@ -324,7 +324,7 @@ class RelationalDistillationTrainer(Trainer):
 
     # ---- Results ----
 
-    def report(self, dataset: Any = None, teacher: nn.Module | None = None) -> DistillationReport | None:
+    def report(self, dataset: Any = None, teacher: Any = None) -> DistillationReport | None:
         """Compare student and teacher on the same examples and machine; see `compare_models`.
 
         The facts are written to `distillation_report.json` in `output_dir`, and the next card tells them. Only the
@@ -332,14 +332,14 @@ class RelationalDistillationTrainer(Trainer):
 
         Args:
             dataset: What to measure on, or its name among several evaluation sets. Default: `eval_dataset`.
-            teacher: The teacher, where the trainer has none because its outputs were cached.
+            teacher: The teacher, its Hub name or folder, where the trainer has none because its outputs were cached.
 
         Raises:
             ValueError: There is no data set, or the student is sharded over processes.
         """
         dataset = chosen_dataset(dataset, self.eval_dataset, self._is_sharded)
         if self.is_world_process_zero():
-            teacher = self.teacher if teacher is None else teacher.to(self.args.device)
+            teacher = self.teacher if teacher is None else teacher_of_report(teacher, self.args)
             how = (self.data_collator, self._signature_columns, self.label_names or ["labels"], self.args)
             self._facts.report = compare_in_run(self._unwrapped_student(), teacher, dataset, *how)
         return self._facts.report

@@ -1,6 +1,7 @@
 """A student that starts as a part of its teacher: some of the layers, and all else that fits."""
 
 import copy
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
+
+from hf_rrd.models.teacher import load_teacher
 
 logger = logging.get_logger(__name__)
 
@@ -35,7 +38,9 @@ def _short(names: list[str]) -> str:
     return f"{len(names)} tensors" + (f" ({', '.join(patterns)})" if names else "")
 
 
-def student_from_teacher(teacher: PreTrainedModel, num_hidden_layers: int | None = None, **overrides: Any) -> Any:
+def student_from_teacher(
+    teacher: PreTrainedModel | str | os.PathLike[str], num_hidden_layers: int | None = None, **overrides: Any
+) -> Any:
     """A new, smaller model of the teacher's class that starts from the teacher's weights.
 
     Of n layers it keeps k, layer `round(i * (n - 1) / (k - 1))` as its i-th: the first, the last and evenly between. A
@@ -48,7 +53,7 @@ def student_from_teacher(teacher: PreTrainedModel, num_hidden_layers: int | None
     config, is in eval mode, and all its weights train.
 
     Args:
-        teacher: A transformers model with any head or none.
+        teacher: A transformers model with any head or none, or a Hub name or folder of one.
         num_hidden_layers: How many layers to keep, 1 to as many as the teacher has; all for None.
         **overrides: Fields of the config to change, such as `hidden_size`, `num_labels` or `vocab_size`.
 
@@ -58,9 +63,10 @@ def student_from_teacher(teacher: PreTrainedModel, num_hidden_layers: int | None
 
     Raises:
         TypeError: `teacher` is not a transformers model.
-        ValueError: The teacher has adapters, is quantized or not in memory, or its layers cannot be chosen;
-            `num_hidden_layers` is out of range; an override is not a field of the config, or is refused by it.
+        ValueError: The teacher cannot be loaded, has adapters, is quantized or not in memory, or its layers cannot be
+            chosen; `num_hidden_layers` is out of range; an override is not a field of the config, or is refused by it.
     """
+    teacher = load_teacher(teacher)
     weights = _weights_of(teacher)
     layers = _layers_to_keep(teacher.config, num_hidden_layers)
     student: Any = type(teacher)(_student_config(teacher.config, layers, overrides))

@@ -200,8 +200,10 @@ def _problem_of_logits(teacher: nn.Module, student: nn.Module) -> str:
     return ""
 
 
-def load_teacher(teacher: Any, kwargs: Any = None) -> Any:
+def load_teacher(teacher: Any, kwargs: Any = None, argument: str = "teacher") -> Any:
     """A teacher by Hub name or folder, with the class that its config names; a model, or None, is returned as it is.
+
+    `argument` is what the user knows it as: a student that is only measured is loaded in the same way.
 
     Raises:
         TypeError: It is none of these.
@@ -210,13 +212,13 @@ def load_teacher(teacher: Any, kwargs: Any = None) -> Any:
     if teacher is None or isinstance(teacher, nn.Module):
         return teacher
     if not isinstance(teacher, str | os.PathLike):
-        raise TypeError(f"`teacher` must be a model, a Hub name or a folder, got a {type(teacher).__name__}.")
+        raise TypeError(f"`{argument}` must be a model, a Hub name or a folder, got a {type(teacher).__name__}.")
     kwargs = kwargs or {}
     try:
         return _loaded(teacher, kwargs)
     except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         given = f" with `teacher_model_init_kwargs` {sorted(kwargs)}" if kwargs else ""
-        raise ValueError(f"`teacher` {str(teacher)!r} cannot be loaded{given}. {error}") from error
+        raise ValueError(f"`{argument}` {str(teacher)!r} cannot be loaded{given}. {error}") from error
 
 
 def _loaded(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Any:

@@ -1,6 +1,7 @@
 """How alike two embedding sets are, by measures that no rotation and no scale can change; at an evaluation, too."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,16 +15,15 @@ BLOCK, STEPS = 1024, 2**19
 
 
 @torch.no_grad()
-def relational_alignment(
-    student: Tensor, teacher: Tensor, neighbors: int = 10, debiased: bool = True
-) -> dict[str, float]:
+def relational_alignment(student: Any, teacher: Any, neighbors: int = 10, debiased: bool = True) -> dict[str, float]:
     """Compare the relations among examples in two embedding sets. 1 is identical relations.
 
     Up to 4,096 examples all is in float64. Of more, cosine similarities are in float32 and told apart in steps of
     2**-19; the memory is a few copies of the embeddings, the time grows with the square of the examples.
 
     Args:
-        student, teacher: (examples, any width), the same examples in the same order, of any dtype, on any device.
+        student, teacher: (examples, any width), the same examples in the same order, of any dtype, on any device;
+            tensors, arrays of numpy or lists of rows.
         neighbors: How many nearest neighbours to compare, at most examples - 1.
         debiased: Whether `cka` is free of the bias of few wide embeddings: the classic one gives two unrelated sets of
             100 examples, 768 wide, about 0.9 instead of 0.
@@ -40,6 +40,7 @@ def relational_alignment(
     Raises:
         ValueError: The sets differ in length, have under 2 examples or a value that is not finite, or `neighbors` < 1.
     """
+    student, teacher = torch.as_tensor(student), torch.as_tensor(teacher)
     check_sets(student, teacher)
     if neighbors < 1:
         raise ValueError(f"`neighbors` must be at least 1, got {neighbors}.")

@@ -12,6 +12,7 @@ from torch import nn
 
 from hf_rrd.files import write_json, written_whole
 from hf_rrd.models.body import unwrapped
+from hf_rrd.models.teacher import load_teacher
 from hf_rrd.results.facts import (
     CardFacts,
     DataFacts,
@@ -34,9 +35,9 @@ TEMPLATE = Path(__file__).with_name("card_template.md")
 
 def write_card(
     folder: str | os.PathLike[str],
-    student: nn.Module,
+    student: nn.Module | str | os.PathLike[str],
     *,
-    teacher: nn.Module | None = None,
+    teacher: nn.Module | str | os.PathLike[str] | None = None,
     teacher_name: str | None = None,
     dataset: str | DataFacts | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -61,8 +62,8 @@ def write_card(
 
     Args:
         folder: Where the student is saved.
-        student: A transformers model, or a PEFT model around one.
-        teacher: The teacher, where it is at hand.
+        student: A transformers model, a PEFT model around one, or a Hub name or folder.
+        teacher: The same, where it is at hand.
         teacher_name: What to call the teacher. Default: its name on the Hub and its revision, if it is from there.
         dataset: The training set's name on the Hub, "user/name", or what to call it.
         settings: Of the distillation, by the names of `RelationalDistillationConfig`; any of them may be missing.
@@ -85,7 +86,10 @@ def write_card(
     write_card("out", student, teacher=teacher, report=report, dataset="stanfordnlp/sst2", training={"seed": 0})
     ```
     """
-    folder = Path(folder)
+    folder, model = Path(folder), load_teacher(student, argument="student")
+    about = model_facts(model)
+    if model is not student:  # it started from elsewhere
+        about.name = about.revision = None
     measured: dict[str, Any] = {} if report is None else report.facts
     if not isinstance(dataset, DataFacts):
         dataset = DataFacts(id=hub_name(dataset) if dataset and "/" in dataset else None, title=dataset)
@@ -93,22 +97,22 @@ def write_card(
         metrics = {"accuracy": measured["student"]["accuracy"]}
     if isinstance(metrics, Mapping):
         metrics = [Metric(each, value, dataset.id, split=measured.get("split")) for each, value in metrics.items()]
-    library = "transformers" if unwrapped(student) is student else "peft"
+    library = "transformers" if unwrapped(model) is model else "peft"
     facts = CardFacts(
         name=name or (repository or str(folder.absolute())).split("/")[-1],
         library=library,
-        student=model_facts(student),
+        student=about,
         repository=repository,
-        task=task or task_of(unwrapped(student)),
-        usage=usage_of(student, processing_class, pooling),
-        teacher=model_facts(teacher, teacher_name),
+        task=task or task_of(unwrapped(model)),
+        usage=usage_of(model, processing_class, pooling),
+        teacher=model_facts(load_teacher(teacher), teacher_name),
         dataset=dataset,
         settings=dict(settings or {}),
         training=dict(training or {}),
         losses=last_losses(log_history),
         metrics=list(metrics),
         report=measured,
-        pictures=draw_pictures(folder, log_history, report, class_names(student)),
+        pictures=draw_pictures(folder, log_history, report, class_names(model)),
         versions=versions_in_use(library),
         license=license,
         language=language,

@@ -38,8 +38,8 @@ def explained_hub_errors(what: str) -> Iterator[None]:
     try:
         yield
     except HUB_ERRORS as error:
-        told = filter(None, (str(error), str(error.__cause__ or "")))
-        reason = " ".join(": ".join(told).split()).rstrip(".") or type(error).__name__
+        told, cause = (" ".join(str(each or "").split()) for each in (error, error.__cause__))
+        reason = ": ".join(filter(None, (told, "" if cause in told else cause))).rstrip(".") or type(error).__name__
         advice = "Mend that (to log in: `hf auth login`, or hub_token=), and call trainer.push_to_hub()."
         raise PushError(f"{what}: {reason}. {advice}") from error
 

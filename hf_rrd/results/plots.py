@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from hf_rrd.results.alignment import check_sets, evenly_spaced
@@ -68,8 +69,8 @@ def plot_losses(log_history: Sequence[Mapping[str, Any]]) -> "Figure":
     terms = [term for term in LOGGED if any(term == logged for _, logged in series)]
     if not terms:
         raise ValueError(
-            f"`log_history` must have a line with a `step` and a loss, got {len(log_history)} lines without. Draw "
-            "after training, with logging_steps below the number of steps."
+            f"`log_history` must have a line with a `step` and a loss, got {len(log_history) or 'no'} lines, none "
+            "with both. Draw after training, with `logging_steps` no larger than the number of steps."
         )
     cells = terms if len(terms) % 2 == 0 else [terms[0], *terms]  # of an odd number the first has a row for itself
     rows: Any = [cells[start : start + 2] for start in range(0, len(cells), 2)]
@@ -260,6 +261,8 @@ def _checked(student: Tensor, teacher: Tensor, labels: Tensor | None, max_exampl
     """Both embedding sets in float64 and the class ids."""
     if max_examples < 2:
         raise ValueError(f"`max_examples` must be at least 2, got {max_examples}.")
+    student, teacher = torch.as_tensor(student), torch.as_tensor(teacher)  # also of numpy
+    labels = None if labels is None else torch.as_tensor(labels)
     check_sets(student, teacher)
     if labels is not None and (labels.shape != student.shape[:1] or labels.is_floating_point()):
         raise ValueError(

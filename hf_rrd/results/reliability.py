@@ -27,6 +27,7 @@ def reliability_bins(logits: Tensor, labels: Tensor, bins: int = 15) -> dict[str
 
     Source: Guo et al., On Calibration of Modern Neural Networks, arXiv:1706.04599, section 2.
     """
+    logits, labels = torch.as_tensor(logits), torch.as_tensor(labels)  # also of numpy
     if bins < 1:
         raise ValueError(f"`bins` must be at least 1, got {bins}. Try 15.")
     if logits.dim() != 2 or logits.shape[-1] < 1 or labels.shape != logits.shape[:1]:

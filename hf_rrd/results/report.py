@@ -15,13 +15,14 @@ from transformers.trainer_utils import RemoveColumnsCollator
 from hf_rrd.errors import named_errors
 from hf_rrd.files import write_json
 from hf_rrd.models.body import body_of, placed, unwrapped
-from hf_rrd.models.columns import CACHED_COLUMNS, forward_columns, student_inputs, teacher_inputs
+from hf_rrd.models.columns import CACHED_COLUMNS, TEACHER_PREFIX, forward_columns, student_inputs, teacher_inputs
 from hf_rrd.models.embedding import embed
-from hf_rrd.results.alignment import known_alignment
+from hf_rrd.models.teacher import load_teacher
+from hf_rrd.results.alignment import EmbeddingLog
 from hf_rrd.results.facts import source_of
 from hf_rrd.results.measure import environment_of, evaluating, flops_of, forward_times, size_of
 from hf_rrd.results.reliability import NO_LABEL, calibration_error
-from hf_rrd.results.table import HEADER, place, rows_of
+from hf_rrd.results.table import HEADER, place, plain, rows_of
 from hf_rrd.training.data import DataCollatorForDistillation, examples_in, is_map_style, with_cached_arrays
 from hf_rrd.training.distillation import preserved_randomness
 
@@ -29,9 +30,9 @@ REPORT_FILE = "distillation_report.json"
 NEIGHBORS = 10  # as `relational_alignment` has it
 
 
-@dataclass
+@dataclass(repr=False)
 class DistillationReport:
-    """What `compare_models` measured.
+    """What `compare_models` measured. Printed, it is the table of teacher and student side by side.
 
     Attributes:
         facts: What is saved as JSON: `student` and `teacher` with `parameters`, `bytes` and `dtype` of the weights,
@@ -47,12 +48,15 @@ class DistillationReport:
     facts: dict[str, Any]
     tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
+    def __repr__(self) -> str:
+        return plain(self.facts)
+
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the facts as `distillation_report.json` into a folder; returns the file."""
         return write_json(Path(folder) / REPORT_FILE, self.facts)
 
     def table(self) -> Any:
-        """Teacher and student side by side: a `rich.table.Table`, for the terminal. Needs the extra [demo]."""
+        """The table as a `rich.table.Table`, for the terminal. Needs the extra [demo]."""
         try:
             from rich.table import Column, Table
         except ImportError as error:
@@ -65,14 +69,18 @@ class DistillationReport:
 
 
 def compare_models(
-    student: nn.Module,
-    teacher: nn.Module | None,
+    student: nn.Module | str | os.PathLike[str],
+    teacher: nn.Module | str | os.PathLike[str] | None,
     dataset: Any,
     data_collator: Any = None,
     batch_size: int = 32,
     student_pooling: Any = "auto",
     teacher_pooling: Any = "auto",
     label_names: tuple[str, ...] | list[str] = ("labels",),
+    *,
+    processing_class: Any = None,
+    teacher_processing_class: Any = None,
+    alignment_examples: int = 4096,
 ) -> DistillationReport:
     """Compare a student with its teacher on the same examples, in this process, each on the device where it is.
 
@@ -80,26 +88,36 @@ def compare_models(
     a machine that grows slower does so for both.
 
     Args:
-        student: The student: a transformers model, or a PEFT model around one.
-        teacher: The teacher; None where there is none, or where the data set has its outputs.
+        student: The student: a transformers model, a PEFT model around one, or a Hub name or folder.
+        teacher: The same; None where there is none, or where the data set has its outputs.
         dataset: A map-style data set, as the trainer evaluates on: columns for the student, and for the teacher its
             own (`teacher_...`), its cached outputs, or the student's.
-        data_collator: Default: `DataCollatorForDistillation()`.
+        data_collator: It gets all columns. Default: `DataCollatorForDistillation` of the two processing classes, which
+            gets those that a model reads.
         batch_size: Examples of a forward while quality is measured.
         student_pooling, teacher_pooling: How the embedding is pooled: as in the settings.
         label_names: The batch's columns that are labels.
+        processing_class, teacher_processing_class: The tokenizers or processors, for the default collator.
+        alignment_examples: Of at most so many examples, spread evenly, the embeddings are aligned.
 
     Raises:
-        ValueError: The data set has no examples, or is a stream.
+        ValueError: The data set has no examples, or is a stream; a model cannot be loaded; or a processing class is
+            given beside a `data_collator`, which would not use it.
     """
+    models: dict[str, nn.Module] = {"student": load_teacher(student, argument="student")}
+    if teacher is not None:
+        models["teacher"] = load_teacher(teacher)
     if not is_map_style(dataset) or len(dataset) == 0:
         raise ValueError(
             f"a report needs a data set with examples and a length, got {type(dataset).__name__}, empty or a stream. "
             "Of a stream take some: datasets.Dataset.from_list(list(stream.take(1000)))."
         )
-    collate = data_collator or DataCollatorForDistillation()
-    dataset = with_cached_arrays(dataset)
-    models = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
+    if data_collator is None:
+        data_collator = DataCollatorForDistillation(processing_class, teacher_processing_class)
+        dataset, data_collator = narrowed(dataset, data_collator, _read_columns(models, label_names))
+    elif processing_class is not None or teacher_processing_class is not None:
+        raise ValueError("`data_collator` makes the batches, and a processing class beside it is not used. Pass one.")
+    dataset, collate = with_cached_arrays(dataset), data_collator
     facts: dict[str, Any] = {name: size_of(model) for name, model in models.items()}
     with evaluating(models.values()), preserved_randomness():  # a loader draws a seed
         loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
@@ -111,14 +129,15 @@ def compare_models(
             for name, times in forward_times(models, _inputs_of(batch, models, label_names)).items():
                 facts[name]["latency_ms"][str(examples_in(batch))] = times
                 facts[name]["examples_per_second"] = 1000 * examples_in(batch) / times["median"]
-    logits = _comparable_logits(tensors, class_names(student), class_names(teacher))
+    logits = _comparable_logits(tensors, *map(class_names, (models["student"], models.get("teacher"))))
     for name, rows in logits.items():
         if quality := _quality(rows, tensors.get("labels")):
             facts[name] = facts.get(name, {}) | quality
-    kind = getattr(getattr(unwrapped(student), "config", None), "problem_type", None)
+    kind = getattr(getattr(unwrapped(models["student"]), "config", None), "problem_type", None)
     if len(logits) == 2 and kind not in ("regression", "multi_label_classification"):
         facts["agreement"] = (logits["student"].argmax(1) == logits["teacher"].argmax(1)).float().mean().item()
-    facts |= _alignment(tensors) | {"examples": len(dataset), "environment": environment_of(student)}
+    facts |= _alignment(tensors, alignment_examples)
+    facts |= {"examples": len(dataset), "environment": environment_of(models["student"])}
     return DistillationReport(facts | source_of(dataset), tensors)
 
 
@@ -179,15 +198,22 @@ def _quality(logits: Tensor, labels: Tensor | None) -> dict[str, float]:
     return {"accuracy": right, "calibration_error": calibration_error(logits, labels)}
 
 
-def _alignment(tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _alignment(tensors: dict[str, Tensor], most: int) -> dict[str, Any]:
     rows = [tensors[name] for name in ("student_embedding", "teacher_embedding") if name in tensors]
     if len(rows) < 2 or len(rows[0]) < 2 or not all(each.isfinite().all() for each in rows):
         return {}
-    count = min(len(rows[0]), 4096)  # spread evenly over the data set
-    alignment = known_alignment(rows[0], rows[1], count)
-    if len(rows[0]) <= NEIGHBORS + 1:  # all the others are near
+    log = EmbeddingLog(most)  # which takes those that an evaluation takes
+    log.add(rows[0], rows[1], lambda all_rows: all_rows)
+    alignment, count = log.alignment(), min(len(rows[0]), most)
+    if count <= NEIGHBORS + 1:  # all the others are near
         del alignment["neighbor_overlap"]
     return {"alignment": alignment, "aligned_examples": count}
+
+
+def teacher_of_report(teacher: Any, args: Any) -> nn.Module:
+    """A teacher that is given to a run's report alone, loaded as the run would load it, on the run's device."""
+    model: nn.Module = load_teacher(teacher, args.teacher_model_init_kwargs)
+    return model.to(args.device)
 
 
 def chosen_dataset(dataset: Any, eval_dataset: Any, sharded: bool = False) -> Any:
@@ -200,10 +226,28 @@ def chosen_dataset(dataset: Any, eval_dataset: Any, sharded: bool = False) -> An
     if isinstance(dataset, str) and isinstance(eval_dataset, dict):
         dataset = eval_dataset.get(dataset, dataset)
     if dataset is None or isinstance(dataset, dict | str):
-        known = sorted(eval_dataset) if isinstance(eval_dataset, dict) else []
-        came = sorted(dataset) if isinstance(dataset, dict) else dataset
-        raise ValueError(f"`dataset` must be one data set, or the name of one of {known}, got {came}.")
+        known = f", or the name of one of {sorted(eval_dataset)}" if isinstance(eval_dataset, dict) else ""
+        came = "none, and the trainer has no `eval_dataset`" if dataset is None else dataset
+        came = f"several: {sorted(dataset)}" if isinstance(dataset, dict) else came
+        raise ValueError(f"`dataset` must be one data set{known}, got {came}. Pass one: report(test_set).")
     return dataset
+
+
+def _read_columns(models: dict[str, nn.Module], label_names: Iterable[str]) -> list[str] | None:
+    """The columns that a forward, a label or the teacher's cache has; None where a forward takes anything."""
+    read = [forward_columns(model) for model in models.values()]
+    names = [name for accepted in read for name in accepted or ()]
+    cached_and_labels = [*CACHED_COLUMNS, *label_names, "label", "label_ids"]
+    return None if None in read else [*names, *(TEACHER_PREFIX + name for name in names), *cached_and_labels]
+
+
+def narrowed(dataset: Any, data_collator: Any, columns: list[str] | None) -> tuple[Any, Any]:
+    """A data set and its collator without all other columns: what nobody reads is neither decoded nor collated."""
+    if columns is None:
+        return dataset, data_collator
+    if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":  # a transform reads others than it gives
+        dataset = dataset.select_columns([name for name in dataset.column_names if name in columns])
+    return dataset, RemoveColumnsCollator(data_collator, columns)
 
 
 def compare_in_run(
@@ -218,11 +262,10 @@ def compare_in_run(
     """`compare_models` by a run's settings, which may leave out all but `columns`; saved in the run's folder."""
     kept = [*columns, *CACHED_COLUMNS]  # cached logits are of use, also without kd_weight
     if args.remove_unused_columns:
-        data_collator = RemoveColumnsCollator(data_collator, kept)
-        if isinstance(dataset, Dataset):  # what nobody reads is not decoded
-            dataset = dataset.select_columns([name for name in dataset.column_names if name in kept])
+        dataset, data_collator = narrowed(dataset, data_collator, kept)
     how = (args.per_device_eval_batch_size, args.student_pooling, args.teacher_pooling, label_names)
-    report = compare_models(student, teacher, dataset, data_collator, *how)
+    most = args.alignment_examples or 4096  # the same as an evaluation's
+    report = compare_models(student, teacher, dataset, data_collator, *how, alignment_examples=most)
     report.save(args.output_dir)
     return report
 

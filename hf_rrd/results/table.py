@@ -93,6 +93,16 @@ def place(environment: dict[str, Any]) -> str:
     return f"{environment['device']} ({environment['machine']}){count}, torch {environment['torch']}"
 
 
+def plain(facts: dict[str, Any]) -> str:
+    """The table of a `DistillationReport` as text: the first column to the left, the others to the right."""
+    rows = [HEADER, *rows_of(facts)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(f"{cell:{'>' if index else '<'}{widths[index]}}" for index, cell in enumerate(row)) for row in rows
+    ]
+    return "\n".join([f"{facts['examples']:,} examples on {place(facts['environment'])}", *lines])
+
+
 def markdown(header: Any, rows: Any) -> str:
     """A Markdown table. All columns but the first are numbers; no text in a cell can break it."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]

@@ -48,7 +48,7 @@ class DataCollatorForDistillation:
         Raises:
             ValueError: They do not make one; it names the columns.
         """
-        with named_errors("making a batch of `train_dataset` or `eval_dataset`", features[0] if features else None):
+        with named_errors("making a batch", features[0] if features else None):
             return self._collated(features)
 
     def _collated(self, features: list[Any]) -> dict[str, Tensor]:

@@ -484,9 +484,19 @@ def test_two_stacks_of_the_same_length_are_refused_with_their_names() -> None:
 
 
 def test_a_teacher_that_is_no_transformers_model_is_refused() -> None:
-    for teacher in (nn.Linear(2, 2), "bert-base-uncased"):
+    for teacher in (nn.Linear(2, 2), None):
         with pytest.raises(TypeError, match=f"`teacher` must be a PreTrainedModel, got {type(teacher).__name__}"):
             student_from_teacher(teacher)  # type: ignore[arg-type]
+
+
+def test_a_teacher_may_be_named_by_its_folder(tmp_path: Path) -> None:
+    teacher = tiny_bert(layers=3)
+    teacher.save_pretrained(tmp_path)
+    student, expected = student_from_teacher(tmp_path, 2), student_from_teacher(teacher, 2)
+    assert type(student) is type(teacher) and student.initialization == expected.initialization
+    assert all(torch.equal(weight, expected.state_dict()[name]) for name, weight in student.state_dict().items())
+    with pytest.raises(ValueError, match="`teacher` '.*nowhere' cannot be loaded"):
+        student_from_teacher(str(tmp_path / "nowhere"))
 
 
 def test_a_teacher_with_adapters_quantized_or_offloaded_weights_is_refused() -> None:

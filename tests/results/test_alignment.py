@@ -207,6 +207,13 @@ def test_a_set_of_any_dtype_has_the_alignment_of_its_values(
         assert relational_alignment(student, teacher) == measured
 
 
+def test_arrays_and_lists_are_sets_too() -> None:
+    student, teacher = related(50)
+    expected = relational_alignment(student, teacher)
+    assert relational_alignment(student.numpy(), teacher.numpy()) == expected
+    assert relational_alignment(student, teacher.numpy().tolist()) == pytest.approx(expected, abs=1e-6)
+
+
 def test_the_sets_are_only_read() -> None:
     student, teacher = (rows.requires_grad_() for rows in related(50))
     before = student.detach().clone(), teacher.detach().clone()

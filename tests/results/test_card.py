@@ -168,6 +168,16 @@ def test_a_loop_of_ones_own_writes_a_card_in_one_call(tmp_path: Path, monkeypatc
     assert header_errors(str(card)) == []
 
 
+def test_a_card_may_be_of_models_by_their_folders_and_names_no_folder(tmp_path: Path) -> None:
+    student, teacher = tiny_vit(), tiny_vit(width=24, seed=1)
+    expected = write_card(tmp_path / "mine", student, teacher=teacher)
+    for name, model in (("student", student), ("teacher", teacher)):
+        model.save_pretrained(tmp_path / name)
+    assert write_card(tmp_path / "mine", tmp_path / "student", teacher=str(tmp_path / "teacher")) == expected
+    with pytest.raises(ValueError, match="`teacher` '.*nowhere' cannot be loaded"):
+        write_card(tmp_path / "mine", student, teacher=str(tmp_path / "nowhere"))
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

@@ -362,6 +362,8 @@ def test_any_failure_on_the_way_is_one_sentence_with_its_cause_and_what_to_do() 
     failures = [
         (ConnectionError("refused"), "refused. Mend"),
         (RuntimeError("upload"), "upload: Invalid metadata: - bad. Mend"),
+        (RuntimeError("upload:\nInvalid metadata:\n- bad."), "upload: Invalid metadata: - bad. Mend"),
+        (RuntimeError(), "Invalid metadata: - bad. Mend"),
     ]
     for error, expected in failures:
         error.__cause__ = cause if isinstance(error, RuntimeError) else None

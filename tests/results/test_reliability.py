@@ -148,3 +148,8 @@ def test_nothing_is_changed_and_no_gradient_is_kept() -> None:
 def test_an_error_says_what_came(logits: Tensor, labels: Tensor, bins: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         calibration_error(logits, labels, bins)
+
+
+def test_arrays_of_numpy_give_the_same() -> None:
+    logits, labels = predictions()
+    assert calibration_error(logits.numpy(), labels.numpy()) == calibration_error(logits, labels)

@@ -9,6 +9,7 @@ import datasets
 import pytest
 import torch
 from torch import nn
+from transformers import BertTokenizer
 
 from hf_rrd import DistillationReport, cache_teacher_outputs, compare_models, relational_alignment
 from hf_rrd.results.report import REPORT_FILE
@@ -169,12 +170,12 @@ def test_the_trainers_report_is_written_as_json_and_is_of_its_evaluation_set(tmp
 def test_one_of_several_evaluation_sets_is_named(tmp_path: Path) -> None:
     run = trainer(tmp_path, eval_dataset={"first": Images(8), "second": Images(9)})
     assert run.report("second").facts["examples"] == 9  # type: ignore[union-attr]
-    for dataset in (None, "third"):
-        with pytest.raises(ValueError, match=r"`dataset` must be .* one of \['first', 'second'\]"):
+    for dataset, came in ((None, r"several: \['first', 'second'\]"), ("third", "third")):
+        with pytest.raises(ValueError, match=rf"`dataset` must be .* one of \['first', 'second'\], got {came}\."):
             run.report(dataset)
-    with pytest.raises(ValueError, match="`dataset` must be one data set, .* got None"):
+    with pytest.raises(ValueError, match=r"one data set, got none, and the trainer has no `eval_dataset`\. Pass one"):
         trainer(tmp_path).report()
-    with pytest.raises(ValueError, match=r"`dataset` must be one data set, .* got \['test', 'train'\]"):
+    with pytest.raises(ValueError, match=r"`dataset` must be one data set, got several: \['test', 'train'\]\."):
         trainer(tmp_path).report({"train": Images(8), "test": Images(8)})
 
 
@@ -241,3 +242,70 @@ def test_without_rich_a_table_names_the_extra(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "rich.table", None)
     with pytest.raises(ImportError, match=r"needs rich: pip install 'hf_rrd\[demo\]'"):
         DistillationReport({"examples": 1, "environment": {}}).table()
+
+
+def test_a_report_prints_its_table() -> None:
+    report = compare_models(tiny_vit(), tiny_vit(width=24, seed=1), Images(40))
+    title, header, *rows = str(report).splitlines()
+    assert title.startswith("40 examples on CPU (") and header.split() == "teacher student student / teacher".split()
+    assert rows[0].split() == ["parameters", "14,668", "7,732", "0.527"]
+    assert len({len(line) for line in [header, *rows]}) == 1
+    assert len(rows) == report.table().row_count
+
+
+def columns_of(data: Any, **more: Any) -> datasets.Dataset:
+    rows = {"input_ids": data.tokens.tolist(), "attention_mask": data.mask.tolist(), "label": data.labels.tolist()}
+    return datasets.Dataset.from_dict(rows | more)
+
+
+def test_texts_beside_their_tokens_do_not_matter_without_a_trainer_either() -> None:
+    texts = Texts(12)
+    models = tiny_bert(), tiny_bert(width=24, seed=1)
+    plain, beside = columns_of(texts), columns_of(texts, idx=[*range(12)], words=[["a", "text"]] * 12)
+    reports = [compare_models(*models, rows) for rows in (plain, beside, beside.with_transform(dict))]
+    for report in reports[1:]:
+        assert report.facts["alignment"] == reports[0].facts["alignment"]
+        assert report.facts["student"]["accuracy"] == reports[0].facts["student"]["accuracy"]
+
+
+def test_tokens_of_unequal_length_are_padded_by_the_processing_classes(tmp_path: Path) -> None:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(45))]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = BertTokenizer(str(tmp_path / "vocab.txt"))
+    texts = Texts(12)
+    lengths = texts.mask.sum(1).tolist()
+    ragged = {"input_ids": [row[:length] for row, length in zip(texts.tokens.tolist(), lengths, strict=True)]}
+    ragged |= {f"teacher_{name}": value for name, value in ragged.items()}
+    rows = datasets.Dataset.from_dict(ragged | {"label": texts.labels.tolist()})
+    models = tiny_bert(), tiny_bert(width=24, seed=1)
+    report = compare_models(*models, rows, processing_class=tokenizer, teacher_processing_class=tokenizer)
+    assert report.facts["alignment"] == pytest.approx(compare_models(*models, texts).facts["alignment"], abs=1e-5)
+    with pytest.raises(ValueError, match="^making a batch failed on `input_ids`"):  # of no trainer's `train_dataset`
+        compare_models(*models, rows)
+    with pytest.raises(ValueError, match="`data_collator` makes the batches, and a processing class beside it"):
+        compare_models(*models, texts, data_collator=list, processing_class=tokenizer)
+
+
+def test_models_are_named_by_their_folders_wherever_one_is_asked_for(tmp_path: Path) -> None:
+    student, teacher, data = tiny_vit(), tiny_vit(width=24, seed=1), Images(20)
+    student.save_pretrained(tmp_path / "student")
+    teacher.save_pretrained(tmp_path / "teacher")
+    expected = compare_models(student, teacher, data).facts
+    named = compare_models(str(tmp_path / "student"), tmp_path / "teacher", data).facts
+    run = trainer(tmp_path, teacher=None, relational_weight=0.0, eval_dataset=data)
+    reported = run.report(teacher=str(tmp_path / "teacher")).facts  # type: ignore[union-attr]
+    for facts in (named, reported):
+        assert (facts["alignment"], facts["agreement"]) == (expected["alignment"], expected["agreement"])
+        assert facts["teacher"]["class"] == "ViTForImageClassification"
+    with pytest.raises(ValueError, match="`student` '.*nowhere' cannot be loaded"):
+        compare_models(str(tmp_path / "nowhere"), None, data)
+    with pytest.raises(TypeError, match="`teacher` must be a model, a Hub name or a folder, got a int"):
+        run.report(teacher=3)
+
+
+def test_report_and_evaluation_align_the_same_examples(tmp_path: Path) -> None:
+    run = trainer(tmp_path, eval_dataset=Images(50, seed=3), alignment_examples=9)
+    metrics, facts = run.evaluate(), run.report().facts  # type: ignore[union-attr]
+    assert facts["aligned_examples"] == 9
+    for name, value in facts["alignment"].items():
+        assert metrics[f"eval_alignment_{name}"] == pytest.approx(value, abs=1e-6)
