@@ -5,12 +5,13 @@ import inspect
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 from transformers.training_args import TrainingArguments
 
+from hf_rrd.losses.in_batch import FEWEST_EXAMPLES
 from hf_rrd.models.head import STUDENT_PROJECTIONS
 from hf_rrd.models.pooling import POOLERS, name_of
 from hf_rrd.training.distillation import RELATIONAL_LOSSES
@@ -23,6 +24,13 @@ CHOICES = {
     "student_projection": tuple(STUDENT_PROJECTIONS),
     "teacher_projection": TEACHER_PROJECTIONS,
 }
+# Of `teacher_model_init_kwargs` what may be shown and written; of any other only the name, as it may be a secret.
+SHOWN_KWARGS = {
+    *("revision", "code_revision", "subfolder", "variant", "dtype", "torch_dtype", "num_labels", "use_safetensors"),
+    *("attn_implementation", "device_map", "max_memory", "offload_folder", "quantization_config", "low_cpu_mem_usage"),
+    *("trust_remote_code", "local_files_only", "force_download", "ignore_mismatched_sizes"),
+}
+NUMBERS: dict[Any, type] = {float: float, float | None: float, int: int, int | None: int}  # types of fields
 
 Config = TypeVar("Config", bound=type[TrainingArguments])
 
@@ -117,13 +125,29 @@ class RelationalDistillationConfig(TrainingArguments):
     teacher_model_init_kwargs: dict[str, Any] | str | None = None  # a dict from here on
 
     def __post_init__(self) -> None:
-        for name in (*WEIGHTS, *TEMPERATURES):
-            setattr(self, name, _number(name, getattr(self, name)))
-        if self.teacher_perplexity is not None:
-            self.teacher_perplexity = _number("teacher_perplexity", self.teacher_perplexity)
+        for name in (*WEIGHTS, *TEMPERATURES, "teacher_perplexity"):
+            value = getattr(self, name)
+            if value is not None or name != "teacher_perplexity":
+                setattr(self, name, _number(name, value))
+        self._read_strings()
         self.teacher_model_init_kwargs = _init_kwargs(self.teacher_model_init_kwargs)
         self.validate()
         super().__post_init__()  # type: ignore[no-untyped-call]
+
+    def _read_strings(self) -> None:
+        """Take numbers that came in another type: YAML reads 5e-4 and 1e3, without a point, as strings."""
+        for each in fields(self):
+            value, kind = getattr(self, each.name), NUMBERS.get(each.type)
+            if kind is float and isinstance(value, str):
+                setattr(self, each.name, _number(each.name, value))
+            elif kind is int and not isinstance(value, int | None):
+                setattr(self, each.name, whole := _whole(value))
+                _require(not isinstance(whole, str), f"`{each.name}` must be a whole number, got {value!r}.")
+        if isinstance(self.lr_scheduler_kwargs, dict):
+            self.lr_scheduler_kwargs = {
+                name: float(value) if re.fullmatch(r"[+-]?[\d.]+[eE][+-]?\d+", str(value)) else value
+                for name, value in self.lr_scheduler_kwargs.items()
+            }
 
     def validate(self) -> None:
         """Raise a ValueError for a setting out of its range; the trainer asks again when a training starts."""
@@ -178,6 +202,9 @@ class RelationalDistillationConfig(TrainingArguments):
             _require(loss == "rrd", f"`teacher_perplexity` is for relational_loss='rrd', got {loss!r}.")
             small = f"`teacher_perplexity` must be below `bank_size`, got {perplexity} and {size}."
             _require(perplexity < size, small)
+            unset, temperature = TEMPERATURES["teacher_temperature"], self.teacher_temperature
+            both = f"got {perplexity} and {temperature}. Leave one of them out."
+            _require(temperature == unset, f"`teacher_perplexity` takes the place of `teacher_temperature`, {both}")
         _require(
             own or loss != "infonce",
             "relational_loss='infonce' is about the own key: leave `include_own` on, got False.",
@@ -190,20 +217,26 @@ class RelationalDistillationConfig(TrainingArguments):
         _require(
             own or size != 1, "`bank_size=1` without `include_own` leaves nothing to tell apart: the loss is always 0."
         )
-        _require(
-            size > 0 or self.per_device_train_batch_size > 1 or self.relational_weight == 0,
-            "`bank_size=0` compares within the micro-batch, and `per_device_train_batch_size` is 1: the relational "
-            "loss is always 0. Set bank_size above 0.",
-        )
+        fewest = FEWEST_EXAMPLES.get(loss, 2 if size == 0 else 1)
+        for name, in_use in (("train", True), ("eval", self.eval_strategy != "no")):
+            count = getattr(self, name := f"per_device_{name}_batch_size")
+            _require(
+                count >= fewest or self.relational_weight == 0 or not in_use,
+                f"relational_loss={loss!r} compares within the micro-batch here, and `{name}` is {count}: the "
+                f"relational loss is always 0. Set it to {fewest} or more"
+                + ("." if loss in FEWEST_EXAMPLES else ", or bank_size above 0."),
+            )
 
     def to_dict(self) -> dict[str, Any]:
-        """As in `TrainingArguments`, with a callable pooling by its name and without the teacher's token."""
+        """As in `TrainingArguments`; a callable pooling by its name, of the teacher's arguments what is no secret."""
         fields = super().to_dict()  # type: ignore[no-untyped-call]
         for name in ("student_pooling", "teacher_pooling"):
             fields[name] = name_of(fields[name])
         if isinstance(fields["teacher_model_init_kwargs"], dict):
             fields["teacher_model_init_kwargs"] = {
-                name: "<TOKEN>" if name == "token" else value if isinstance(value, bool | int | float) else str(value)
+                name: (value if isinstance(value, bool | int | float) else str(value))
+                if name in SHOWN_KWARGS
+                else f"<{name.upper()}>"
                 for name, value in fields["teacher_model_init_kwargs"].items()
             }
         return dict(fields)
@@ -237,19 +270,29 @@ class RelationalDistillationConfig(TrainingArguments):
 
 def _number(name: str, value: Any) -> float:
     try:
-        return float(value)  # YAML reads 1e-2, without a point, as a string
+        return float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of a tensor
         raise ValueError(f"`{name}` must be a number, got {value!r}.") from None
 
 
+def _whole(value: Any) -> Any:
+    """A whole number in another type, such as "1e3", 20.0 or NumPy's, as an int; anything else as it is."""
+    try:
+        number = float(value) if isinstance(value, str) else value
+        return int(number) if number == int(number) else value
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return value
+
+
 def _init_kwargs(value: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    came = f"a {type(value).__name__}"  # and no more: it may hold a secret
     try:
         kwargs = json.loads(value) if isinstance(value, str) else value
-    except json.JSONDecodeError:
-        kwargs = value
+    except json.JSONDecodeError as error:
+        kwargs, came = (), f"a string that is no JSON ({error})"
     if kwargs is not None and not (isinstance(kwargs, dict) and all(isinstance(name, str) for name in kwargs)):
         raise ValueError(
-            f"`teacher_model_init_kwargs` must be a dict or a JSON object, got {value!r}. "
+            f"`teacher_model_init_kwargs` must be a dict or a JSON object, with names as keys, got {came}. "
             'Try \'{"revision": "main"}\'.'
         )
     return kwargs

@@ -9,6 +9,7 @@ import pydoc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -154,6 +155,34 @@ def test_a_number_in_yaml_may_have_an_exponent_and_no_point(tmp_path: Path, name
     assert getattr(config, name) == 0.05
 
 
+def test_so_may_any_number_of_the_training_arguments_in_yaml(tmp_path: Path) -> None:
+    given = {"learning_rate": "5e-4", "weight_decay": "1e-2", "adam_epsilon": "1e-8", "max_grad_norm": "1e0"}
+    given |= {"num_train_epochs": "1e1", "neftune_noise_alpha": "5e0", "label_smoothing_factor": "1e-1"}
+    whole = {
+        "max_steps": "1e3",
+        "save_total_limit": "1e1",
+        "bank_size": "4e3",
+        "seed": "1.0e+1",
+        "projection_dim": "8e0",
+    }
+    file = tmp_path / "settings.yaml"
+    lines = [f"{name}: {value}" for name, value in {**given, **whole}.items()]
+    file.write_text(f"output_dir: {tmp_path}\nlr_scheduler_kwargs:\n  min_lr: 1e-6\n" + "\n".join(lines))
+    (config,) = HfArgumentParser(RelationalDistillationConfig).parse_yaml_file(str(file))
+    assert {name: getattr(config, name) for name in given} == {name: float(value) for name, value in given.items()}
+    assert {name: getattr(config, name) for name in whole} == dict(zip(whole, [1000, 10, 4000, 10, 8], strict=True))
+    assert {type(getattr(config, name)) for name in whole} == {int}
+    assert config.lr_scheduler_kwargs == {"min_lr": 1e-6}
+
+
+@pytest.mark.parametrize("name", ["bank_size", "calibration_examples", "alignment_examples", "projection_dim"])
+@pytest.mark.parametrize("value", [20.0, "20", "2e1", np.int64(20), np.float32(20), torch.tensor(20)], ids=repr)
+def test_a_whole_number_may_come_in_another_type(tmp_path: Path, name: str, value: Any) -> None:
+    config = settings(tmp_path, **{name: value})
+    assert getattr(config, name) == 20
+    assert type(getattr(config, name)) is int
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -193,6 +222,25 @@ def test_a_number_in_yaml_may_have_an_exponent_and_no_point(tmp_path: Path, name
         ),
         ({"calibration_examples": -1}, "`calibration_examples` must be 0 or more, got -1"),
         ({"calibration_examples": 1.5}, "`calibration_examples` must be a whole number, got 1.5"),
+        ({"learning_rate": "fast"}, "`learning_rate` must be a number, got 'fast'"),
+        ({"max_steps": "1.5"}, "`max_steps` must be a whole number, got '1.5'"),
+        ({"bank_size": float("inf")}, "`bank_size` must be a whole number, got inf"),
+        (
+            {"teacher_perplexity": 20, "teacher_temperature": 0.05},
+            "`teacher_perplexity` takes the place of `teacher_temperature`, got 20.0 and 0.05. Leave one of them out",
+        ),
+        (
+            {"bank_size": 0, "per_device_train_batch_size": 1},
+            "'rrd' compares .* `per_device_train_batch_size` is 1: .* always 0. Set it to 2 or more, or bank",
+        ),
+        (
+            {"relational_loss": "pkt", "per_device_train_batch_size": 2},
+            "'pkt' compares .* `per_device_train_batch_size` is 2: .* always 0. Set it to 3 or more.$",
+        ),
+        (
+            {"relational_loss": "rkd_angle", "per_device_eval_batch_size": 1, "eval_strategy": "epoch"},
+            "'rkd_angle' compares .* `per_device_eval_batch_size` is 1: .* always 0",
+        ),
         ({"teacher_perplexity": 1.0}, "`teacher_perplexity` must be above 1 and finite, got 1.0"),
         ({"teacher_perplexity": float("nan")}, "`teacher_perplexity` must be above 1 and finite, got nan"),
         ({"teacher_perplexity": "much"}, "`teacher_perplexity` must be a number, got 'much'"),
@@ -226,6 +274,11 @@ def test_a_setting_out_of_its_range_is_refused_with_its_name_and_value(
         {"bank_size": 2, "include_own": False},
         {"projection_dim": 1},
         {"student_temperature": 0.01},
+        {"relational_loss": "mse", "bank_size": 0, "per_device_train_batch_size": 1},
+        {"relational_loss": "pkt", "per_device_train_batch_size": 3},
+        {"relational_loss": "pkt", "per_device_eval_batch_size": 1},
+        {"relational_weight": 0.0, "bank_size": 0, "per_device_train_batch_size": 1},
+        {"teacher_perplexity": 20.0, "teacher_temperature": 0.02},
     ],
 )
 def test_a_setting_at_the_end_of_its_range_is_taken(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -280,19 +333,37 @@ def test_what_is_pickled_has_every_other_setting_unchanged(tmp_path: Path) -> No
     assert shared.learning_rate == 0.5
 
 
-def test_the_teachers_token_stays_with_the_settings_alone(tmp_path: Path) -> None:
-    secret = "hf_abcdefghijklmnop"
-    config = settings(tmp_path, teacher_model_init_kwargs={"token": secret, "revision": "main", "dtype": torch.half})
+SECRET = "hf_abcdefghijklmnop"
+SECRETS: dict[str, Any] = {
+    "token": SECRET,
+    "use_auth_token": SECRET,
+    "hf_token": SECRET,
+    "proxies": {"https": f"http://someone:{SECRET}@proxy:8080"},
+    "storage_options": {"headers": [{"Authorization": f"Bearer {SECRET}"}]},
+    "anything_else": SECRET,
+}
+
+
+def test_what_may_be_a_secret_of_the_teachers_stays_with_the_settings_alone(tmp_path: Path) -> None:
+    given = SECRETS | {"revision": "main", "dtype": torch.half, "trust_remote_code": False}
+    config = settings(tmp_path, teacher_model_init_kwargs=given)
     buffer = io.BytesIO()
     torch.save(config, buffer)
-    assert secret not in json.dumps(config.to_dict())
-    assert secret not in config.to_json_string()
-    assert secret not in json.dumps(config.to_sanitized_dict())
-    assert secret.encode() not in buffer.getvalue()
+    written = json.dumps(config.to_dict()) + config.to_json_string() + json.dumps(config.to_sanitized_dict())
+    assert SECRET not in written + str(config) + repr(config)
+    assert SECRET.encode() not in buffer.getvalue()
     shown = config.to_dict()["teacher_model_init_kwargs"]
-    assert (shown["token"], shown["revision"]) == ("<TOKEN>", "main")
-    assert shown["dtype"] in ("float16", "torch.float16")
-    assert config.teacher_model_init_kwargs["token"] == secret
+    assert {name: shown.pop(name) for name in SECRETS} == {name: f"<{name.upper()}>" for name in SECRETS}
+    assert shown.pop("dtype") in ("float16", "torch.float16")
+    assert shown == {"revision": "main", "trust_remote_code": False}
+    assert config.teacher_model_init_kwargs == given
+
+
+@pytest.mark.parametrize("given", [f'{{"token": "{SECRET}"', f'["{SECRET}"]', {1: SECRET}, SECRET])
+def test_arguments_for_the_teacher_are_refused_without_being_shown(tmp_path: Path, given: Any) -> None:
+    with pytest.raises(ValueError, match="`teacher_model_init_kwargs` must be a dict .*, got a ") as caught:
+        settings(tmp_path, teacher_model_init_kwargs=given)
+    assert SECRET not in str(caught.value)
 
 
 def test_the_help_of_a_field_is_its_text_in_the_docstring() -> None:

@@ -155,3 +155,9 @@ BATCH_LOSSES: dict[str, Callable[..., Tensor]] = {
     "cosine": cosine_loss,
     "mse": mse_loss,
 }
+# How many examples each needs to have anything to compare: with fewer it is 0, whatever the student does.
+FEWEST_EXAMPLES: dict[str, int] = {
+    **dict.fromkeys(("cosine", "mse"), 1),
+    **dict.fromkeys(("similarity_preserving", "correlation_congruence"), 2),
+    **dict.fromkeys(("rkd_distance", "rkd_angle", "pkt"), 3),
+}

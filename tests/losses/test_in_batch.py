@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hf_rrd.losses.in_batch import (
     BATCH_LOSSES,
+    FEWEST_EXAMPLES,
     correlation_congruence_loss,
     pkt_loss,
     rkd_angle_loss,
@@ -389,3 +390,19 @@ def test_each_loss_gives_on_cuda_what_it_gives_on_the_cpu(name: str, kind: str) 
         cuda_loss, cuda_gradient = gradient_of(lambda s: BATCH_LOSSES[name](s, teacher.cuda()), student.cuda())
     torch.testing.assert_close(cuda_loss.cpu(), loss, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(cuda_gradient.cpu(), gradient, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", BATCH_LOSSES)
+def test_a_loss_teaches_from_its_fewest_examples_on_and_is_0_below(name: str) -> None:
+    fewest = FEWEST_EXAMPLES[name]
+    norms = []
+    for count in (fewest - 1, fewest):
+        if count > 0:
+            student = torch.randn(count, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+            teacher = torch.randn(count, 5, generator=torch.Generator().manual_seed(1))
+            loss = BATCH_LOSSES[name](student, teacher).mean()
+            loss.backward()
+            norms.append((abs(float(loss.detach())), float(student.grad.norm())))
+    *below, (loss_there, gradient) = norms
+    assert below == [(0.0, 0.0)] * (fewest > 1)
+    assert min(loss_there, gradient) > 1e-3

@@ -79,7 +79,7 @@ def test_no_path_no_token_and_no_home_is_on_a_card(tmp_path: Path, monkeypatch: 
     run = finished(
         folder,
         teacher=str(teacher),
-        teacher_model_init_kwargs={"token": secret},
+        teacher_model_init_kwargs={"token": secret, "proxies": {"https": f"http://me:{secret}@proxy"}},
         hub_token=secret,
         eval_dataset=Images(8),
     )
