@@ -132,6 +132,8 @@ class RelationalDistillationConfig(TrainingArguments):
         self._read_strings()
         self.teacher_model_init_kwargs = _init_kwargs(self.teacher_model_init_kwargs)
         self.validate()
+        if self.greater_is_better is None and str(self.metric_for_best_model).endswith("relational_kl"):
+            self.greater_is_better = False  # transformers takes only what ends with "loss" for one
         super().__post_init__()  # type: ignore[no-untyped-call]
 
     def _read_strings(self) -> None:

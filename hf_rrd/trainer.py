@@ -18,7 +18,7 @@ from transformers.utils import logging
 from hf_rrd.config import RelationalDistillationConfig
 from hf_rrd.errors import named_errors
 from hf_rrd.models.columns import forward_columns, student_inputs
-from hf_rrd.models.head import HEAD
+from hf_rrd.models.head import HEAD, check_optimizer
 from hf_rrd.results.alignment import EmbeddingLog
 from hf_rrd.results.callback import FactsCallback
 from hf_rrd.results.hub import (
@@ -74,7 +74,8 @@ class RelationalDistillationTrainer(Trainer):
         processing_class: The student's tokenizer or processor, saved beside it.
         model_init, compute_loss_func, compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics: As in `Trainer`. `compute_loss_func` gives the task loss, as a mean over
-            the batch: it gets `num_items_in_batch=None`.
+            the batch: it gets `num_items_in_batch=None`. An optimizer in `optimizers` gets the student's projection
+            into its first group.
         teacher: A transformers model, or a Hub name or folder of one; None where the data set has its outputs. It is
             frozen and set to evaluation mode.
         teacher_processing_class: The teacher's tokenizer or processor, for the default collator.
@@ -131,7 +132,7 @@ class RelationalDistillationTrainer(Trainer):
         self._embeddings = EmbeddingLog(args.alignment_examples)
         self._step: StepExamples | None = None
         self._resumed_from: str | None = None
-        prepare = partial(prepared, self._teacher, self.distillation, compute_loss_func is None)
+        prepare = partial(prepared, self._teacher, self.distillation, compute_loss_func is None, optimizers[0])
         collate = data_collator or DataCollatorForDistillation(processing_class, teacher_processing_class)
         own_optimizer = optimizers != (None, None) or optimizer_cls_and_kwargs is not None
         saved_beside = processing_class or getattr(collate, "tokenizer", None)
@@ -428,7 +429,9 @@ class _Phases(TrainerCallback):
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         trainer = self.trainer  # which may begin anew after a step for which the memory did not suffice
-        trainer.distillation.start(trainer._unwrapped_student())
+        student = trainer._unwrapped_student()
+        trainer.distillation.start(student)
+        check_optimizer(student, trainer.optimizer)
         trainer._terms.start_training()
         trainer._finite.start()
         if trainer._resumed_from is None:

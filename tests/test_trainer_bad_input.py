@@ -218,8 +218,15 @@ def test_incomplete_checkpoint(damage: str, checkpoint: Path, tmp_path: Path) ->
         state.write_text(state.read_text()[:40])
     with pytest.raises(ValueError, match="checkpoint-2 is not a complete checkpoint.*resume_from_checkpoint=True"):
         trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    with pytest.raises(ValueError, match=f"no complete checkpoint found in {tmp_path}"):
+    with pytest.raises(ValueError, match=f"no complete checkpoint found in {tmp_path}; a warning says what is wrong"):
         trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("folder", [".", "not there"])
+def test_no_checkpoint_at_all_speaks_of_no_warning(folder: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as error:
+        trainer(tmp_path / folder).train(resume_from_checkpoint=True)
+    assert str(error.value) == f"no complete checkpoint found in {tmp_path / folder}. Start with train()."
 
 
 def test_checkpoint_folder_that_does_not_exist(tmp_path: Path) -> None:

@@ -100,6 +100,26 @@ def head_of(student: nn.Module) -> Any:
     return student._modules.get(HEAD)
 
 
+def join_optimizer(head: RelationalHead, optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer that was made before the head train it, too, with the settings of its first group.
+
+    So the groups are as many as a scheduler of them knows.
+    """
+    optimizer.param_groups[0]["params"].extend(head.parameters())
+
+
+def check_optimizer(student: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise a ValueError for an optimizer that trains weights of the student and not those of its head."""
+    own = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    wanted = {name: weight for name, weight in student.named_parameters() if weight.requires_grad}
+    missing = [name for name, weight in wanted.items() if name.startswith(f"{HEAD}.") and id(weight) not in own]
+    if missing and own & {id(weight) for weight in wanted.values()}:  # a sharded or a layer-wise one has others
+        raise ValueError(
+            f"the optimizer leaves out the student's projection, {missing}, which the trainer gave it: its weights "
+            "were listed before. Pass it as `optimizers=`, or list `trainer.model.parameters()`."
+        )
+
+
 def load_head(head: RelationalHead, state: dict[str, Tensor]) -> None:
     """Take over a student's saved head; a ValueError if it is of another shape."""
     saved, own = ({name: tuple(each.shape) for name, each in sorted(of.items())} for of in (state, head.state_dict()))

@@ -66,11 +66,15 @@ class FactsCallback(TrainerCallback):
         dataset_args: Names = None,
         *,
         teacher_name: str | None = None,
+        **unknown: Any,
     ) -> CardFacts:
         """Write the student's card into `output_dir`, of what is known by now.
 
         The arguments are `repository`, the student's name on the Hub, and those of the trainer's `create_model_card`.
         """
+        if unknown:
+            instead = "see its help (of a data set `dataset_tags` is the name on the Hub, `dataset` what to call it)"
+            raise TypeError(f"create_model_card() takes no {sorted(unknown)}: {instead}.")
         tags = [tags] if isinstance(tags, str) else list(tags or ())
         tags += [tag for tag in getattr(self.model, "model_tags", None) or () if tag not in tags]
         named = hub_name(first(dataset_tags))

@@ -175,10 +175,9 @@ def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: 
         return resume_from_checkpoint
     last = last_complete_checkpoint(output_dir)
     if last is None:
-        raise ValueError(
-            f"no complete checkpoint found in {output_dir}; a warning says what is wrong with each that is there. "
-            "Start with train()."
-        )
+        there = any(Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+        flaws = "; a warning says what is wrong with each that is there" if there else ""
+        raise ValueError(f"no complete checkpoint found in {output_dir}{flaws}. Start with train().")
     return last
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from transformers.utils import find_labels
 
 from hf_rrd.models.body import unwrapped
-from hf_rrd.models.head import check_student
+from hf_rrd.models.head import check_student, join_optimizer
 from hf_rrd.models.teacher import Teacher, check_teacher, load_teacher
 from hf_rrd.training.data import Preview, check_dataset
 from hf_rrd.training.distillation import Distillation
@@ -21,14 +21,20 @@ def check_data(training_set: Preview, eval_dataset: Any, student: Any, args: Any
         training_set.check_labels(names)
 
 
-def prepared(teacher: Teacher, distillation: Distillation, loss_is_its_own: bool, student: Any) -> Any:
-    """A student with its head, or None of none; a ValueError if it cannot be trained under this teacher."""
+def prepared(teacher: Teacher, distillation: Distillation, loss_is_its_own: bool, optimizer: Any, student: Any) -> Any:
+    """A student with its head, which a given optimizer trains, too; None of none.
+
+    Raises:
+        ValueError: It cannot be trained under this teacher.
+    """
     if student is None:
         return None
     check_student(student, loss_is_its_own and distillation.args.task_weight > 0)
     if teacher.model is not None:
         check_teacher(teacher.model, student, teacher.wants_logits)
     distillation.attach(student)
+    if optimizer is not None and distillation.head is not None:
+        join_optimizer(distillation.head, optimizer)
     return student
 
 

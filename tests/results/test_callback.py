@@ -46,6 +46,16 @@ def test_metrics_of_an_earlier_step_are_not_those_of_the_student(tmp_path: Path)
         assert [metric["value"] for metric in facts_of(run).get("metrics", [])] == [expected] * (expected is not None)
 
 
+def test_an_unknown_argument_of_a_card_is_named_with_the_method_that_was_called(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    for call in (run.create_model_card, lambda **given: run._facts.write_card("org/student", **given)):
+        with pytest.raises(
+            TypeError, match=r"create_model_card\(\) takes no \['dataset_name'\]: see its help"
+        ) as error:
+            call(dataset_name="sst2")
+        assert "write_card" not in str(error.value)
+
+
 def test_a_data_set_from_the_hub_names_itself(tmp_path: Path) -> None:
     data = Images(16)
     rows = datasets.Dataset.from_dict({"pixel_values": data.pixels.numpy(), "labels": data.labels.numpy()})
