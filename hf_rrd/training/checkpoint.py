@@ -7,6 +7,7 @@ of, and how large the files are that resuming depends on.
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -29,6 +31,15 @@ SIDECAR = "_relational_distillation.safetensors"
 
 BINARIES = (".safetensors", ".bin", ".pt", ".pth", ".distcp", ".metadata")
 """Endings of the files that a run is resumed from. Texts may be edited."""
+
+MOST_TENSORS, LONGEST_HEADER = 100, 10_000_000
+"""Of a sidecar: heads have few weights, and so many bytes name a hundred thousand files."""
+
+PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What a sidecar's tensors are in."""
+
+SET_ASIDE = "incomplete-"
+"""How the name of a checkpoint begins that was not written to its end."""
 
 State = dict[str, dict[str, Tensor]]
 """Tensors by group and name."""
@@ -64,10 +75,12 @@ def load_sidecar(folder: str) -> tuple[State, dict[str, str]]:
             group, _, name = key.partition(".")
             if group not in ("head", "teacher_projection", "bank"):
                 raise ValueError(f"{key!r} is of none of the groups of a sidecar")
-            if not tensor.is_floating_point():
-                raise ValueError(f"{key} must be in floating point, got {tensor.dtype}")
+            if tensor.dtype not in PRECISIONS:
+                raise ValueError(f"{key} must be in floating point of 16 to 64 bits, got {tensor.dtype}")
             if not tensor.isfinite().all():
                 raise ValueError(f"{key} has values that are not finite")
+            if group == "bank" and (torch.linalg.vector_norm(tensor.float(), dim=-1) > 1.01).any():
+                raise ValueError(f"{key} must be rows of length 1, got longer ones")
             state.setdefault(group, {})[name] = tensor
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}). Resume from an earlier checkpoint.") from error
@@ -75,7 +88,13 @@ def load_sidecar(folder: str) -> tuple[State, dict[str, str]]:
 
 
 def _about(path: Path) -> dict[str, str]:
+    with path.open("rb") as opened:
+        header = int.from_bytes(opened.read(8), "little")
+    if header > LONGEST_HEADER:  # which would be read for minutes
+        raise ValueError(f"a header of {header} bytes")
     with safe_open(path, "pt") as file:
+        if (count := len(file.keys())) > MOST_TENSORS:
+            raise ValueError(f"{count} tensors, of at most {MOST_TENSORS}")
         return dict(file.metadata() or {})
 
 
@@ -119,8 +138,11 @@ def flaw_in(checkpoint: str | os.PathLike[str]) -> str | None:
     """
     folder = Path(checkpoint)
     try:
-        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        step = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
+        TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        step = None
+    if not isinstance(step, int) or step < 0:
         return f"it has no readable {TRAINER_STATE_NAME}"
     if not has_sidecar(str(checkpoint)):
         return None
@@ -139,17 +161,35 @@ def flaw_in(checkpoint: str | os.PathLike[str]) -> str | None:
 
 
 def invalidate(checkpoint: str) -> None:
-    """Mark a checkpoint as incomplete before it is written over, and clear away what a killed write left half done."""
-    Path(checkpoint, TRAINER_STATE_NAME).unlink(missing_ok=True)
-    for path in [*Path(checkpoint).glob(f".{SIDECAR}*.tmp"), *Path(checkpoint).glob(".tmp*")]:  # ours, safetensors'
+    """Make room for a checkpoint: mark an old one as incomplete, and clear away what killed writes left half done.
+
+    Other folders that are incomplete get another name. Under their own they would count among the newest checkpoints,
+    and `save_total_limit` would delete whole ones in their favour. One is kept, the last that was found.
+    """
+    folder = Path(checkpoint)
+    (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+    for path in [*folder.glob(f".{SIDECAR}*.tmp"), *folder.glob(".tmp*")]:  # ours, safetensors'
         if path.is_file():
             path.unlink()
+    for path in _checkpoints_in(folder.parent):
+        flaw = None if path == folder else flaw_in(path)
+        if flaw is not None:
+            for earlier in folder.parent.glob(f"{SET_ASIDE}{PREFIX_CHECKPOINT_DIR}-*"):
+                shutil.rmtree(earlier)
+            logger.warning(f"{path} is incomplete, {flaw}: it is now {SET_ASIDE}{path.name}.")
+            path.rename(path.with_name(SET_ASIDE + path.name))
+
+
+def _checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, the newest first."""
+    numbers = {path: path.name.rpartition("-")[2] for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    found = [(int(number), path) for path, number in numbers.items() if number.isdecimal() and path.is_dir()]
+    return [path for _, path in sorted(found, reverse=True)]
 
 
 def last_complete_checkpoint(folder: str) -> str | None:
     """The newest checkpoint in a folder that is whole, or None."""
-    found = [(path.name.rpartition("-")[2], path) for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
-    for _, path in sorted([(int(step), path) for step, path in found if step.isdigit()], reverse=True):
+    for path in _checkpoints_in(Path(folder)):
         flaw = flaw_in(path)
         if flaw is None:
             return str(path)
@@ -192,6 +232,8 @@ def load_student(model: Any, folder: str, head: str) -> None:
     Raises:
         ValueError: The checkpoint lacks a weight of the student or has one too many.
     """
+    if not os.path.isdir(folder):  # transformers would look it up on the Hub
+        raise ValueError(f"{folder} is gone: there is no such folder.")
     own = {name: weight for name, weight in model.state_dict().items() if not name.startswith(head + ".")}
     path = Path(folder, "model.safetensors")
     saved = load_file(path) if path.is_file() else {}

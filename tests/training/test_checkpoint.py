@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM
 
 from hf_rrd import FeatureBank
+from hf_rrd.losses.rows import unit
 from hf_rrd.models.head import HEAD, attach_head
 from hf_rrd.training import checkpoint
 from hf_rrd.training.checkpoint import (
@@ -37,7 +38,7 @@ def state_of(seed: int = 0) -> dict[str, dict[str, Tensor]]:
             "projection.weight": torch.randn(3, 4, generator=generator).T,  # not contiguous, and a dot in its name
             "projection.bias": torch.randn(4, generator=generator).bfloat16(),
         },
-        "bank": {"rows": torch.randn(7, 3, generator=generator, dtype=torch.float64)},
+        "bank": {"rows": unit(torch.randn(7, 3, generator=generator, dtype=torch.float64))},
         "teacher_projection": {"mean": torch.empty(0, 3), "matrix": torch.empty(0, 3)},
     }
 
@@ -62,7 +63,7 @@ def test_what_a_sidecar_holds_comes_back_to_the_bit(tmp_path: Path) -> None:
 
 def test_a_bank_goes_through_a_sidecar_and_on_as_before(tmp_path: Path) -> None:
     bank, restored = FeatureBank(5, 3), FeatureBank(5, 3)
-    bank.enqueue(torch.randn(4, 3))
+    bank.enqueue(unit(torch.randn(4, 3)))
     save_sidecar(str(tmp_path), {"bank": bank.state_dict()})
     restored.load_state_dict(load_sidecar(str(tmp_path))[0]["bank"])
     rows = torch.randn(2, 3)
@@ -123,7 +124,13 @@ def test_the_last_checkpoint_is_the_one_of_the_highest_number(tmp_path: Path) ->
     assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
 
 
-@pytest.mark.parametrize("state", [None, "", '{"global_step": 11, "log_his', "\x00" * 20])
+@pytest.mark.parametrize(
+    "state",
+    [
+        *(None, "", '{"global_step": 11, "log_his', "\x00" * 20, "[" * 200_000, "[]", "{}", '{"max_steps": 3}'),
+        *('{"global_step": "11"}', '{"global_step": -1}', '{"global_step": 11, "unknown": 1}'),
+    ],
+)
 def test_a_checkpoint_whose_state_is_absent_or_cut_off_is_passed_over(tmp_path: Path, state: str | None) -> None:
     make_checkpoint(tmp_path, "checkpoint-9")
     make_checkpoint(tmp_path, "checkpoint-10")
@@ -136,6 +143,7 @@ def test_what_is_not_a_checkpoint_is_passed_over(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "checkpoint-3")
     make_checkpoint(tmp_path, "checkpoint-best")
     make_checkpoint(tmp_path, "checkpoint-12-old")
+    make_checkpoint(tmp_path, "checkpoint-²")
     make_checkpoint(tmp_path, "runs")
     (tmp_path / "checkpoint-99").write_text("a file", encoding="utf-8")
     assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-3")
@@ -156,6 +164,27 @@ def test_an_invalidated_checkpoint_is_incomplete_until_its_state_is_written_agai
     assert flaw_in(path) is not None
     (path / "trainer_state.json").write_text(json.dumps({"global_step": 4}), encoding="utf-8")
     assert flaw_in(path) is None
+
+
+def test_incomplete_checkpoints_beside_the_one_that_is_written_are_set_aside_and_one_of_them_is_kept(
+    tmp_path: Path,
+) -> None:
+    for name, state in (("10", '{"global_step": 10}'), ("20", None), ("30", None), ("best", None), ("15", None)):
+        make_checkpoint(tmp_path, f"checkpoint-{name}", state)
+    (tmp_path / "checkpoint-20" / "model.safetensors").write_bytes(b"half")
+    invalidate(str(tmp_path / "checkpoint-15"))
+    names = ["checkpoint-10", "checkpoint-15", "checkpoint-best", "incomplete-checkpoint-20"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert (tmp_path / "incomplete-checkpoint-20" / "model.safetensors").read_bytes() == b"half"
+    make_checkpoint(tmp_path, "checkpoint-20", None)
+    invalidate(str(tmp_path / "checkpoint-15"))
+    assert not (tmp_path / "incomplete-checkpoint-20" / "model.safetensors").exists()
+
+
+def test_a_folder_that_is_gone_is_no_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="run/checkpoint-4 is gone: there is no such folder"):
+        load_student(tiny_vit(), "run/checkpoint-4", HEAD)
 
 
 def test_what_killed_writes_left_half_done_is_cleared_away_and_never_asked_for(tmp_path: Path) -> None:

@@ -102,6 +102,14 @@ def test_a_kill_in_the_writing_of_any_file_costs_that_checkpoint_alone(
     assert flaw_in(interrupted / "checkpoint-4") is None
 
 
+def test_rotation_never_leaves_an_incomplete_checkpoint_alone(interrupted: Path) -> None:
+    (interrupted / "checkpoint-4" / "trainer_state.json").unlink()
+    run = run_in(interrupted, save_steps=3, max_steps=3, save_total_limit=1)
+    run.train(resume_from_checkpoint=True)
+    assert sorted(path.name for path in interrupted.iterdir()) == ["checkpoint-3", "incomplete-checkpoint-4"]
+    assert last_complete_checkpoint(str(interrupted)) == str(interrupted / "checkpoint-3")
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_file_lost_or_cut_later_is_noticed_and_named(interrupted: Path, file: str) -> None:
     checkpoint = interrupted / "checkpoint-4"
@@ -379,9 +387,13 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "damaged .*uint8",
     ),
     "nan in the bank": (tensors(bank__rows=torch.full((20, 24), torch.nan)), "damaged .*not finite"),
+    "rows of 1e30": (tensors(bank__rows=torch.full((20, 24), 1e30)), "damaged .*rows of length 1"),
+    "rows in float8": (tensors(bank__rows=torch.eye(20, 24).to(torch.float8_e4m3fn)), "damaged .*16 to 64 bits"),
+    "a thousand tensors": (tensors(**{f"head__{i}": torch.ones(1) for i in range(1000)}), "damaged .*1003 tensors"),
+    "a header of 11 MB": (header(b"{}" + b" " * 11_000_000), "damaged .*a header of 11000002 bytes"),
     "inf in the head": (tensors(head__projection__bias=torch.full((24,), torch.inf)), "damaged .*not finite"),
-    "a bank of another width": (tensors(bank__rows=torch.ones(20, 23)), "another teacher or another projection"),
-    "a bank without a width": (tensors(bank__rows=torch.ones(20)), "another teacher or another projection"),
+    "a bank of another width": (tensors(bank__rows=torch.eye(20, 23)), "another teacher or another projection"),
+    "a bank without a width": (tensors(bank__rows=torch.ones(1)), "another teacher or another projection"),
     "a head of another shape": (tensors(head__projection__bias=torch.ones(1, 24)), "the saved head has"),
     "a head with a weight too many": (tensors(head__extra=torch.ones(1)), "the saved head has"),
     "a matrix that was not asked for": (tensors(teacher_projection__matrix=torch.ones(24, 24)), "the saved teacher"),
