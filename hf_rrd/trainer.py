@@ -33,6 +33,7 @@ from hf_rrd.results.report import DistillationReport, chosen_dataset, compare_in
 from hf_rrd.training.checkpoint import (
     checkpoint_to_resume,
     explained_write_errors,
+    flaw_in,
     has_sidecar,
     invalidate,
     load_sidecar,
@@ -309,6 +310,8 @@ class RelationalDistillationTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
+        if (flaw := flaw_in(best)) is not None:
+            return logger.warning(f"The best checkpoint, {best}, is not loaded, {flaw}: the last weights stay.")
         if self._is_sharded or not isinstance(self.model, PreTrainedModel):
             super()._load_best_model()
         else:

@@ -1,6 +1,7 @@
 """The teacher: frozen, in evaluation mode, without gradients, and never part of the student."""
 
 import os
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -226,10 +227,17 @@ def _loaded(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Any:
     config = transformers.AutoConfig.from_pretrained(name, **{key: kwargs[key] for key in shared if key in kwargs})
     remote = [each for each in getattr(config, "auto_map", None) or {} if each.startswith("AutoModel")]
     classes = [*(getattr(config, "architectures", None) or [])[:1], *remote, "AutoModel"]
-    model_class = next(getattr(transformers, each) for each in classes if hasattr(transformers, each))
-    model = model_class.from_pretrained(name, **kwargs)
+    found: Iterator[Any] = (getattr(transformers, each, None) for each in classes)
+    model = next(each for each in found if _is_model_class(each)).from_pretrained(name, **kwargs)
     model.__dict__[LOADED_FROM] = (str(name), _commit_of(name, kwargs.get("revision"), kwargs.get("cache_dir")))
     return model
+
+
+def _is_model_class(found: Any) -> bool:
+    """Whether an attribute of transformers is what a config may name: a model's class, or an `AutoModelFor...`."""
+    return isinstance(found, type) and (
+        issubclass(found, transformers.PreTrainedModel) or found.__name__.startswith("AutoModel")
+    )
 
 
 def _commit_of(name: Any, revision: str | None, cache_dir: Any) -> str | None:

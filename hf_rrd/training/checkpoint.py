@@ -137,6 +137,8 @@ def flaw_in(checkpoint: str | os.PathLike[str]) -> str | None:
     without a sidecar (`save_only_model`) is taken at the Trainer's word.
     """
     folder = Path(checkpoint)
+    if not folder.is_dir():
+        return "there is no such folder"
     try:
         step = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
         TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))

@@ -1,12 +1,14 @@
 """A teacher's outputs, from a forward or from cached columns."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import ViTForImageClassification, ViTModel
 
-from hf_rrd.models.teacher import Teacher
+from hf_rrd.models.teacher import Teacher, load_teacher
 from tests.builders import CLASSES, Images, tiny_vit, trainer
 
 
@@ -56,6 +58,16 @@ def test_the_banks_dtype_is_that_of_the_teachers_embeddings(tmp_path: Path) -> N
         run = trainer(tmp_path, teacher=teacher_vit().to(weights), calibration_examples=8, **settings)
         run.train()
         assert run.distillation.bank.filled.dtype == expected
+
+
+@pytest.mark.parametrize("named", ["AutoTokenizer", "pipeline", "Trainer", "GenerationConfig", "logging", "Absent"])
+def test_of_what_a_config_names_only_a_model_class_is_called(tmp_path: Path, named: str) -> None:
+    teacher_vit().save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text()) | {"architectures": [named]}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert type(load_teacher(str(tmp_path))) is ViTModel  # of the config's type, by AutoModel
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"architectures": ["ViTForImageClassification"]}))
+    assert type(load_teacher(str(tmp_path))) is ViTForImageClassification
 
 
 def test_a_compiled_teacher_gives_what_it_gives_eagerly() -> None:

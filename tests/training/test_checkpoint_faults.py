@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import TrainerCallback
 
 from hf_rrd import cache_teacher_outputs
 from hf_rrd.models.teacher import Teacher
@@ -137,6 +138,58 @@ def test_a_cut_sidecar_is_passed_over_and_an_absent_one_is_an_error(interrupted:
     sidecar.unlink()
     with pytest.raises(ValueError, match=f"checkpoint-4 has no {SIDECAR}.*start a new run"):
         run_in(interrupted).train(resume_from_checkpoint=True)
+
+
+BEST: dict[str, Any] = {"eval_dataset": Images(8, seed=3), "eval_strategy": "steps", "eval_steps": 2}
+
+
+def lose_folder(folder: Path) -> None:
+    shutil.rmtree(folder / "checkpoint-2")
+
+
+def lose_weights(folder: Path) -> None:
+    (folder / "checkpoint-2" / "model.safetensors").unlink()
+
+
+def lose_the_way(folder: Path) -> None:
+    os.chdir(folder)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lose_folder, "checkpoint-2, is not loaded, there is no such folder: the last weights stay"),
+        (
+            lose_weights,
+            "its file model.safetensors has gone, it was 35120 bytes long: it is now incomplete-checkpoint-2",
+        ),
+        (lose_the_way, "run/checkpoint-2, is not loaded, there is no such folder"),
+    ],
+)
+def test_a_best_checkpoint_that_is_lost_is_a_warning_and_the_last_weights_stay(
+    tmp_path: Path, loss: Any, message: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lost = Lost(loss)
+    run = run_in(Path("run"), load_best_model_at_end=True, metric_for_best_model="loss", callbacks=[lost], **BEST)
+    run.train()
+    assert run.state.global_step == 6
+    assert message in caplog.text
+    assert_same(run.model.state_dict(), lost.last_weights)
+
+
+class Lost(TrainerCallback):
+    """Makes checkpoint-2 the best, and loses it before the last step."""
+
+    def __init__(self, loss: Any) -> None:
+        self.loss = loss
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            state.best_metric, state.best_global_step = -1.0, 2
+        if state.global_step == 6:
+            self.loss(Path("run"))
+            self.last_weights = {name: each.clone() for name, each in kwargs["model"].state_dict().items()}
 
 
 # ---- A full disk ----
