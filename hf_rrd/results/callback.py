@@ -1,6 +1,7 @@
 """The facts of a run, gathered while it goes."""
 
 import math
+import os
 from numbers import Real
 from typing import Any
 
@@ -35,6 +36,7 @@ class FactsCallback(TrainerCallback):
         self.processing_class, self.own_optimizer = processing_class, own_optimizer
         self.report: DistillationReport | None = None  # the last one since a training began
         self.sources: dict[str, dict[str, str]] = {}  # by prefix, of which data the metrics are
+        self.best_step: int | None = None  # where the student is not that of the last step
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Note the student and its settings."""
@@ -43,7 +45,12 @@ class FactsCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Note the student again; an earlier report is not of it."""
         self.on_init_end(args, state, control, model)
-        self.report = None
+        self.report = self.best_step = None
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the step that the student is of, if its best checkpoint was there to be loaded."""
+        if args.load_best_model_at_end and os.path.isdir(state.best_model_checkpoint or ""):
+            self.best_step = state.best_global_step
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Note which data set and split the metrics are of."""
@@ -121,6 +128,7 @@ class FactsCallback(TrainerCallback):
                 names += ["bank_size", "include_own", "student_temperature"]
             if args.relational_loss == "rrd":
                 names += ["teacher_temperature" if args.teacher_perplexity is None else "teacher_perplexity"]
+        names += ["alignment_examples"] * (args.alignment_examples > 0)
         settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
         return {name: name_of(value) if callable(value) else value for name, value in settings.items()}
 
@@ -130,6 +138,8 @@ class FactsCallback(TrainerCallback):
         batch = state.train_batch_size or args.train_batch_size  # the former is smaller after a want of memory
         facts = {
             "steps": state.global_step,
+            "best_step": self.best_step,
+            "metric_for_best_model": None if self.best_step is None else args.metric_for_best_model,
             "epochs": None if state.epoch is None else round(state.epoch, 2),
             "train_examples": len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None,
             "examples_per_step": batch * args.gradient_accumulation_steps * args.world_size,
@@ -149,8 +159,7 @@ class FactsCallback(TrainerCallback):
     def _metrics(self, named: str | None) -> list[Metric]:
         """The metrics of the student as it is now, each of the data set that was evaluated, else of the named one."""
         history = self.state.log_history
-        best = self.state.best_global_step if self.args.load_best_model_at_end else None
-        step = self.state.global_step if best is None else best
+        step = self.state.global_step if self.best_step is None else self.best_step
         end = max((place for place, line in enumerate(history) if "train_runtime" in line), default=len(history))
         others = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", *LOGGED)
         metrics: dict[tuple[str, str], Metric] = {}  # by name and data set

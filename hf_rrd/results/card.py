@@ -1,9 +1,11 @@
 """The model card of a student: from what is known of it to the page and its files."""
 
 import json
+import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ from hf_rrd.results.table import HEADER, markdown, place, rows_of, size, whole
 
 CARD = "README.md"
 FACTS_FILE = "model_card.json"  # beside the card, and not pushed
+HIDDEN, JOINERS = ("Cc", "Cf", "Cs"), "\u200c\u200d"  # Unicode's categories; Persian and emoji need the joiners
+MARKUP = str.maketrans({"<": "&lt;", "[": "&#91;", "]": "&#93;", "`": "&#96;", "|": "&#124;"})
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
 
@@ -67,7 +71,8 @@ def write_card(
         teacher_name: What to call the teacher. Default: its name on the Hub and its revision, if it is from there.
         dataset: The training set's name on the Hub, "user/name", or what to call it.
         settings: Of the distillation, by the names of `RelationalDistillationConfig`; any of them may be missing.
-        training: More to tell of the training, such as `epochs`, `learning_rate` and `seed`.
+        training: More to tell of the training, such as `epochs`, `learning_rate` and `seed`. With `best_step` the card
+            says that the student is that of this step, and gives its losses.
         log_history: Lines with `step`, `loss` and its terms, as `trainer.state.log_history` has them.
         report: The comparison with the teacher, as `compare_models` gives it.
         metrics: Values by name, of `dataset`. Default: the report's accuracy.
@@ -97,6 +102,7 @@ def write_card(
         metrics = {"accuracy": measured["student"]["accuracy"]}
     if isinstance(metrics, Mapping):
         metrics = [Metric(each, value, dataset.id, split=measured.get("split")) for each, value in metrics.items()]
+    last = (training or {}).get("best_step", math.inf)
     library = "transformers" if unwrapped(model) is model else "peft"
     facts = CardFacts(
         name=name or (repository or str(folder.absolute())).split("/")[-1],
@@ -109,7 +115,7 @@ def write_card(
         dataset=dataset,
         settings=dict(settings or {}),
         training=dict(training or {}),
-        losses=last_losses(log_history),
+        losses=last_losses(line for line in log_history if line.get("step", 0) <= last),
         metrics=list(metrics),
         report=measured,
         pictures=draw_pictures(folder, log_history, report, class_names(model)),
@@ -128,17 +134,22 @@ def write_card(
 
 def render_card(facts: CardFacts) -> ModelCard:
     """The card of some facts, and of nothing else: the same facts always give the same card."""
+    plain = CardFacts.from_json(_rewritten(facts.to_json(), _plain))
+    facts = CardFacts.from_json(_rewritten(facts.to_json(), _escaped))
     card = ModelCard.from_template(
-        _header(facts),
+        _header(plain),
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         facts=facts,
+        folder=plain.repository or plain.name,
         compared=markdown(HEADER, rows_of(facts.report)),
         metrics=markdown(
             ("metric", "data", "value"),
             [(each.name, f"{each.id or ''} {each.split or ''}", _written(each.value)) for each in facts.metrics],
         ),
         settings=_table("setting", facts.settings | facts.training),
-        losses=_table("last in the training log", facts.losses),
+        losses=_table(
+            f"last in the training log{', to the best step' if 'best_step' in facts.training else ''}", facts.losses
+        ),
         pictures={name: f"![{PICTURES[name]}]({place_of(name)})" for name in facts.pictures},
         neighbors=NEIGHBORS,
         place=place,
@@ -146,6 +157,26 @@ def render_card(facts: CardFacts) -> ModelCard:
         whole=whole,
     )
     return ModelCard(re.sub(r"\n{3,}", "\n\n", str(card)))  # where a section is left out
+
+
+def _rewritten(value: Any, write: Callable[[str], str]) -> Any:
+    """A JSON value with each of its texts, names too, written in another way."""
+    if isinstance(value, dict):
+        return {write(name): _rewritten(each, write) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_rewritten(each, write) for each in value]
+    return write(value) if isinstance(value, str) else value
+
+
+def _plain(text: str) -> str:
+    """Somebody's text on one line, without what cannot be seen, such as marks that turn the direction of reading."""
+    kept = (each for each in " ".join(text.split()) if each in JOINERS or unicodedata.category(each) not in HIDDEN)
+    return "".join(kept)
+
+
+def _escaped(text: str) -> str:
+    """The same as it has to stand in a page of Markdown: no HTML, no link, no code and no cell comes of it."""
+    return _plain(text).translate(MARKUP)
 
 
 def _table(title: str, values: Mapping[str, Any]) -> str:

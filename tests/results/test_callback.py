@@ -11,12 +11,12 @@ from transformers import Trainer
 
 from hf_rrd.results.callback import FactsCallback, prefix_of
 from hf_rrd.results.facts import ModelFacts
-from tests.builders import Images, config, tiny_vit, trainer
+from tests.builders import Images, config, log_of, tiny_vit, trainer
 from tests.results.runs import accuracy, card_of, facts_of
 
 
 def test_the_metrics_are_those_of_the_best_model_where_it_was_loaded(tmp_path: Path) -> None:
-    scores = iter([0.1, 0.9, 0.3])
+    scores = iter([0.1, 0.9, 0.3] * 2)
     run = trainer(
         tmp_path,
         eval_dataset=Images(8),
@@ -29,8 +29,17 @@ def test_the_metrics_are_those_of_the_best_model_where_it_was_loaded(tmp_path: P
         metric_for_best_model="score",
     )
     run.train()
-    run.create_model_card()
-    assert [metric["value"] for metric in facts_of(run)["metrics"]] == [0.9]
+    card = card_of(run)
+    facts = facts_of(run)
+    assert [metric["value"] for metric in facts["metrics"]] == [0.9]
+    training = {name: facts["training"][name] for name in ("steps", "best_step", "metric_for_best_model")}
+    assert training == {"steps": 3, "best_step": 2, "metric_for_best_model": "score"}
+    assert facts["losses"]["loss"] == [line["loss"] for line in run.state.log_history if "loss" in line][1]
+    assert "It is the student of step 2, the best by `score`, of 3 steps." in card.text
+    assert "| last in the training log, to the best step | value |" in card.text
+    run.args.load_best_model_at_end = False
+    run.train()
+    assert "best" not in card_of(run).text and facts_of(run)["losses"]["loss"] == log_of(run)[-1]
 
 
 def test_metrics_of_an_earlier_step_are_not_those_of_the_student(tmp_path: Path) -> None:

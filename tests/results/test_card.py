@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -304,3 +305,43 @@ def test_names_cannot_break_a_table(tmp_path: Path) -> None:
     run.evaluate()
     card = card_of(run)
     assert "| a&#124;b c &lt;i> |  | 0.5 |" in card.text and "flag" not in card.text
+
+
+HOSTILE = "a\n---\n# b\u202e <img src=x onerror=y> [c](http://d) `e` | \x1b[2J\ud800"
+
+
+def test_no_text_of_somebody_else_is_markup_of_a_card(tmp_path: Path) -> None:
+    student = tiny_vit()
+    student.config.id2label = dict.fromkeys(range(4), HOSTILE)
+    facts = write_card(
+        tmp_path,
+        student,
+        teacher_name=HOSTILE,
+        dataset=HOSTILE,
+        settings={"relational_weight": 1.0, HOSTILE: HOSTILE},
+        training={"seed": 1, "optimizer": HOSTILE, "layers": [HOSTILE]},
+        log_history=[{"loss": 1.0, "step": 1}],
+        report=compare_models(student, None, Images(8)),
+        metrics={HOSTILE: 0.5},
+        name=HOSTILE + '"); print("',
+        task=HOSTILE,
+        license=HOSTILE,
+        tags=HOSTILE,
+        base_model=HOSTILE,
+    )
+    card = ModelCard.load(tmp_path / "README.md")
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    plain = "a --- # b <img src=x onerror=y> [c](http://d) `e` | [2J"
+    assert [each for each in text if each != "\n" and unicodedata.category(each) in ("Cc", "Cf", "Cs")] == []
+    assert card.data.license == plain and card.data.model_name is None
+    page = text.split("---\n", 2)[2].replace(usage_of(card), "")
+    assert page.count("<img") == page.count("](http://d") == page.count("`e`") == 0
+    assert page.count("&lt;img src=x onerror=y> &#91;c&#93;(http://d) &#96;e&#96; &#124; &#91;2J") == 9
+    headings = [line for line in page.splitlines() if line.startswith("#")]
+    assert len([line for line in headings if line.startswith("# ")]) == 1 and "## How it was made" in headings
+    loaded: list[str] = []
+    names = {"ViTForImageClassification": type("Stub", (), {"from_pretrained": lambda name: loaded.append(name)})}
+    code = usage_of(card).splitlines()
+    exec(code[[line.startswith("model") for line in code].index(True)], names)
+    assert loaded == [plain + '"); print("'], "one text of Python"
+    assert CardFacts.from_json(json.loads((tmp_path / FACTS_FILE).read_text())) == facts
