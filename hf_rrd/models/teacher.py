@@ -8,6 +8,7 @@ import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from hf_rrd.errors import described, named_errors
 from hf_rrd.models.body import (
@@ -23,6 +24,8 @@ from hf_rrd.models.body import (
 )
 from hf_rrd.models.columns import TEACHER_PREFIX, Accepted, forward_columns, teacher_inputs
 from hf_rrd.models.embedding import Embedder, Pooling
+
+logger = logging.get_logger(__name__)
 
 LOADED_FROM = "_hf_rrd_loaded_from"  # on a teacher: the name that it was loaded by, and its commit on the Hub or None
 
@@ -137,6 +140,10 @@ class Teacher:
             return TeacherOutputs(embedding, computed.logits if lacks_logits else found.logits)
         if required:
             raise ValueError(f"no teacher, and the batch lacks some of its outputs: its columns are {sorted(inputs)}.")
+        logger.warning_once(
+            "An evaluation has neither the teacher nor all of its cached outputs: its loss lacks their terms, unlike "
+            "training's. Cache them for that data set, too: cache_teacher_outputs(eval_dataset, teacher)."
+        )
         return found
 
     # `inference_mode` would be no faster here, and its tensors may not enter a graph: the bank's rows do.

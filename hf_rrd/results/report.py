@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import RemoveColumnsCollator
+from transformers.utils import logging
 
 from hf_rrd.errors import named_errors
 from hf_rrd.files import write_json
@@ -25,6 +26,8 @@ from hf_rrd.results.reliability import NO_LABEL, calibration_error
 from hf_rrd.results.table import HEADER, place, plain, rows_of
 from hf_rrd.training.data import DataCollatorForDistillation, examples_in, is_map_style, with_cached_arrays
 from hf_rrd.training.distillation import preserved_randomness
+
+logger = logging.get_logger(__name__)
 
 REPORT_FILE = "distillation_report.json"
 NEIGHBORS = 10  # as `relational_alignment` has it
@@ -266,6 +269,12 @@ def compare_in_run(
     how = (args.per_device_eval_batch_size, args.student_pooling, args.teacher_pooling, label_names)
     most = args.alignment_examples or 4096  # the same as an evaluation's
     report = compare_models(student, teacher, dataset, data_collator, *how, alignment_examples=most)
+    learned = max(args.relational_weight, args.kd_weight) > 0
+    if teacher is None and learned and not any(name.startswith("teacher_") for name in report.tensors):
+        logger.warning(
+            "The report has no teacher: the trainer has none, and the data set not its cached outputs. Pass it: "
+            "report(data, teacher=...), or measure on what cache_teacher_outputs gives."
+        )
     report.save(args.output_dir)
     return report
 

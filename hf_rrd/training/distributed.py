@@ -11,6 +11,7 @@ from accelerate.utils import broadcast
 from datasets import IterableDataset
 from torch import Tensor, nn
 from transformers import TrainingArguments
+from transformers.utils import logging
 
 from hf_rrd.errors import named_errors
 from hf_rrd.models.teacher import Teacher
@@ -124,7 +125,8 @@ def embed_all(
         loader = loader_of(list(dataset) if isinstance(dataset, IterableDataset) else dataset)
     parts = []
     with named_errors("reading examples of `train_dataset`"):
-        for batch in loader:
+        is_silent = args.disable_tqdm or not accelerator.is_main_process
+        for batch in logging.tqdm(loader, desc="Measuring the teacher", disable=is_silent):
             with named_errors("calibration on `train_dataset`", batch), accelerator.autocast():
                 embedding = teacher.read(prepare(batch), logits=False).embedding
                 if embedding is None:

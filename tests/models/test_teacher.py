@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from transformers import ViTForImageClassification, ViTModel
 
+from hf_rrd import cache_teacher_outputs
 from hf_rrd.models.teacher import Teacher, load_teacher
 from tests.builders import CLASSES, Images, tiny_vit, trainer
 
@@ -40,6 +42,24 @@ def test_without_a_model_what_is_not_cached_is_none() -> None:
     assert teacher.read({"teacher_embedding": rows}).embedding is rows
     assert not teacher.answers({"input_ids": rows}) and teacher.answers({"teacher_logits": rows})
     assert teacher.columns == [] and not teacher.is_placed
+
+
+def test_an_evaluation_whose_loss_lacks_a_term_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr("hf_rrd.models.teacher.logger.warning_once", warnings.append)
+    data = Images(24)
+    rows = datasets.Dataset.from_dict({"pixel_values": data.pixels.numpy(), "labels": data.labels.numpy()})
+    cached = cache_teacher_outputs(rows.with_format("torch"), teacher_vit())
+    run = trainer(tmp_path, teacher=None, train_dataset=cached, kd_weight=1.0)
+    run.train()
+    run.evaluate(cached)
+    run.predict(Images(8, labels=False))
+    assert warnings == []
+    for lacking in (cached.remove_columns("teacher_logits"), data):
+        metrics = run.evaluate(lacking)
+        assert len(warnings) == 3 and warnings[0].startswith("An evaluation has neither the teacher nor all of its ca")
+        assert "eval_kd_loss" not in metrics
+        warnings.clear()
 
 
 def test_a_teacher_of_many_trainers_has_one_hook(tmp_path: Path) -> None:

@@ -197,6 +197,22 @@ def test_a_teacher_may_be_given_to_the_report_alone(tmp_path: Path) -> None:
     assert {"parameters", "latency_ms", "accuracy"} <= facts["teacher"].keys()
 
 
+def test_a_report_that_lacks_the_teacher_of_the_run_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr("hf_rrd.results.report.logger.warning", warnings.append)
+    data, teacher = Images(24), tiny_vit(width=24, seed=1)
+    rows = datasets.Dataset.from_dict({"pixel_values": data.pixels.numpy()}).with_format("torch")
+    run = trainer(tmp_path, teacher=None, task_weight=0.0, train_dataset=cache_teacher_outputs(rows, teacher))
+    run.report(run.train_dataset)
+    run.report(data, teacher=teacher)
+    trainer(tmp_path, teacher=None, relational_weight=0.0).report(data)
+    assert warnings == []
+    run.report(data)
+    assert (
+        len(warnings) == 1 and warnings[0].startswith("The report has no teacher: ") and "teacher=..." in warnings[0]
+    )
+
+
 def test_a_teacher_of_other_classes_has_no_accuracy() -> None:
     named = tiny_vit(width=24, seed=1)
     named.config.id2label = {0: "d", 1: "c", 2: "b", 3: "a"}

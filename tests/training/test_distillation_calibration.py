@@ -188,3 +188,13 @@ def test_a_perplexity_that_stays_near_one_is_said(tmp_path: Path, caplog: pytest
     assert len(said) <= 1  # once in a process
     assert log_of(run, "teacher_perplexity") == pytest.approx([1.0] * 5, abs=0.1)
     assert run._terms.lines_near_one == 5
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_it_shows_how_far_it_is(
+    tmp_path: Path, silent: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.utils.logging._tqdm_active", True)
+    run = trainer(tmp_path, calibration_examples=20, disable_tqdm=silent)
+    run.evaluate(Images(8, seed=3))
+    assert ("Measuring the teacher: 100%" in capsys.readouterr().err) == (not silent)
