@@ -1,5 +1,7 @@
 """One process of several data-parallel runs: the child process of test_distributed."""
 
+import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -150,3 +152,61 @@ def results_of(scenario: str, processes: int, folder: str) -> dict[str, Tensor]:
         "gathered_rows": torch.tensor([shape[0] for shape in gathered if len(shape) == 2]),
         "gathered_numbers": torch.tensor([shape[0] for shape in gathered if len(shape) == 1]),
     }
+
+
+def run_alone(rank: int, processes: int, port: int, folder: str, case: str) -> None:
+    """Run one of the functions below as this process of several, and write down what it returns or raises."""
+    be_process(rank, processes, port)
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        found = CASES[case](rank, folder)
+    except ValueError as error:
+        found = str(error)
+    Path(folder, f"{rank}.json").write_text(json.dumps(found))
+
+
+class Short(Stream):
+    """So many images in their order, without a length."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return itertools.islice(super().__iter__(), self.count)
+
+
+def other_lengths(rank: int, folder: str) -> None:
+    """A training set that is shorter on one process."""
+    trainer(folder, train_dataset=Images(48 - 4 * rank), calibration_examples=40)
+
+
+def other_lengths_of_evaluation_sets(rank: int, folder: str) -> None:
+    """The same of one of two evaluation sets."""
+    trainer(folder, eval_dataset={"a": Images(8), "b": Images(8 - rank)})
+
+
+def other_lengths_of_streams(rank: int, folder: str) -> None:
+    """A stream that ends within the calibration on one process."""
+    trainer(folder, train_dataset=Short(48 - 40 * rank), calibration_examples=40).train()
+
+
+def other_seeds(rank: int, folder: str) -> list[list[float]]:
+    """A seed for each process, as for its dropout: the bank, and the projection of the teacher, after some steps."""
+    images = Images(48)
+    assert images.labels is not None
+    columns = {"pixel_values": images.pixels.tolist(), "labels": images.labels.tolist()}
+    data = datasets.Dataset.from_dict(columns | {"teacher_embedding": images.pixels[:, 0, 0].tolist()})
+    settings: dict[str, Any] = {"teacher_projection": "orthogonal", "projection_dim": 6, "calibration_examples": 8}
+    run = trainer(folder, teacher=None, train_dataset=data.with_format("torch"), seed=rank, **settings)
+    run.train()
+    found = run.distillation
+    assert found.projection is not None and found.projection.matrix is not None and found.bank is not None
+    return [*found.projection.matrix.tolist(), *found.bank.filled.tolist()]
+
+
+CASES = {
+    case.__name__: case
+    for case in (other_lengths, other_lengths_of_evaluation_sets, other_lengths_of_streams, other_seeds)
+}

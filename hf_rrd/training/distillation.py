@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from hf_rrd.losses.bank import FeatureBank
@@ -49,9 +50,10 @@ class Distillation:
         self.bank: FeatureBank | None = None
         self.head: RelationalHead | None = None
         self.pending: list[Tensor] = []
+        self.seed: int = broadcast_object_list([args.seed])[0]  # each process may have one of its own
         self._learned = {"relational_weight": teacher.wants_embedding, "kd_weight": teacher.wants_logits}
         if teacher.width is not None:
-            self.projection = TeacherProjection(teacher.width, args.projection_dim, args.teacher_projection, args.seed)
+            self.projection = TeacherProjection(teacher.width, args.projection_dim, args.teacher_projection, self.seed)
             self.bank = FeatureBank(self.rows, self.projection.dim, teacher.dtype)
 
     @property
@@ -64,7 +66,7 @@ class Distillation:
         if self.projection is None:
             detach_head(student)
         else:
-            how = (self.args.student_projection, self.args.student_pooling, self.args.seed)
+            how = (self.args.student_projection, self.args.student_pooling, self.seed)
             self.head = attach_head(student, self.projection.dim, *how)
 
     def to(self, device: torch.device) -> None:
@@ -198,7 +200,7 @@ class Distillation:
         if count == 0:
             return
         with preserved_randomness():
-            embeddings = embed(sample_of(dataset, count, self.args.seed))
+            embeddings = embed(sample_of(dataset, count, self.seed))
         if len(embeddings) == 0 and projection.is_ready:
             return
         if not embeddings.isfinite().all():

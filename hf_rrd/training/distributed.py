@@ -1,13 +1,13 @@
 """Several processes: who has how many examples, everybody's rows, and a teacher that is shared out among them."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, gather_object
 from datasets import IterableDataset
 from torch import Tensor, nn
 from transformers import TrainingArguments
@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from hf_rrd.errors import named_errors
 from hf_rrd.models.teacher import Teacher
-from hf_rrd.training.data import cached_embeddings, has_cached_embeddings
+from hf_rrd.training.data import cached_embeddings, has_cached_embeddings, is_map_style
 from hf_rrd.training.distillation import Distillation
 
 
@@ -89,6 +89,26 @@ def gather_rows(accelerator: Accelerator, rows: Tensor, counts: list[list[int]])
     return torch.cat([part for micro_batch in zip(*parts, strict=True) for part in micro_batch])
 
 
+def check_same_lengths(name: str, dataset: Any) -> None:
+    """Raise a ValueError, on all processes, where a data set has another length on one: they would wait for ever."""
+    everyone = gather_object([_length(dataset)])
+    given = [length for length in everyone if length is not None]
+    if any(length != given[0] for length in given):
+        raise ValueError(
+            f"`{name}` must have one length on all processes, got {everyone}. Give each of them the whole set: they "
+            "share it out."
+        )
+
+
+def _length(dataset: Any) -> Any:
+    """Of a data set, of each of several; None of none, and a text of a stream."""
+    if dataset is None:
+        return None
+    if isinstance(dataset, Mapping):
+        return {str(name): _length(part) for name, part in dataset.items()}
+    return len(dataset) if is_map_style(dataset) else "unknown"
+
+
 @contextmanager
 def every_example(accelerator: Accelerator, args: TrainingArguments) -> Iterator[None]:
     """Loaders made meanwhile give each process as many batches and leave no example out, unlike a training's may."""
@@ -119,10 +139,13 @@ def embed_all(
         prepare: From a batch to the same on this process's device.
         accelerator, args: Of the trainer.
     """
+    if isinstance(dataset, IterableDataset) and not has_cached_embeddings(dataset):
+        dataset = list(dataset)
+    check_same_lengths("train_dataset", dataset)  # of streams that end early
     if has_cached_embeddings(dataset):
         return cached_embeddings(dataset).to(args.device)
     with every_example(accelerator, args):  # none twice: a stream's length has to be known
-        loader = loader_of(list(dataset) if isinstance(dataset, IterableDataset) else dataset)
+        loader = loader_of(dataset)
     parts = []
     with named_errors("reading examples of `train_dataset`"):
         is_silent = args.disable_tqdm or not accelerator.is_main_process

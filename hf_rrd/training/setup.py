@@ -10,10 +10,13 @@ from hf_rrd.models.head import check_student, join_optimizer
 from hf_rrd.models.teacher import Teacher, check_teacher, load_teacher
 from hf_rrd.training.data import Preview, check_dataset
 from hf_rrd.training.distillation import Distillation
+from hf_rrd.training.distributed import check_same_lengths
 
 
 def check_data(training_set: Preview, eval_dataset: Any, student: Any, args: Any, data_collator: Any) -> None:
-    """Raise a ValueError for data sets that are empty, or without the labels that the task needs."""
+    """Raise a ValueError for data sets that are empty, of other lengths elsewhere, or without labels for the task."""
+    check_same_lengths("train_dataset", training_set.dataset)
+    check_same_lengths("eval_dataset", eval_dataset)
     check_dataset("train_dataset", training_set.dataset)
     check_dataset("eval_dataset", eval_dataset)
     names = args.label_names or (None if student is None else find_labels(type(unwrapped(student))))

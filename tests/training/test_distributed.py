@@ -1,13 +1,15 @@
 """Several real processes do what one does."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.distributed_worker import SCENARIOS, STEPS, run
+from tests.distributed_worker import SCENARIOS, STEPS, run, run_alone
 from tests.processes import context, run_together
 
 
@@ -77,3 +79,30 @@ def test_a_step_gathers_its_rows_once_and_the_sizes_of_its_micro_batches(
     examples, rows = (found[name].sum().item() for name in ("examples", "gathered_rows"))
     padded = 4 * 6 if scenario == "the last batch is short on one process" else 0  # 4 of 8, in each of 6 epochs
     assert rows * processes == (examples + padded if scenario in SHARED_BANK else 0)
+
+
+def found_by_two(folder: Path, case: str) -> list[Any]:
+    """What each of two processes returns or raises."""
+    run_together(context(), run_alone, 2, str(folder), case)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("other_lengths", "`train_dataset` must have one length on all processes, got [48, 44]. Give each"),
+        (
+            "other_lengths_of_evaluation_sets",
+            "`eval_dataset` must have one length on all processes, got [{'a': 8, 'b'",
+        ),
+        ("other_lengths_of_streams", "`train_dataset` must have one length on all processes, got [20, 8]. Give"),
+    ],
+)
+def test_data_of_another_length_on_one_process_is_an_error_on_all(tmp_path: Path, case: str, message: str) -> None:
+    for found in found_by_two(tmp_path, case):
+        assert found.startswith(message)
+
+
+def test_processes_with_seeds_of_their_own_share_projection_and_bank(tmp_path: Path) -> None:
+    first, second = found_by_two(tmp_path, "other_seeds")
+    assert first == second
