@@ -74,10 +74,11 @@ class RelationalDistillationConfig(TrainingArguments):
         teacher_temperature: Temperature of the teacher's similarities, positive. Lower it for a teacher whose
             embeddings are all alike; near 0 each example has only itself to match.
         teacher_perplexity: Instead of teacher_temperature: how many rows of the bank each example's target is spread
-            over, above 1, half of it beside the example's own key. Set it where teacher_perplexity in the log stays
-            near 1, or to be spared the choice of a temperature.
-        bank_size: Rows in the bank of teacher embeddings, 0 or more. 0 compares within the micro-batch, whose result
-            depends on how the batch is cut.
+            over, above 1; with include_own that is half of the target, and the example's own key the other half. Set
+            it where teacher_perplexity in the log stays near 1, or to be spared the choice of a temperature.
+        bank_size: Rows in the bank of teacher embeddings, 0 or more; never more than there are training examples. It
+            is full from the first step, for which a teacher reads as many examples. 0 compares within the micro-batch,
+            whose result depends on how the batch is cut.
         include_own: Whether an example is also compared with its own teacher embedding. Turn it off to compare with
             other examples only, which was level on SST-2 and up to 0.7 points worse on CIFAR-10.
         projection_dim: Width in which teacher and student are compared, 1 or more. Unset: the teacher's own width.
@@ -87,9 +88,8 @@ class RelationalDistillationConfig(TrainingArguments):
         teacher_projection: From the teacher's embedding to that width, frozen: 'center' takes the mean off (see
             README for what that is worth), 'none' keeps it as it is, 'pca' projects to projection_dim for a smaller
             bank; 'orthogonal' does so at random.
-        calibration_examples: Training examples whose teacher embeddings are computed before the first step, to
-            measure the teacher_projection and to fill the bank, 0 or more; cached embeddings fill all of it. 0 starts
-            with an empty bank.
+        calibration_examples: Training examples on which 'center' and 'pca' of teacher_projection are measured before
+            the first step, 0 or more.
         alignment_examples: Evaluation examples whose embeddings are compared with the teacher's at each evaluation, 0
             or more, spread evenly over it. Set it to some thousand to have eval_alignment_cka,
             eval_alignment_rank_correlation and eval_alignment_neighbor_overlap, also as metric_for_best_model.

@@ -128,7 +128,7 @@ class RelationalDistillationTrainer(Trainer):
         if self.teacher is not None and data_collator is None:
             preview.warn_of_shared_tokens(model, self.teacher)
         self.distillation = Distillation(args, self._teacher)
-        self._terms = TermLog()
+        self._terms = TermLog(args)
         self._finite = FiniteCheck(self._terms.not_finite)
         self._embeddings = EmbeddingLog(args.alignment_examples)
         self._step: StepExamples | None = None
@@ -239,7 +239,7 @@ class RelationalDistillationTrainer(Trainer):
         """As in `Trainer`, with the terms beside `loss`: over the same steps, so that their weighted sum is `loss`."""
         self._finite.raise_if_found()
         if "loss" in logs:
-            logs.update(self._terms.line(partial(mean_over_processes, self.accelerator), self.args.include_own))
+            logs.update(self._terms.line(partial(mean_over_processes, self.accelerator)))
         super().log(logs, start_time)
 
     # ---- Evaluation ----
@@ -274,7 +274,7 @@ class RelationalDistillationTrainer(Trainer):
         """As in `Trainer`, with the mean of each term among the metrics. The bank stays as it is."""
         self._terms.start_evaluation()
         self._embeddings.start()
-        if self.distillation.bank is not None and len(self.distillation.bank) == 0:  # before the first step
+        if not self.distillation.is_calibrated:  # before the first step
             self._calibrate()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         self._finite.raise_if_found()
@@ -433,7 +433,7 @@ class _Phases(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         trainer = self.trainer  # which may begin anew after a step for which the memory did not suffice
         student = trainer._unwrapped_student()
-        trainer.distillation.start(student)
+        trainer.distillation.start(student, trainer.train_dataset)
         check_optimizer(student, trainer.optimizer)
         trainer._terms.start_training()
         trainer._finite.start()

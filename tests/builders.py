@@ -99,7 +99,7 @@ def config(output_dir: str | Path, **changes: Any) -> RelationalDistillationConf
         "logging_steps": 1,
         "learning_rate": 1e-2,
         "bank_size": 20,
-        "calibration_examples": 0,  # most tests count what the bank holds
+        "calibration_examples": 0,  # more than the bank's rows are computed only where a test measures them
         "teacher_projection": "none",
         "relational_weight": 1.0,
         "save_strategy": "no",

@@ -144,7 +144,7 @@ def test_non_finite_teacher_output_is_named_with_its_step(
 ) -> None:
     dataset = Images(32)
     dataset.pixels[17, 0, 0, 0] = value  # in the third batch of 8
-    run = trainer(tmp_path, train_dataset=Stream(dataset), max_steps=4, **settings)
+    run = trainer(tmp_path, train_dataset=Stream(dataset), max_steps=4, bank_size=16, **settings)
     with pytest.raises(ValueError, match=f"teacher's {output} is not finite .* at step 3"):
         run.train()
     assert run.state.global_step == 2

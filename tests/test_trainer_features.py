@@ -203,7 +203,7 @@ def test_best_model_by_relational_loss_evaluates_exactly_to_the_best_metric(
         eval_steps=1,
         save_steps=1,
         max_steps=5,
-        learning_rate=0.1,
+        learning_rate=0.5,
         load_best_model_at_end=True,
         metric_for_best_model="eval_relational_loss",
     )
@@ -297,13 +297,15 @@ def test_bank_holds_only_the_last_attempt_when_the_batch_size_is_found(tmp_path:
         auto_find_batch_size=True,
         gradient_accumulation_steps=2,
         max_steps=2,
-        bank_size=100,
+        bank_size=40,
     )
     student.register_forward_pre_hook(run_out_of_memory, with_kwargs=True)
     run.train()
     assert sizes[:4] == [8] * 4 and len(sizes) == 8 and set(sizes[4:]) == {sizes[4]} and sizes[4] < 8
     assert run.state.global_step == 2
-    assert run.distillation.bank is not None and len(run.distillation.bank) == sum(sizes[4:])
+    bank = run.distillation.bank
+    assert bank is not None and len(bank) == 40 and run.distillation.reference is not None
+    assert torch.equal(bank.filled[: 40 - sum(sizes[4:])], run.distillation.reference[sum(sizes[4:]) :])
     assert run.distillation.pending == []
     for entry in run.state.log_history[-3:-1]:
         assert entry["loss"] == pytest.approx(entry["task_loss"] + entry["relational_loss"], abs=1e-5)
@@ -518,8 +520,8 @@ def test_two_tokenizers_feed_each_model_its_own_columns(tmp_path: Path) -> None:
     assert run.args.remove_unused_columns
     with seen_by(teacher) as teacher_saw, seen_by(student) as student_saw:
         run.train()
-    assert len(teacher_saw) == len(student_saw) == 2
-    for mine, theirs in zip(student_saw, teacher_saw, strict=True):
+    assert len(teacher_saw) == 4 and len(student_saw) == 2  # two batches fill the bank
+    for mine, theirs in zip(student_saw, teacher_saw[2:], strict=True):
         assert set(theirs) == {"input_ids", "attention_mask"}
         assert set(mine) - {"with_relational_embedding"} == {"input_ids", "attention_mask", "labels"}
         assert theirs["input_ids"].shape == (8, 11) and mine["input_ids"].shape == (8, 6)
@@ -606,7 +608,7 @@ def test_evaluation_terms_are_means_over_examples_when_the_batch_does_not_divide
     teacher_rows = F.normalize(teacher_hidden[:, 0], dim=-1)
     cross_entropies, divergences, kds = [], [], []
     for row, own, mine, theirs in zip(rows, teacher_rows, logits, teacher_logits, strict=True):
-        keys = torch.cat([run.distillation.bank.filled, own[None]])  # type: ignore[union-attr]
+        keys = torch.cat([run.distillation.reference, own[None]])  # type: ignore[list-item]
         p_teacher, p_student = (keys @ own / 0.02).softmax(0), (keys @ row / 0.1).softmax(0)
         cross_entropies.append(-(p_teacher * p_student.log()).sum())
         divergences.append((p_teacher * (p_teacher.log() - p_student.log())).nan_to_num().sum())

@@ -152,10 +152,12 @@ def test_a_trainer_is_freed_as_soon_as_nobody_holds_it(tmp_path: Path) -> None:
 def test_steps_by_hand_feed_the_bank(tmp_path: Path) -> None:
     run = trainer(tmp_path, bank_size=40)
     run.train()
-    batch = next(iter(run.get_train_dataloader()))
-    for rows in (32, 40, 40):
+    bank, batch = run.distillation.bank, next(iter(run.get_train_dataloader()))
+    assert bank is not None
+    for _ in range(3):
+        before = bank.filled.clone()
         run.training_step(run.model, dict(batch))
-        assert len(run.distillation.bank or ()) == rows and run.distillation.pending == []
+        assert torch.equal(bank.filled[:-8], before[8:]) and run.distillation.pending == []
 
 
 def test_a_training_that_fails_at_its_end_has_ended(tmp_path: Path) -> None:

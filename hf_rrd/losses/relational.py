@@ -11,6 +11,8 @@ from hf_rrd.losses.rows import check_positive, pair, ratio, unit
 
 SLICE_ROWS = 4096  # of the bank, that are read at a time, at most; 16 times as many on an accelerator
 SOLVER_ELEMENTS = 2**20  # of the (rows, bank) similarities that the search for a perplexity holds at a time
+SAME_COSINE = 1 - 1e-4
+"""From this cosine on, a row of the bank is a copy of an example's own: half precision and TF32 leave no less of 1."""
 
 
 def relational_loss(
@@ -25,18 +27,19 @@ def relational_loss(
     """Cross-entropy between the teacher's and the student's distribution of similarity over a bank, as a batch mean.
 
     With `p_t = softmax(cosines(teacher, bank) / teacher_temperature)` and `p_s` likewise for the student, the loss of
-    an example is `-sum_k p_t[k] log p_s[k]`. Only `student` gets a gradient, and no second derivative; the cosine of a
-    row of zeros is 0. Computed in float32 (float64 for a float64 student), also under autocast, from one pass over
-    slices of the bank: memory does not grow with it.
+    an example is `-sum_k p_t[k] log p_s[k]`. Rows of the bank that are copies of an example's own teacher row, with a
+    cosine of 0.9999 or more, are no candidates for it, on either side. Only `student` gets a gradient, and no second
+    derivative; the cosine of a row of zeros is 0. Computed in float32 (float64 for a float64 student), also under
+    autocast, from one pass over slices of the bank: memory does not grow with it.
 
     Args:
         student: Rows of any scale, (batch, dim).
         teacher: Rows of the same examples, of any scale, (batch, dim).
-        bank: Teacher rows to compare with, of any scale, (bank, dim). With an empty one the loss is 0.
+        bank: Teacher rows to compare with, of any scale, (bank, dim). An example with no candidate has a loss of 0.
         student_temperature: Positive. Lower is sharper.
         teacher_temperature: Positive. Lower is sharper; near 0 with `include_own` the loss is InfoNCE.
-        include_own: Compare each example also with its own teacher row, as one more column. The result then does not
-            depend on how the examples were cut into batches.
+        include_own: Compare each example also with its own teacher row, as one more column, whether or not the bank
+            has copies of it.
         teacher_perplexity: Above 1. Instead of `teacher_temperature`, each example gets the temperature at which its
             distribution over the bank has this perplexity, as in t-SNE (more than there are rows means all of them
             alike); with `include_own`, half of the target is its own key and half that distribution.
@@ -87,53 +90,59 @@ def relational_terms(
         own_logits = (queries * own).sum(0) if include_own else queries.new_full((queries.shape[1],), -torch.inf)
         if half_own:
             own_logits[len(teacher) :] = -torch.inf
-        logsumexp, read = _read(queries, bank, own, own_logits)
+        same = SAME_COSINE / (scale.flatten() if isinstance(scale, Tensor) else scale)
+        logsumexp, read, found = _read(queries, bank, own, own_logits, same)
         (student_norm, teacher_norm), (student_mean, teacher_mean) = logsumexp.chunk(2), read.chunk(2, dim=1)
         student_query, teacher_query = queries.chunk(2, dim=1)
         entropy = teacher_norm - (teacher_query * teacher_mean).sum(0)
         if half_own:
-            entropy, teacher_mean = math.log(2) + entropy / 2, (teacher.T + teacher_mean) / 2
+            share = found[len(teacher) :].to(entropy.dtype) / 2  # of the target that is others': none without others
+            entropy = share * (math.log(4) + entropy)
+            teacher_mean = torch.lerp(teacher.T, teacher_mean, share)
         cross_entropy = student_norm - (student_query * teacher_mean).sum(0)
         slope = (student_mean - teacher_mean).T / student_temperature  # (batch, dim)
     return _with_slope(student, cross_entropy, slope), _with_slope(student, cross_entropy - entropy, slope)
 
 
-def infonce_loss(
-    student: Tensor, teacher: Tensor, bank: Tensor, student_temperature: float = 0.1, include_own: bool = True
-) -> Tensor:
+def infonce_loss(student: Tensor, teacher: Tensor, bank: Tensor, student_temperature: float = 0.1) -> Tensor:
     """InfoNCE against a bank: each student row has to find its own teacher row among those of other examples.
 
-    `-log p_s[own]`, with the `p_s` of `relational_loss`, which comes to this at a teacher's temperature of 0.
+    `-log p_s[own]`, with the `p_s` of `relational_loss` with `include_own`, which comes to this at a teacher's
+    temperature of 0.
 
-    Args, Returns, Raises: as for `relational_loss`; `include_own` is false where the own rows are in the bank already.
+    Args, Returns, Raises: as for `relational_loss`.
     Source: van den Oord et al., arXiv:1807.03748, eq. 4; as distillation: Tian et al., arXiv:1910.10699.
     """
-    return infonce_terms(student, teacher, bank, student_temperature, include_own).mean()
+    return infonce_terms(student, teacher, bank, student_temperature).mean()
 
 
-def infonce_terms(
-    student: Tensor, teacher: Tensor, bank: Tensor, student_temperature: float = 0.1, include_own: bool = True
-) -> Tensor:
+def infonce_terms(student: Tensor, teacher: Tensor, bank: Tensor, student_temperature: float = 0.1) -> Tensor:
     """`infonce_loss` of each example, (batch,)."""
     student, teacher, bank = _prepared(student, teacher, bank, student_temperature)
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
-        query = (student / student_temperature).T.contiguous()  # (dim, batch)
-        own_logits = (query * teacher.T).sum(0)
-        logsumexp, read = _read(query, bank, teacher.T, own_logits if include_own else own_logits - torch.inf)
-        slope = (read - teacher.T).T / student_temperature  # (batch, dim)
-    return _with_slope(student, logsumexp - own_logits, slope)
+        queries = torch.cat([student / student_temperature, teacher]).T.contiguous()  # (dim, 2 * batch)
+        own = teacher.T.repeat(1, 2)  # (dim, 2 * batch)
+        own_logits = (queries * own).sum(0)
+        logsumexp, read, _ = _read(queries, bank, own, own_logits, SAME_COSINE)
+        slope = (read[:, : len(student)] - teacher.T).T / student_temperature  # (batch, dim)
+        value = (logsumexp - own_logits)[: len(student)]
+    return _with_slope(student, value, slope)
 
 
 def temperature_of_perplexity(teacher: Tensor, bank: Tensor, perplexity: float) -> Tensor:
     """The temperature at which each teacher row's softmax over the bank has a perplexity above 1, (batch, 1).
 
-    Of rows of any scale, (batch, dim) and (bank, dim). Between 0.0001 and 100: the nearest where none is right.
+    Of rows of any scale, (batch, dim) and (bank, dim); copies of a row count as none. Between 0.0001 and 100: the
+    nearest where none is right.
     """
     found = []
     for rows in torch.split(unit(teacher), max(1, SOLVER_ELEMENTS // len(bank))):
         slices = (keys.to(rows.dtype) for keys in torch.split(bank, SLICE_ROWS))
         cosines = [ratio(rows @ keys.T, torch.linalg.vector_norm(keys, dim=-1)) for keys in slices]
-        found.append(_solve_temperature(torch.cat(cosines, dim=1), math.log(perplexity)))
+        others = [
+            cosine.masked_fill(cosine >= SAME_COSINE, -1e4) for cosine in cosines
+        ]  # no weight at any temperature
+        found.append(_solve_temperature(torch.cat(others, dim=1), math.log(perplexity)))
     return torch.cat(found)
 
 
@@ -157,13 +166,24 @@ def _solve_temperature(similarity: Tensor, entropy: float) -> Tensor:
     return (-log_beta).exp()
 
 
-def _read(queries: Tensor, bank: Tensor, own: Tensor, own_logits: Tensor) -> tuple[Tensor, Tensor]:
+def _read(
+    queries: Tensor, bank: Tensor, own: Tensor, own_logits: Tensor, same: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax attention over the rows of the bank, made unit, and each query's own column, a slice at a time.
 
-    From queries over their temperature and unit columns `own`, (dim, queries), with their logits, (queries,), -inf for
-    no candidate, to the logsumexp of all logits, (queries,), and the softmax mean of the candidates, (dim, queries).
+    Args:
+        queries: Over their temperature, (dim, 2 * batch): the student's, then the teacher's.
+        bank: (bank, dim).
+        own: Unit columns, (dim, 2 * batch).
+        own_logits: Theirs, (2 * batch,); -inf for no candidate.
+        same: The teacher's logit from which on a row is a copy of an example's own, one or (batch,).
+
+    Returns:
+        The logsumexp of all logits, (2 * batch,), the softmax mean of the candidates, (dim, 2 * batch), and whether
+        there was a candidate, (2 * batch,): where there was none, the others are 0.
     """
-    highest = own_logits
+    batch, floor = queries.shape[1] // 2, torch.finfo(queries.dtype).min / 2  # below any logit, and finite
+    highest = own_logits.clamp(min=floor)
     total = own_logits.isfinite().to(queries.dtype)
     read = own * total
     # On a CPU, 2 MiB of a slice and its logits, which stay in its cache; elsewhere each slice costs some launches.
@@ -176,13 +196,19 @@ def _read(queries: Tensor, bank: Tensor, own: Tensor, own_logits: Tensor) -> tup
         rows = bank[start : start + slice_rows]
         room = row_room[: len(rows)]
         rows = unit(rows if rows.dtype == room.dtype else room.copy_(rows), out=room)  # (slice, dim)
-        logits = torch.mm(rows, queries, out=logit_room[: len(rows)])  # (slice, queries)
-        highest, previous = torch.maximum(highest, logits.amax(0)), highest
+        logits = torch.mm(rows, queries, out=logit_room[: len(rows)])  # (slice, 2 * batch)
+        peak = logits.amax(0)
+        if bank.device.type != "cpu" or bool((peak[batch:] >= same).any()):  # an accelerator is not waited for
+            copies = logits[:, batch:] >= same  # (slice, batch)
+            logits.view(len(rows), 2, batch).masked_fill_(copies.unsqueeze(1), -torch.inf)
+            peak = logits.amax(0)
+        highest, previous = torch.maximum(highest, peak), highest
         weights = logits.sub_(highest).exp_()
         rescale = (previous - highest).exp()
         total = total * rescale + weights.sum(0)
         read.mul_(rescale).addmm_(rows.T, weights)
-    return highest + total.log(), read / total
+    found = total > 0
+    return (highest + total.log()).masked_fill(~found, 0), ratio(read, total), found
 
 
 class _WithSlope(torch.autograd.Function):

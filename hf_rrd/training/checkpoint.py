@@ -1,7 +1,7 @@
 """What of a checkpoint is ours: the sidecar, written last but one, and whether all files are there.
 
-The sidecar holds head, teacher projection and bank in one safetensors file. Its metadata say which teacher the bank is
-of, and how large the files are that resuming depends on.
+The sidecar holds head, teacher projection, bank, and what the bank began with, in one safetensors file. Its metadata
+say which teacher the bank is of, and how large the files are that resuming depends on.
 """
 
 import errno
@@ -73,7 +73,7 @@ def load_sidecar(folder: str) -> tuple[State, dict[str, str]]:
         about = _about(path)
         for key, tensor in load_file(path).items():
             group, _, name = key.partition(".")
-            if group not in ("head", "teacher_projection", "bank"):
+            if group not in ("head", "teacher_projection", "bank", "reference"):
                 raise ValueError(f"{key!r} is of none of the groups of a sidecar")
             if tensor.dtype not in PRECISIONS:
                 raise ValueError(f"{key} must be in floating point of 16 to 64 bits, got {tensor.dtype}")

@@ -18,8 +18,8 @@ from hf_rrd.losses.rows import unit
 from hf_rrd.models.head import RelationalHead, StudentOutputs, attach_head, detach_head, head_of, load_head
 from hf_rrd.models.teacher import Teacher, TeacherOutputs
 from hf_rrd.training.checkpoint import State
-from hf_rrd.training.data import has_cached_embeddings, sample_of
-from hf_rrd.training.projection import TeacherProjection
+from hf_rrd.training.data import is_map_style, sample_of
+from hf_rrd.training.projection import TeacherProjection, check_variety
 
 RELATIONAL_LOSSES = ("rrd", "infonce", *BATCH_LOSSES)
 """The values of `relational_loss=`: the first two compare with the bank, the others within the micro-batch."""
@@ -30,9 +30,10 @@ NO_HEAD = "the student's head is gone or another trainer's (`detach_head`, a sec
 class Distillation:
     """`task_weight * task + kd_weight * KD(kd_temperature) + relational_weight * relational(...)`. No parameters.
 
-    Owns the projection of the teacher's embeddings and the bank of them. Each example is compared with the bank as it
-    was before the step, plus one column of its own; rows wait until `update_bank` is called, once per optimizer step:
-    so a step is the same however its batch was cut.
+    Owns the projection of the teacher's embeddings and the bank of them, which is full from the first step on. Each
+    example is compared with the bank as it was before the step, plus one column of its own; rows wait until
+    `update_bank` is called, once per optimizer step: so a step is the same however its batch was cut. A bank of the
+    whole training set stays as it is. An evaluation compares with the rows of the first step, whenever it comes.
 
     Args:
         args: A `RelationalDistillationConfig`. It is read at each step, so a callback may change a weight.
@@ -41,6 +42,7 @@ class Distillation:
     Attributes:
         projection: Of the teacher's embeddings; None where the run learns none.
         bank: The rows that they are compared with; None where the run learns none.
+        reference: The rows that the bank began with, (rows, dim); None before, or where there is no training set.
         head: The student's, from `attach` on; None where the run learns no embeddings.
     """
 
@@ -49,8 +51,10 @@ class Distillation:
         self.projection: TeacherProjection | None = None
         self.bank: FeatureBank | None = None
         self.head: RelationalHead | None = None
+        self.reference: Tensor | None = None
         self.pending: list[Tensor] = []
         self.seed: int = broadcast_object_list([args.seed])[0]  # each process may have one of its own
+        self._fits = False  # the training set, into the bank
         self._learned = {"relational_weight": teacher.wants_embedding, "kd_weight": teacher.wants_logits}
         if teacher.width is not None:
             self.projection = TeacherProjection(teacher.width, args.projection_dim, args.teacher_projection, self.seed)
@@ -60,6 +64,18 @@ class Distillation:
     def rows(self) -> int:
         """How many rows the settings give the bank: none for a loss that compares within the micro-batch."""
         return 0 if self.args.relational_loss in BATCH_LOSSES else int(self.args.bank_size)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether an evaluation has all that it compares with: always, where the run learns no embeddings."""
+        if self.projection is None:
+            return True
+        return self.projection.is_ready and (self.rows == 0 or self.reference is not None)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the bank holds the whole training set, so that no newer rows can come."""
+        return self.reference is not None and (self._fits or len(self.reference) < self.rows)
 
     def attach(self, student: nn.Module) -> None:
         """Give a student the head that the comparison needs, in place of an earlier one, or take that off."""
@@ -104,13 +120,14 @@ class Distillation:
             if logits is None:
                 raise ValueError("`kd_weight` is above 0, but the student returns no logits. Set kd_weight=0.")
             terms |= self.kd_terms(logits, teacher.logits, attention_mask)
-        if teacher.embedding is not None:
+        if teacher.embedding is not None and (training or self.is_calibrated):
             if student.embedding is None:
                 raise ValueError(NO_HEAD)
             terms |= self.relational_terms(student.embedding, teacher.embedding, training)
         if not terms:
             raise ValueError(
-                "nothing to compare with: this batch has neither labels to learn nor a teacher's outputs."
+                "nothing to compare with: this batch has neither labels to learn nor a teacher's outputs that can be "
+                "compared (an evaluation needs the `train_dataset`, whose embeddings are the bank)."
             )
         return terms
 
@@ -127,14 +144,17 @@ class Distillation:
         student = student.to(teacher.device)
         if args.relational_loss in BATCH_LOSSES:
             return {"relational_loss": BATCH_LOSSES[args.relational_loss](student, teacher)}
-        # With no bank, or in an evaluation before the first step, the micro-batch itself is one, with the own keys.
-        within_batch = self.bank.size == 0 or (len(self.bank) == 0 and not training)
-        bank, include_own = (teacher, False) if within_batch else (self.bank.filled, args.include_own)
-        if training and self.bank.size > 0:
+        if self.bank.size == 0:
+            bank = teacher  # the micro-batch itself
+        elif training or self.reference is None:
+            bank = self.bank.filled
+        else:
+            bank = self.reference
+        if training and self.bank.size > 0 and not self.is_whole:
             self.pending.append(teacher)
         if args.relational_loss == "infonce":
-            return {"relational_loss": infonce_terms(student, teacher, bank, args.student_temperature, include_own)}
-        how = (args.student_temperature, args.teacher_temperature, include_own, args.teacher_perplexity)
+            return {"relational_loss": infonce_terms(student, teacher, bank, args.student_temperature)}
+        how = (args.student_temperature, args.teacher_temperature, args.include_own, args.teacher_perplexity)
         loss, divergence = relational_terms(student, teacher, bank, *how)
         return {"relational_loss": loss, "relational_kl": divergence}
 
@@ -161,8 +181,8 @@ class Distillation:
             self.bank.enqueue(gather(rows.to(self.bank.filled.dtype)))
         self.pending.clear()
 
-    def start(self, student: nn.Module) -> None:
-        """Begin a training of a student: an empty bank, and the settings as a search may have changed them.
+    def start(self, student: nn.Module, dataset: Any) -> None:
+        """Begin a training on a data set: an empty bank, and the settings as a search may have changed them.
 
         Raises:
             ValueError: A setting is out of its range, or the student has not the head that it was given.
@@ -171,6 +191,7 @@ class Distillation:
         if head_of(student) is not self.head:
             raise ValueError(NO_HEAD)
         self.pending.clear()
+        self.reference, self._fits = None, is_map_style(dataset) and len(dataset) <= self.rows
         if self.bank is not None:
             self.bank.clear()
             self.bank.size = self.rows
@@ -189,14 +210,12 @@ class Distillation:
             share: From the main process's projection to that of all.
 
         Raises:
-            ValueError: An embedding is not finite, or there are too few to fit the projection.
+            ValueError: An embedding is not finite, all are alike, or there are too few to fit the projection.
         """
         projection, bank, examples = self.projection, self.bank, self.args.calibration_examples
-        if projection is None or bank is None or dataset is None or examples == 0:
+        if projection is None or bank is None or dataset is None:
             return
-        # Cached embeddings cost nothing: they fill all of the bank.
-        filled = bank.size if has_cached_embeddings(dataset) else min(examples, bank.size)
-        count = filled if projection.is_ready else max(examples, filled)
+        count = bank.size if projection.is_ready else max(examples, bank.size)
         if count == 0:
             return
         with preserved_randomness():
@@ -208,19 +227,29 @@ class Distillation:
         if not projection.is_ready:
             projection.fit(embeddings[:examples])
             projection.load_state_dict(share(projection.state_dict()))  # the same to the bit on all processes
-        bank.enqueue(unit(projection(embeddings[: bank.size])))
+        rows = unit(projection(embeddings))
+        check_variety(embeddings, rows)
+        bank.clear()
+        bank.enqueue(rows[: bank.size])
+        self.reference = bank.filled
 
     # ---- A checkpoint ----
 
     def state_dict(self, head: bool = True) -> State:
-        """All there is to save: `teacher_projection`, `bank` and, unless it is sharded with the student, `head`."""
-        parts = {"head": self.head if head else None, "teacher_projection": self.projection, "bank": self.bank}
-        return {name: dict(part.state_dict()) for name, part in parts.items() if part is not None}
+        """All there is to save: `teacher_projection`, `bank`, the `reference`, and `head` unless it is sharded."""
+        bank = None if self.is_whole else self.bank  # which then is the reference
+        parts = {"head": self.head if head else None, "teacher_projection": self.projection, "bank": bank}
+        state = {name: dict(part.state_dict()) for name, part in parts.items() if part is not None}
+        return state if self.reference is None else state | {"reference": {"rows": self.reference.clone()}}
 
     def load_state_dict(self, state: State, head: bool = True) -> None:
         """Take over what was saved; a ValueError if it is of another teacher or of other settings."""
         if self.bank is not None:
-            self.bank.load_state_dict(state.get("bank", {}))
+            if self.rows > 0:
+                self.bank.load_state_dict(state.get("reference", {}))
+                self.reference = self.bank.filled
+            if not self.is_whole:
+                self.bank.load_state_dict(state.get("bank", {}))
         if self.projection is not None:
             self.projection.load_state_dict(state.get("teacher_projection", {}))
         if self.head is not None and head:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from hf_rrd.losses.relational import SAME_COSINE
+
 TEACHER_PROJECTIONS = ("none", "center", "pca", "orthogonal")
 """The values of `teacher_projection=`."""
 
@@ -113,3 +115,20 @@ class TeacherProjection:
                 self.matrix = self.matrix.to(embedding.device)
                 embedding = embedding @ self.matrix
         return embedding
+
+
+def check_variety(embeddings: Tensor, rows: Tensor) -> None:
+    """Raise a ValueError where a teacher tells no example from another, so that a student would have nothing to learn.
+
+    Args:
+        embeddings: The teacher's of several examples, (examples, width).
+        rows: The same projected, unit, (examples, dim).
+    """
+    spread = torch.linalg.vector_norm(embeddings - embeddings.mean(0))
+    alike = spread <= 1e-5 * torch.linalg.vector_norm(embeddings)  # also where all are 0
+    if len(rows) > 1 and bool(alike | (rows.mean(0).square().sum() >= SAME_COSINE)):
+        raise ValueError(
+            f"the teacher's embeddings of {len(rows)} training examples are all alike (cosines of {SAME_COSINE} or "
+            "more), so there is no relation to learn. Set another teacher_pooling or teacher_projection='center', or "
+            "take another teacher."
+        )

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +20,14 @@ LOGGED = ("loss", *TERMS, PERPLEXITY)
 
 
 class TermLog:
-    """What the terms came to since the last log line, and during an evaluation. Adding never waits for the device."""
+    """What the terms came to since the last log line, and during an evaluation. Adding never waits for the device.
 
-    def __init__(self) -> None:
+    Args:
+        args: A `RelationalDistillationConfig`: whether the own key is a candidate, and half of the target.
+    """
+
+    def __init__(self, args: Any) -> None:
+        self.args = args
         self.window: dict[str, Tensor] = {}
         self.lines_near_one = 0  # on end
         self._evaluated: list[Tensor] = []
@@ -47,12 +53,11 @@ class TermLog:
         """The terms that were nan or inf since the last line."""
         return [name for name in TERMS if name in self.window and not self.window[name].isfinite()]
 
-    def line(self, reduce: Callable[[Tensor], Tensor], includes_own: bool) -> dict[str, float]:
+    def line(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The mean of each term per optimizer step since the last line, with `teacher_perplexity`; ends the window.
 
         Args:
             reduce: From this process's sums to their mean over the processes, in one collective.
-            includes_own: Whether the own key is a candidate: then a perplexity that stays near 1 is worth a warning.
         """
         window, self.window = self.window, {}
         names = [name for name in TERMS if name in window]
@@ -60,9 +65,9 @@ class TermLog:
             return {}
         device = window[names[0]].device
         sums = reduce(torch.stack([window[name].to(device) for name in (*names, "steps")]))
-        line = _with_perplexity(dict(zip(names, (sums[:-1] / sums[-1]).tolist(), strict=True)))
+        line = self._with_perplexity(dict(zip(names, (sums[:-1] / sums[-1]).tolist(), strict=True)))
         self.lines_near_one = self.lines_near_one + 1 if line.get(PERPLEXITY, 2) < 1.1 else 0
-        if self.lines_near_one == 2 and includes_own:
+        if self.lines_near_one == 2 and self.args.include_own:
             logger.warning_once(
                 f"The teacher's perplexity over the bank stays near 1 ({line[PERPLEXITY]:.2f}): each example has only "
                 "its own key to match, as in InfoNCE, and its neighbours have no say. Raise teacher_temperature, or "
@@ -85,11 +90,13 @@ class TermLog:
         if not self._evaluated:
             return {}
         means = torch.cat(self._evaluated).mean(0).tolist()
-        return _with_perplexity(dict(zip(self._evaluated_names, means, strict=True)))
+        return self._with_perplexity(dict(zip(self._evaluated_names, means, strict=True)))
 
-
-def _with_perplexity(means: dict[str, float]) -> dict[str, float]:
-    # The relational loss less its divergence is the entropy of the teacher's distribution: nothing more to compute.
-    if "relational_kl" in means:
-        means[PERPLEXITY] = math.exp(means["relational_loss"] - means["relational_kl"])
-    return means
+    def _with_perplexity(self, means: dict[str, float]) -> dict[str, float]:
+        # The relational loss less its divergence is the entropy of the teacher's distribution.
+        if "relational_kl" in means:
+            entropy = means["relational_loss"] - means["relational_kl"]
+            if self.args.include_own and self.args.teacher_perplexity is not None and entropy > 0:
+                entropy = 2 * entropy - math.log(4)  # of the half that is over the bank; the other half is the own key
+            means[PERPLEXITY] = math.exp(entropy)
+        return means

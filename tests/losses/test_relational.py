@@ -229,6 +229,57 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 }
 
 
+# ---- Copies of an example's own row in the bank ----
+
+
+def with_copies(teacher: Tensor, bank: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bank with each teacher row in it once or twice, at some scale, as it comes back from a store of a dtype."""
+    rows = torch.cat([bank[:3], 3 * teacher, bank[3:], teacher[:2]])
+    return F.normalize(rows, dim=-1).to(dtype).to(bank.dtype)
+
+
+@pytest.mark.parametrize("slice_rows", [WHOLE, 1, 5])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", LOSSES)
+def test_copies_of_an_examples_own_row_are_no_candidates_for_it_alone(
+    monkeypatch: pytest.MonkeyPatch, name: str, stored: torch.dtype, slice_rows: int
+) -> None:
+    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
+    student, teacher, bank = raw_rows(5, 16, seed=1), raw_rows(5, 16, seed=2), raw_rows(20, 16, seed=3)
+    bank = with_copies(teacher, bank, stored)
+    for i in range(5):
+        cosines = F.normalize(bank, dim=-1) @ F.normalize(teacher[i], dim=0)
+        others = bank[cosines < 0.999]
+        assert len(others) == len(bank) - (2 if i < 2 else 1)
+        one = slice(i, i + 1)
+        expected, expected_gradient = gradient_of(
+            lambda rows, o=others, n=one: LOSSES[name](rows, teacher[n], o), student[one]
+        )
+        loss, gradient = gradient_of(lambda rows, n=one: LOSSES[name](rows, teacher[n], bank), student[one])
+        torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-7, atol=1e-12)
+    whole = LOSSES[name](student, teacher, bank)
+    single = [LOSSES[name](student[i : i + 1], teacher[i : i + 1], bank) for i in range(5)]
+    assert float(whole) == pytest.approx(float(torch.stack(single).mean()), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_without_a_candidate_but_copies_of_the_own_row_the_loss_and_its_gradient_are_0(name: str) -> None:
+    student, teacher = raw_rows(3, 8, seed=1), raw_rows(3, 8, seed=2)
+    loss, gradient = gradient_of(lambda rows: LOSSES[name](rows, teacher[:1].expand(3, 8), teacher[:1]), student)
+    assert float(loss) == pytest.approx(0, abs=1e-12)
+    assert gradient.abs().max() < 1e-9
+
+
+def test_a_row_that_is_almost_the_own_one_stays_a_candidate() -> None:
+    teacher = unit_rows(1, 16, seed=2)
+    near = F.normalize(teacher + 0.02 * unit_rows(1, 16, seed=5), dim=-1)  # a cosine of 0.9998
+    bank = torch.cat([unit_rows(4, 16, seed=3), near])
+    terms = relational_terms(unit_rows(1, 16, seed=1), teacher, bank, 0.1, 0.02)
+    expected = softmax_terms(unit_rows(1, 16, seed=1), teacher, bank, False)
+    assert float(terms[0]) == pytest.approx(float(expected), rel=1e-12)
+
+
 @pytest.mark.parametrize("slice_rows", [WHOLE, 7])
 @pytest.mark.parametrize("raw", ["student", "teacher", "bank", "all"])
 @pytest.mark.parametrize("name", LOSSES)
@@ -421,6 +472,7 @@ def test_relational_loss_gives_on_cuda_what_they_give_on_the_cpu(
 ) -> None:
     monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
     student, teacher, bank = (raw_rows(n, 16, seed=s, dtype=dtype) for n, s in ((9, 1), (9, 2), (50, 3)))
+    bank = torch.cat([bank, teacher[:3]])  # copies of own rows
     loss, gradient = gradient_of(lambda rows: relational_loss(rows, teacher, bank, 0.1, 0.05, include_own), student)
 
     def on_cuda(rows: Tensor) -> Tensor:
@@ -515,4 +567,4 @@ def test_infonce_is_the_loop_over_its_formula(rows: int, slice_rows: int, monkey
 def test_infonce_within_a_batch_is_cross_entropy_on_the_diagonal() -> None:
     student, teacher = unit_rows(6, 4, 0), unit_rows(6, 4, 1)
     expected = F.cross_entropy(student @ teacher.T / 0.1, torch.arange(6))
-    assert abs(losses.infonce_loss(student, teacher, teacher, include_own=False) - expected) < 1e-9
+    assert abs(losses.infonce_loss(student, teacher, teacher) - expected) < 1e-9
