@@ -61,7 +61,7 @@ class RelationalDistillationConfig(TrainingArguments):
         task_weight: Weight of the task loss (the model's own, label smoothing or compute_loss_func included), 0 or
             more. 0 trains without labels.
         kd_weight: Weight of classic distillation on logits, 0 or more. 0 never computes it. Above 0 the teacher
-            needs a head with the student's classes.
+            needs a head with the student's classes, which are matched by the names in `id2label`.
         kd_temperature: Temperature of classic distillation, positive. Raise it to show more of how the teacher ranks
             the wrong classes; its loss is multiplied by the square.
         relational_weight: Weight of the relational loss, 0 or more. 0 leaves out head and bank. The default is what

@@ -133,7 +133,9 @@ class RelationalDistillationTrainer(Trainer):
         self._embeddings = EmbeddingLog(args.alignment_examples)
         self._step: StepExamples | None = None
         self._resumed_from: str | None = None
-        prepare = partial(prepared, self._teacher, self.distillation, compute_loss_func is None, optimizers[0])
+        prepare = partial(
+            prepared, self._teacher, self.distillation, preview, compute_loss_func is None, optimizers[0]
+        )
         collate = data_collator or DataCollatorForDistillation(processing_class, teacher_processing_class)
         own_optimizer = optimizers != (None, None) or optimizer_cls_and_kwargs is not None
         saved_beside = processing_class or getattr(collate, "tokenizer", None)
@@ -190,7 +192,7 @@ class RelationalDistillationTrainer(Trainer):
         how = (self.label_names, self.distillation.head is not None, task_loss, self.compute_loss_func is None)
         student = ask_student(model, plain, *how)
         with named_errors("comparing student and teacher", inputs):
-            terms = self.distillation.terms(student, teacher, inputs.get("attention_mask"), model.training)
+            terms = self.distillation.terms(student, teacher, inputs, model.training)
         loss, examples = self.distillation.total(terms), find_batch_size(inputs) or 1
         if model.training:
             step = self._step or StepExamples(self.accelerator, [examples])

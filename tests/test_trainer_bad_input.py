@@ -263,5 +263,5 @@ def test_headless_student_of_a_task(tmp_path: Path) -> None:
 
 def test_headless_student_cannot_learn_logits(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"teacher": tiny_bert(seed=1), "train_dataset": Texts(8), "task_weight": 0.0}
-    with pytest.raises(ValueError, match="student returns no logits.*kd_weight=0"):
-        trainer(tmp_path, model=BertModel(tiny_bert().config), kd_weight=1.0, **settings).train()
+    with pytest.raises(ValueError, match="student needs logits: BertModel has no head.*AutoModelFor.*kd_weight=0"):
+        trainer(tmp_path, model=BertModel(tiny_bert().config), kd_weight=1.0, **settings)

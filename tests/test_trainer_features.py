@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import ImageClassifierOutput
 
-import hf_rrd.training.distillation
+import hf_rrd.models.logits
 from hf_rrd.models.head import EMBEDDING, HEAD, WITH_EMBEDDING, detach_head, head_of
 from hf_rrd.training.checkpoint import SIDECAR
 from tests.builders import CLASSES, Images, Texts, config, log_of, tiny_bert, tiny_vit, trainer
@@ -369,7 +369,7 @@ def test_without_kd_weight_distillation_on_logits_is_never_computed(
     def forbidden(*args: Any) -> Tensor:
         raise AssertionError("logit_terms was called")
 
-    monkeypatch.setattr(hf_rrd.training.distillation, "logit_terms", forbidden)
+    monkeypatch.setattr(hf_rrd.models.logits, "logit_terms", forbidden)
     run = trainer(tmp_path, kd_weight=0.0, eval_dataset=Images(5))
     run.train()
     assert len(log_of(run)) == 3

@@ -12,8 +12,6 @@ from transformers.utils import logging
 
 from hf_rrd.errors import described, named_errors
 from hf_rrd.models.body import (
-    is_classifier,
-    is_headless,
     keep_next,
     main_input_of,
     place_of,
@@ -24,6 +22,7 @@ from hf_rrd.models.body import (
 )
 from hf_rrd.models.columns import TEACHER_PREFIX, Accepted, forward_columns, teacher_inputs
 from hf_rrd.models.embedding import Embedder, Pooling
+from hf_rrd.models.logits import logits_of
 
 logger = logging.get_logger(__name__)
 
@@ -165,7 +164,7 @@ class Teacher:
             if self._embedder is not None:
                 keep_next(self.body)
             outputs = self._forward(**placed(inputs, self.body))
-            logits = outputs.get("logits") if isinstance(outputs, dict) else None
+            logits = logits_of(outputs)
             logits = None if logits is None else logits.to(device)
             if self._embedder is None:
                 return TeacherOutputs(logits=logits)
@@ -183,29 +182,12 @@ def _cached(name: str, inputs: dict[str, Any]) -> Tensor | None:
     return value
 
 
-def check_teacher(teacher: nn.Module, student: nn.Module, kd: bool) -> None:
-    """Raise a ValueError for a teacher that cannot teach this student, or with `kd` not its logits."""
+def check_teacher(teacher: nn.Module, student: nn.Module) -> None:
+    """Raise a ValueError for a teacher that shares weights with the student."""
     shared = {id(weight) for weight in teacher.parameters()} & {id(weight) for weight in student.parameters()}
     if shared:
         what = f"teacher and student share {len(shared)} parameters, and the teacher's are frozen"
         raise ValueError(f"{what}. Pass a copy as the teacher: copy.deepcopy(model).")
-    if kd and (problem := _problem_of_logits(teacher, student)):
-        raise ValueError(f"`kd_weight` is above 0, and {problem}. Use another teacher, or set kd_weight=0.")
-
-
-def _problem_of_logits(teacher: nn.Module, student: nn.Module) -> str:
-    for model in (teacher, student):
-        config = getattr(unwrapped(model), "config", None)
-        kind, classes = getattr(config, "problem_type", None), getattr(config, "num_labels", 2)
-        if kind in ("regression", "multi_label_classification") or classes == 1:
-            came = f"{type(model).__name__} has {classes} and the problem_type {kind!r}"
-            return f"distillation on logits needs a choice among 2 or more classes: {came}"
-    if is_headless(teacher):
-        return f"the teacher needs logits: {type(teacher).__name__} has no head, unlike an AutoModelFor... class"
-    classes = [unwrapped(model).config.num_labels for model in (teacher, student) if is_classifier(model)]
-    if len(set(classes)) == 2:
-        return f"both sides need the same classes: the teacher has {classes[0]}, the student {classes[1]}"
-    return ""
 
 
 def load_teacher(teacher: Any, kwargs: Any = None, argument: str = "teacher") -> Any:

@@ -18,13 +18,21 @@ from hf_rrd.files import write_json
 from hf_rrd.models.body import body_of, placed, unwrapped
 from hf_rrd.models.columns import CACHED_COLUMNS, TEACHER_PREFIX, forward_columns, student_inputs, teacher_inputs
 from hf_rrd.models.embedding import embed
+from hf_rrd.models.logits import Names, class_order, names_of
 from hf_rrd.models.teacher import load_teacher
 from hf_rrd.results.alignment import EmbeddingLog
 from hf_rrd.results.facts import source_of
 from hf_rrd.results.measure import environment_of, evaluating, flops_of, forward_times, size_of
 from hf_rrd.results.reliability import NO_LABEL, calibration_error
 from hf_rrd.results.table import HEADER, place, plain, rows_of
-from hf_rrd.training.data import DataCollatorForDistillation, examples_in, is_map_style, with_cached_arrays
+from hf_rrd.training.data import (
+    DataCollatorForDistillation,
+    Preview,
+    examples_in,
+    is_map_style,
+    noted_logits,
+    with_cached_arrays,
+)
 from hf_rrd.training.distillation import preserved_randomness
 
 logger = logging.get_logger(__name__)
@@ -132,7 +140,8 @@ def compare_models(
             for name, times in forward_times(models, _inputs_of(batch, models, label_names)).items():
                 facts[name]["latency_ms"][str(examples_in(batch))] = times
                 facts[name]["examples_per_second"] = 1000 * examples_in(batch) / times["median"]
-    logits = _comparable_logits(tensors, *map(class_names, (models["student"], models.get("teacher"))))
+    others = names_of(models.get("teacher")) or noted_logits(dataset).get("classes")
+    logits = _comparable_logits(tensors, names_of(models["student"]), others, Preview(dataset).classes)
     for name, rows in logits.items():
         if quality := _quality(rows, tensors.get("labels")):
             facts[name] = facts.get(name, {}) | quality
@@ -181,13 +190,19 @@ def _observe(model: nn.Module, pooling: Any, inputs: dict[str, Any]) -> dict[str
     return {"logits": outputs.get("logits"), "embedding": embedding}
 
 
-def _comparable_logits(tensors: dict[str, Tensor], student: Any, teacher: Any) -> dict[str, Tensor]:
-    """The logits of the student, and the teacher's if their classes are the same as far as names and numbers tell."""
+def _comparable_logits(tensors: dict[str, Tensor], *names: Names) -> dict[str, Tensor]:
+    """The logits of the student, and the teacher's in the order of its classes, as far as names and numbers tell."""
     found = {name: tensors[f"{name}_logits"] for name in ("student", "teacher") if f"{name}_logits" in tensors}
-    if None not in (student, teacher) and student != teacher:
-        found.pop("teacher", None)
     classes = found["student"].shape[1] if "student" in found else 0
-    return {name: rows for name, rows in found.items() if rows.shape[1] == classes > 1}
+    found = {name: rows for name, rows in found.items() if rows.shape[1] == classes > 1}
+    try:
+        order = class_order(*names)
+    except ValueError:  # other classes
+        found.pop("teacher", None)
+    else:
+        if "teacher" in found and order is not None and len(order) == classes:
+            found["teacher"] = tensors["teacher_logits"] = found["teacher"][:, order]
+    return found
 
 
 def _quality(logits: Tensor, labels: Tensor | None) -> dict[str, float]:

@@ -22,7 +22,7 @@ from hf_rrd.files import written_whole
 from hf_rrd.models.body import is_classifier, is_headless, main_input_of, unwrapped
 from hf_rrd.models.columns import CACHED_COLUMNS, TEACHER_PREFIX
 from hf_rrd.models.teacher import Teacher, load_teacher
-from hf_rrd.training.data import sample_of
+from hf_rrd.training.data import note_logits, sample_of
 from hf_rrd.training.identity import weights_hash
 from hf_rrd.training.projection import TeacherProjection
 from hf_rrd.training.reading import Columns, Reader
@@ -218,6 +218,8 @@ def _cached(dataset: Dataset, reader: Reader, root: Path) -> Dataset:
     result = datasets.concatenate_datasets(both, axis=1, split=dataset.split)
     # Where it is from, for the model card.
     result.info.download_checksums, result.info.config_name = dataset.info.download_checksums, dataset.info.config_name
+    if reader.with_logits:
+        note_logits(result, reader.teacher.model)
     return _formatted(result, dataset)
 
 
@@ -299,4 +301,7 @@ def _streamed(dataset: IterableDataset, reader: Reader) -> IterableDataset:
         if reader.with_logits:
             widths["teacher_logits"] = unwrapped(reader.teacher.model).config.num_labels
         features = Features({**dataset.features, **reader.features(cast(dict[str, int], widths))})
-    return dataset.map(outputs, batched=True, batch_size=reader.batch_size, features=features)
+    result = dataset.map(outputs, batched=True, batch_size=reader.batch_size, features=features)
+    if reader.with_logits:
+        note_logits(result, reader.teacher.model)
+    return result

@@ -21,6 +21,7 @@ from transformers.utils import logging
 from hf_rrd.errors import described, named_errors
 from hf_rrd.models.body import unwrapped
 from hf_rrd.models.columns import CACHED_COLUMNS, TEACHER_PREFIX, is_teacher_input
+from hf_rrd.models.logits import names_of
 
 logger = logging.get_logger(__name__)
 
@@ -157,6 +158,13 @@ class Preview:
             )
         return width[0], torch.float16 if half else torch.float32
 
+    @property
+    def classes(self) -> list[str] | None:
+        """The names of the labels' classes, where the data set knows them."""
+        features = getattr(self.dataset, "features", None) or {}
+        label = next((features[name] for name in ("labels", "label", "label_ids") if name in features), None)
+        return getattr(getattr(label, "feature", label), "names", None)
+
     def check_labels(self, label_names: list[str]) -> None:
         """Raise a ValueError where the set is known to have none of the labels that the task loss needs."""
         names = {*label_names, "label", "label_ids"}
@@ -207,6 +215,19 @@ def sample_of(dataset: Any, count: int, seed: int) -> Any:
 def has_cached_embeddings(dataset: Any) -> bool:
     """Whether `teacher_embedding` is a column that can be read on its own, without making whole examples."""
     return isinstance(dataset, Dataset | IterableDataset) and "teacher_embedding" in (dataset.column_names or [])
+
+
+def note_logits(dataset: Any, teacher: Any) -> None:
+    """Keep in a data set's info what its column `teacher_logits` does not say: of which classes, and of what kind."""
+    about = {"classes": names_of(teacher), "problem_type": getattr(unwrapped(teacher).config, "problem_type", None)}
+    dataset.info.download_checksums = {**(dataset.info.download_checksums or {}), "teacher_logits": about}
+
+
+def noted_logits(dataset: Any) -> Mapping[str, Any]:
+    """What `note_logits` kept: `classes` and `problem_type`; {} without it, as of a data set from the Hub."""
+    has_column = "teacher_logits" in (getattr(dataset, "column_names", None) or ["teacher_logits"])
+    notes = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
+    return notes.get("teacher_logits") or {} if has_column else {}
 
 
 def cached_embeddings(dataset: Dataset | IterableDataset) -> Tensor:

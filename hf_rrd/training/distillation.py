@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from hf_rrd.losses.bank import FeatureBank
 from hf_rrd.losses.in_batch import BATCH_LOSSES
-from hf_rrd.losses.logits import logit_terms
 from hf_rrd.losses.relational import infonce_terms, relational_terms
 from hf_rrd.losses.rows import unit
 from hf_rrd.models.head import RelationalHead, StudentOutputs, attach_head, detach_head, head_of, load_head
+from hf_rrd.models.logits import LogitPair, logits_of
 from hf_rrd.models.teacher import Teacher, TeacherOutputs
 from hf_rrd.training.checkpoint import State
 from hf_rrd.training.data import is_map_style, sample_of
@@ -44,6 +44,7 @@ class Distillation:
         bank: The rows that they are compared with; None where the run learns none.
         reference: The rows that the bank began with, (rows, dim); None before, or where there is no training set.
         head: The student's, from `attach` on; None where the run learns no embeddings.
+        logits: How the student's are compared with the teacher's; None where the run learns none.
     """
 
     def __init__(self, args: Any, teacher: Teacher) -> None:
@@ -51,6 +52,7 @@ class Distillation:
         self.projection: TeacherProjection | None = None
         self.bank: FeatureBank | None = None
         self.head: RelationalHead | None = None
+        self.logits: LogitPair | None = None
         self.reference: Tensor | None = None
         self.pending: list[Tensor] = []
         self.seed: int = broadcast_object_list([args.seed])[0]  # each process may have one of its own
@@ -96,14 +98,14 @@ class Distillation:
         self,
         student: StudentOutputs,
         teacher: TeacherOutputs,
-        attention_mask: Tensor | None,
+        inputs: dict[str, Any],
         training: bool,
     ) -> dict[str, Tensor]:
         """The terms of one micro-batch by name, each of every example, (batch,), or their mean.
 
         Args:
             student, teacher: Of the same examples; what is None has no term.
-            attention_mask: Which of the tokens' logits count.
+            inputs: The batch, whose labels and masks say which logits count.
             training: Evaluation leaves the bank as it is.
 
         Raises:
@@ -116,10 +118,10 @@ class Distillation:
                 raise ValueError(f"`{name}` was 0 when the trainer was made and is {weight} now. Make a new trainer.")
         terms = {} if student.task_loss is None else {"task_loss": student.task_loss}
         if teacher.logits is not None:
-            logits = student.outputs.get("logits") if isinstance(student.outputs, dict) else None
+            logits = logits_of(student.outputs)
             if logits is None:
                 raise ValueError("`kd_weight` is above 0, but the student returns no logits. Set kd_weight=0.")
-            terms |= self.kd_terms(logits, teacher.logits, attention_mask)
+            terms |= self.kd_terms(logits, teacher.logits, inputs)
         if teacher.embedding is not None and (training or self.is_calibrated):
             if student.embedding is None:
                 raise ValueError(NO_HEAD)
@@ -158,13 +160,10 @@ class Distillation:
         loss, divergence = relational_terms(student, teacher, bank, *how)
         return {"relational_loss": loss, "relational_kl": divergence}
 
-    def kd_terms(self, student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-        """`kd_loss` of each example, (batch,), from (batch, classes) or masked (batch, length, classes) logits."""
-        terms = logit_terms(student_logits, teacher_logits, self.args.kd_temperature)
-        if terms.dim() > 1:
-            mask = torch.ones_like(terms) if mask is None or mask.shape != terms.shape else mask.to(terms.dtype)
-            terms = (terms * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)
-        return {"kd_loss": terms}
+    def kd_terms(self, student_logits: Tensor, teacher_logits: Tensor, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """`kd_loss` of each example, (batch,)."""
+        assert self.logits is not None
+        return {"kd_loss": self.logits.terms(student_logits, teacher_logits, inputs, self.args.kd_temperature)}
 
     def total(self, terms: dict[str, Tensor]) -> Tensor:
         """The weighted sum of the terms' means, a scalar. `relational_kl` is for reading and has no weight."""

@@ -7,8 +7,9 @@ from transformers.utils import find_labels
 
 from hf_rrd.models.body import unwrapped
 from hf_rrd.models.head import check_student, join_optimizer
+from hf_rrd.models.logits import LogitPair
 from hf_rrd.models.teacher import Teacher, check_teacher, load_teacher
-from hf_rrd.training.data import Preview, check_dataset
+from hf_rrd.training.data import Preview, check_dataset, noted_logits
 from hf_rrd.training.distillation import Distillation
 from hf_rrd.training.distributed import check_same_lengths
 
@@ -24,7 +25,14 @@ def check_data(training_set: Preview, eval_dataset: Any, student: Any, args: Any
         training_set.check_labels(names)
 
 
-def prepared(teacher: Teacher, distillation: Distillation, loss_is_its_own: bool, optimizer: Any, student: Any) -> Any:
+def prepared(
+    teacher: Teacher,
+    distillation: Distillation,
+    training_set: Preview,
+    loss_is_its_own: bool,
+    optimizer: Any,
+    student: Any,
+) -> Any:
     """A student with its head, which a given optimizer trains, too; None of none.
 
     Raises:
@@ -34,7 +42,10 @@ def prepared(teacher: Teacher, distillation: Distillation, loss_is_its_own: bool
         return None
     check_student(student, loss_is_its_own and distillation.args.task_weight > 0)
     if teacher.model is not None:
-        check_teacher(teacher.model, student, teacher.wants_logits)
+        check_teacher(teacher.model, student)
+    if teacher.wants_logits:
+        known = (noted_logits(training_set.dataset), training_set.classes, loss_is_its_own)
+        distillation.logits = LogitPair(student, teacher.model, *known)
     distillation.attach(student)
     if optimizer is not None and distillation.head is not None:
         join_optimizer(distillation.head, optimizer)
@@ -51,7 +62,7 @@ def teacher_for(teacher: Any, args: Any, training_set: Preview, student: nn.Modu
     needed = wants_embedding or wants_logits
     model = load_teacher(teacher, args.teacher_model_init_kwargs) if needed else None
     if model is not None and student is not None:
-        check_teacher(model, student, wants_logits)
+        check_teacher(model, student)
     compiled = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
     made = Teacher(
         model, wants_embedding, wants_logits, args.teacher_pooling, compiled if args.torch_compile else None

@@ -46,6 +46,45 @@ def test_logit_terms_of_a_sequence_equal_those_of_its_tokens_one_by_one() -> Non
     assert float(logit_loss(student, teacher, 2.0)) == pytest.approx(float(terms.mean()), rel=1e-12)
 
 
+def test_several_labels_at_once_are_each_a_choice_between_yes_and_no() -> None:
+    student, teacher = logits(5, 3, seed=1), logits(5, 3, seed=2)
+
+    def naive(rows: Tensor) -> Tensor:
+        total = torch.zeros(()).double()
+        for i in range(5):
+            for k in range(3):
+                zero = torch.zeros(1).double()  # yes or no is a softmax over the logit and 0
+                mine, theirs = (torch.cat([each[i, k : k + 1], zero]) for each in (rows, teacher))
+                total = total + naive_logit_loss(mine[None], theirs[None], 2.0) / 15
+        return total
+
+    expected, expected_gradient = gradient_of(naive, student)
+    kind = "multi_label_classification"
+    loss, gradient = gradient_of(lambda rows: logit_loss(rows, teacher, 2.0, kind), student)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-9)
+    assert logit_terms(student, teacher, 2.0, kind).shape == (5,)
+    huge = 1e4 * student.float()
+    assert logit_loss(huge, -huge, 2.0, kind).isfinite()
+
+
+def test_numbers_differ_by_their_squares_whatever_the_temperature() -> None:
+    student, teacher = torch.tensor([[1.0], [4.0]]), torch.tensor([[2.0], [1.0]])
+    for temperature in (1.0, 4.0):
+        loss, gradient = gradient_of(lambda rows, t=temperature: logit_loss(rows, teacher, t, "regression"), student)
+        assert float(loss) == 5.0
+        assert gradient.tolist() == [[-1.0], [3.0]]
+
+
+def test_classes_that_are_no_candidates_are_left_out_of_the_softmax() -> None:
+    student, teacher = logits(4, 6, seed=1), logits(4, 6, seed=2)
+    candidates = torch.tensor([True, False, True, True, False, True])
+    expected = logit_terms(student[:, candidates], teacher[:, candidates], 0.5)
+    torch.testing.assert_close(logit_terms(student, teacher, 0.5, candidates=candidates), expected)
+    _, gradient = gradient_of(lambda rows: logit_terms(rows, teacher, 0.5, candidates=candidates).mean(), student)
+    assert gradient.isfinite().all() and (gradient[:, ~candidates] == 0).all()
+
+
 def test_the_squared_temperature_keeps_the_gradient_at_the_scale_of_centred_logits() -> None:
     student, teacher = logits(6, 10, seed=1), logits(6, 10, seed=2)
     difference = student - teacher
@@ -78,12 +117,17 @@ def test_logit_loss_is_computed_in_float32_also_under_autocast(dtype: torch.dtyp
     assert float(loss) == float(logit_loss(student.float(), teacher.float()))
 
 
+def test_logit_loss_says_which_problem_types_there_are() -> None:
+    with pytest.raises(ValueError, match="`problem_type` must be one of .*'regression'.*, got 'ranking'"):
+        logit_loss(torch.randn(2, 3), torch.randn(2, 3), problem_type="ranking")
+
+
 @pytest.mark.parametrize(
     ("student", "teacher", "temperature", "message"),
     [
         ((2, 3), (2, 4), 4.0, r"same classes on both sides, .* got student logits of shape \(2, 3\) and .* \(2, 4\)"),
         ((2, 3), (3, 3), 4.0, r"student logits of shape \(2, 3\) and teacher logits of shape \(3, 3\)"),
-        ((2, 1), (2, 1), 4.0, r"at least 2 of them, got student logits of shape \(2, 1\)"),
+        ((2, 1), (2, 1), 4.0, r"at least 2 of them, .* got student logits of shape \(2, 1\)"),
         ((2, 3), (2, 3), 0.0, "`temperature` must be positive, got 0.0"),
         ((2, 3), (2, 3), -1.0, "`temperature` must be positive, got -1.0"),
     ],

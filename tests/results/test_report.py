@@ -215,7 +215,7 @@ def test_a_report_that_lacks_the_teacher_of_the_run_says_so(tmp_path: Path, monk
 
 def test_a_teacher_of_other_classes_has_no_accuracy() -> None:
     named = tiny_vit(width=24, seed=1)
-    named.config.id2label = {0: "d", 1: "c", 2: "b", 3: "a"}
+    named.config.id2label = {0: "d", 1: "c", 2: "b", 3: "e"}
     student = tiny_vit()
     for teacher in (tiny_vit(width=24, classes=7), named):
         student.config.id2label = {0: "a", 1: "b", 2: "c", 3: "d"}
@@ -224,6 +224,24 @@ def test_a_teacher_of_other_classes_has_no_accuracy() -> None:
         assert "accuracy" not in facts["teacher"] and "agreement" not in facts
     named.config.id2label = dict(student.config.id2label)
     assert {"accuracy"} <= compare_models(student, named, Images(20)).facts["teacher"].keys()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_teachers_classes_are_read_in_the_students_order(cached: bool, tmp_path: Path) -> None:
+    student, teacher = tiny_vit(seed=1), tiny_vit(seed=1)  # the same, but for the order of the classes
+    order = [2, 0, 3, 1]
+    student.config.id2label = {0: "a", 1: "b", 2: "c", 3: "d"}
+    teacher.config.id2label = {place: "ABCD"[number] for number, place in enumerate(order)}
+    with torch.no_grad():
+        teacher.classifier.weight[order] = student.classifier.weight.clone()
+    columns = {name: [example[name].tolist() for example in Images(20)] for name in ("pixel_values", "labels")}
+    data = datasets.Dataset.from_dict(columns)
+    if cached:
+        data = cache_teacher_outputs(data, teacher, cache_dir=tmp_path, dtype="float32")
+    report = compare_models(student, None if cached else teacher, data)
+    assert report.facts["agreement"] == 1.0
+    assert report.facts["teacher"]["accuracy"] == report.facts["student"]["accuracy"]
+    torch.testing.assert_close(report.tensors["teacher_logits"], report.tensors["student_logits"])
 
 
 def test_labels_below_zero_are_unknown_and_outputs_that_are_not_finite_are_no_quality() -> None:

@@ -1,0 +1,262 @@
+"""What the logits of a model are of, and distillation on them: in which order the classes are, and what counts."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from hf_rrd.losses.logits import NUMBERS, ONE, SEVERAL, logit_terms
+from hf_rrd.models.body import is_headless, unwrapped
+from hf_rrd.models.columns import TEACHER_PREFIX
+
+logger = logging.get_logger(__name__)
+
+# What a model's logits are of, by the name of its class; the first that matches.
+LAYOUTS = {
+    "frames": "AudioFrameClassification",  # (batch, frames, classes)
+    "letters": "ForCTC",  # (batch, frames, vocabulary)
+    "tokens": "TokenClassification",  # (batch, length, classes)
+    "words": "ForMaskedLM|(XLM|Flaubert)WithLMHead|XLNetLMHead",  # (batch, length, vocabulary)
+    "next words": "ForCausalLM|LMHead|ForConditionalGeneration|MTModel|EncoderDecoderModel",  # the same
+    "pixels": "SemanticSegmentation",  # (batch, classes, height, width)
+    "spans": "ForQuestionAnswering",  # `start_logits` and `end_logits`, here in one: (batch, 2, length)
+    "choices": "MultipleChoice|NextSentencePrediction",  # (batch, choices)
+    "classes": "Classification",  # (batch, classes)
+}
+NAMED = ("frames", "tokens", "pixels", "classes", None)  # of classes that `id2label` names; None is not known
+TEXTS = ("tokens", "words", "next words", "target words")
+DIMENSIONS = {"pixels": 4, "choices": 2, "classes": 2}  # all others have 3
+
+Names = list[str] | None  # of classes, in the order of the logits
+
+
+def layout_of(model: Any) -> str | None:
+    """What a model's logits are of, a key of `LAYOUTS`; None where no name of its classes tells."""
+    for each in type(unwrapped(model)).__mro__:
+        layout = next((layout for layout, names in LAYOUTS.items() if re.search(names, each.__name__)), None)
+        if layout is not None:
+            decodes = layout == "next words" and getattr(
+                getattr(unwrapped(model), "config", None), "is_encoder_decoder", False
+            )
+            return "target words" if decodes else layout
+    return None
+
+
+def logits_of(outputs: Any) -> Tensor | None:
+    """The logits among a model's outputs, or None. Of question answering both in one: (batch, 2, length)."""
+    if not isinstance(outputs, dict):
+        return None
+    spans = [outputs[name] for name in ("start_logits", "end_logits") if outputs.get(name) is not None]
+    return torch.stack(spans, 1) if len(spans) == 2 else outputs.get("logits")
+
+
+def names_of(model: Any) -> Names:
+    """The names of a model's classes, as its config has them, or None."""
+    names = getattr(getattr(unwrapped(model), "config", None), "id2label", None)
+    return [str(names[number]) for number in sorted(names)] if names else None
+
+
+def class_order(own: Names, others: Names, of_data: Names = None) -> list[int] | None:
+    """Where each class of a model is among those of another, by their names; None where there are none.
+
+    Case and spaces do not matter. Names that only count, as LABEL_0 does, are none; then those of the labels in the
+    data stand in for the model's `own`, if they are the others'.
+
+    Raises:
+        ValueError: Both have names, and these are not the same, or one is there twice.
+    """
+    mine, theirs = _plain(own), _plain(others)
+    if mine == theirs and mine:
+        return list(range(len(mine)))
+    place = {name: number for number, name in enumerate(theirs)}
+    if mine and len(mine) == len(theirs) == len(place) and place.keys() == set(mine):
+        return [place[name] for name in mine]
+    if _only_count(mine) or _only_count(theirs):
+        known = of_data is not None and set(_plain(of_data)) == set(theirs)
+        return class_order(of_data, others) if known else None
+    teachers, students = (
+        f"{names[:8]}{' and so on' if len(names) > 8 else ''}" for names in (others or [], own or [])
+    )
+    raise ValueError(
+        f"the teacher names its classes {teachers}, the student {students}: these cannot be matched. If they mean the "
+        "same, in one order, give both configs one `id2label`; otherwise set kd_weight=0."
+    )
+
+
+def _plain(names: Names) -> list[str]:
+    return [re.sub(r"[\s_-]+", " ", name).strip().casefold() for name in names or ()]
+
+
+def _only_count(names: list[str]) -> bool:
+    return all(name in (f"label {number}", str(number)) for number, name in enumerate(names))
+
+
+def _refusal(problem: str, instead: str = "S") -> ValueError:
+    return ValueError(f"`kd_weight` is above 0, and {problem}. {instead}et kd_weight=0.")
+
+
+class LogitPair:
+    """How the logits of a student are compared with those of its teacher.
+
+    Args:
+        student: Its model.
+        teacher: Its model; None where its logits are cached.
+        cached: Of cached logits what `cache_teacher_outputs` noted: `classes` and `problem_type` of their teacher.
+        of_data: The names of the labels' classes, for a student whose config has none.
+        own_loss: Whether the task loss is the student's own, which reads labels as transformers does.
+
+    Raises:
+        ValueError: They cannot be compared.
+    """
+
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module | None, cached: Mapping[str, Any], of_data: Names, own_loss: bool
+    ) -> None:
+        self.student, self.own_loss = unwrapped(student), own_loss
+        self._configs = [getattr(self.student, "config", None), getattr(unwrapped(teacher), "config", None)]
+        self._cached_problem_type = cached.get("problem_type")
+        self._order: Tensor | None = None  # where each of the student's classes is among the teacher's
+        self._same_tokens = False  # until that is seen
+        models = [self.student] if teacher is None else [self.student, unwrapped(teacher)]
+        for side, model in zip(("student", "teacher"), models, strict=False):
+            name = type(model).__name__
+            if is_headless(model):
+                load = "Load it with an AutoModelFor... class, or s"
+                raise _refusal(f"the {side} needs logits: {name} has no head", load)
+            if layout_of(model) is None and type(model).__module__.startswith("transformers."):
+                raise _refusal(f"the {side}'s outputs, of {name}, have no classes in a common order to compare")
+        layouts = [layout for layout in map(layout_of, models) if layout is not None]
+        if len(set(layouts)) == 2:
+            raise _refusal(f"the student's logits are of {layouts[0]}, the teacher's of {layouts[1]}")
+        self.layout = layouts[0] if layouts else None
+        sizes = [size for size in map(_size_of, models) if size is not None]
+        if len(set(sizes)) == 2:
+            raise _refusal(f"both sides need the same classes: the teacher has {sizes[1]}, the student {sizes[0]}")
+        self._given_problem_type()
+        if self.layout in NAMED:
+            self._match(names_of(student), cached.get("classes") or names_of(teacher), of_data)
+
+    def _match(self, own: Names, others: Names, of_data: Names) -> None:
+        order = class_order(own, others, of_data)
+        if order is not None:
+            self._order = None if order == sorted(order) else torch.tensor(order)
+        elif len(own or others or "?") > 1:
+            unnamed = [side for side, names in (("student", own), ("teacher", others)) if _only_count(_plain(names))]
+            say = logger.warning_once if len(unnamed) == 1 else logger.info
+            say(
+                f"`kd_weight`: the classes of the {' and the '.join(unnamed)} have no names: both sides are taken "
+                "to have them in one order. If they have not, give both configs an `id2label`."
+            )
+
+    def terms(self, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any], temperature: float) -> Tensor:
+        """`logit_loss` of each example, (batch,): the mean over those of its tokens, frames or pixels that count.
+
+        From logits as `logits_of` gives them, and the batch, whose labels and masks say what counts. A ValueError if
+        the logits are not of the same shape, or of one that has no meaning.
+        """
+        layout = self.layout or _layout_in(student, inputs)
+        shapes = f"{tuple(student.shape)} of the student and {tuple(teacher.shape)} of the teacher"
+        if {student.dim(), teacher.dim()} != {DIMENSIONS.get(layout, 3)}:
+            raise _refusal(f"logits of {layout} must have {DIMENSIONS.get(layout, 3)} dimensions, got {shapes}")
+        if layout == "pixels":
+            if teacher.shape[2:] != student.shape[2:]:
+                teacher = F.interpolate(teacher.float(), student.shape[2:], mode="bilinear", align_corners=False)
+            student, teacher = student.movedim(1, -1), teacher.movedim(1, -1)
+        if self._order is not None:
+            self._order = self._order.to(teacher.device)
+            teacher = teacher.index_select(-1, self._order)
+        problem_type, counted = self._problem_type(layout, student, inputs), self._counted(layout, student, inputs)
+        among = counted.unsqueeze(1) if layout == "spans" and counted is not None else None
+        terms = logit_terms(student, teacher, temperature, problem_type, among)  # (batch, ...)
+        if layout == "spans" or counted is None:
+            return terms.reshape(len(terms), -1).mean(1)
+        return terms.masked_fill(~counted, 0).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
+
+    def _given_problem_type(self) -> str | None:
+        """As the configs have it: there a model of transformers writes how it reads its first labels."""
+        given = [*(getattr(config, "problem_type", None) for config in self._configs), self._cached_problem_type]
+        kinds = [kind for kind in given if kind is not None]
+        if len(set(kinds)) > 1:
+            raise _refusal(f"the student's `problem_type` is {kinds[0]!r}, the teacher's {kinds[-1]!r}")
+        return kinds[0] if kinds else None
+
+    def _problem_type(self, layout: str, logits: Tensor, inputs: Mapping[str, Any]) -> str:
+        given = self._given_problem_type() if layout in NAMED else ONE
+        if given is not None:
+            return given
+        if logits.shape[-1] == 1:  # Segformer and its like decide one class of pixels by a sigmoid
+            return {"classes": NUMBERS, "pixels": SEVERAL}.get(layout, ONE)
+        if layout != "classes" or getattr(inputs.get("labels"), "shape", None) != logits.shape:
+            return ONE
+        if not self.own_loss or self._configs[0] is None:
+            how = f"Set the student's config.problem_type, to {SEVERAL!r} or to {ONE!r}, or s"
+            raise _refusal("float labels may be several labels at once, or probabilities of one", how)
+        return SEVERAL
+
+    def _counted(self, layout: str, logits: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Which tokens, frames or pixels have something to learn, (batch, ...); None for all of them."""
+        labels = inputs.get("labels")
+        if layout in ("classes", "choices"):
+            return None
+        if layout == "pixels":
+            if not isinstance(labels, Tensor) or labels.dim() != 3:
+                return None
+            nearest = F.interpolate(labels.unsqueeze(1).float(), logits.shape[1:3]).squeeze(1)
+            return (nearest >= 0) & (nearest != getattr(self._configs[0], "semantic_loss_ignore_index", 255))
+        if layout == "target words" and "decoder_input_ids" not in inputs:
+            add = "Add `decoder_input_ids`, as DataCollatorForSeq2Seq(tokenizer, model=student) does, or s"
+            raise _refusal("the teacher has to read what the student is to write", add)
+        shape = (len(logits), logits.shape[2 if layout == "spans" else 1])
+        counted = []
+        if layout in TEXTS and isinstance(labels, Tensor) and labels.shape == shape:
+            # The logits at a token are those of the next one.
+            labels = F.pad(labels[:, 1:], (0, 1), value=-100) if layout == "next words" else labels
+            counted.append(labels != -100)
+        mask = inputs.get("decoder_attention_mask" if layout == "target words" else "attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            if layout in ("frames", "letters"):
+                mask = _in_frames(self.student, mask, shape[1])
+            elif not self._same_tokens:  # two tokenizers: in texts padded to one length no shape shows it
+                other, self._same_tokens = inputs.get(f"{TEACHER_PREFIX}attention_mask"), True
+                if isinstance(other, Tensor) and not torch.equal(other != 0, mask != 0):
+                    raise _refusal("student and teacher read other tokens, so their logits have no common order")
+            if mask.shape == shape:
+                counted.append(mask != 0)
+            elif not counted:
+                raise _refusal(f"the attention mask, {tuple(mask.shape)}, does not fit logits at {shape}")
+        return torch.stack(counted).all(0) if counted else None
+
+
+def _size_of(model: Any) -> int | None:
+    """How many classes the config tells, where the logits are known to be of these."""
+    layout, config = layout_of(model), getattr(model, "config", None)
+    if layout in (None, "spans", "choices") or config is None:
+        return None
+    size = config.num_labels if layout in NAMED else getattr(config.get_text_config(), "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+def _layout_in(logits: Tensor, inputs: Mapping[str, Any]) -> str:
+    """What logits of an unknown model are of, by the shapes of a batch."""
+    labels, mask = (getattr(inputs.get(name), "shape", ()) for name in ("labels", "attention_mask"))
+    if logits.dim() == 2:
+        return "classes"
+    if logits.dim() == 3 and logits.shape[:2] in (labels, mask):
+        return "tokens"
+    if logits.dim() == 4 and len(labels) == 3:
+        return "pixels"
+    came = f"nothing tells which dimension of logits of shape {tuple(logits.shape)} has the classes"
+    raise _refusal(f"{came}: the student is of an unknown class, and neither labels nor mask have such a shape")
+
+
+def _in_frames(model: Any, mask: Tensor, frames: int) -> Tensor:
+    """A mask over samples of sound as one over frames, (batch, frames), by the model's own arithmetic."""
+    if mask.shape[1] != frames and hasattr(model, "_get_feature_vector_attention_mask"):
+        mask = model._get_feature_vector_attention_mask(frames, mask)
+    elif mask.shape[1] != frames and hasattr(model, "_get_output_attention_mask"):
+        mask = model._get_output_attention_mask(mask, target_length=frames)
+    return mask
