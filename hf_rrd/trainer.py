@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedModel, TrainerCallback
+from transformers import EvalPrediction, PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import Trainer
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, number_of_arguments
@@ -44,13 +44,15 @@ from hf_rrd.training.checkpoint import (
 from hf_rrd.training.data import (
     DataCollatorForDistillation,
     Preview,
+    WholeSteps,
     examples_in,
+    warn_of_new_pass,
     with_cached_arrays,
 )
 from hf_rrd.training.distillation import Distillation
 from hf_rrd.training.distributed import StepExamples, calibrate, mean_over_processes, mend_wrap_policy, place_teacher
 from hf_rrd.training.finite import FiniteCheck, check_weights
-from hf_rrd.training.identity import check_identity, teacher_identity
+from hf_rrd.training.identity import check_identity, resuming, settings_of, teacher_identity
 from hf_rrd.training.setup import check_data, prepared, teacher_for
 from hf_rrd.training.task import ask_student, has_labels, predictions_of
 from hf_rrd.training.terms import TermLog
@@ -132,6 +134,7 @@ class RelationalDistillationTrainer(Trainer):
         self._finite = FiniteCheck(self._terms.not_finite)
         self._embeddings = EmbeddingLog(args.alignment_examples)
         self._step: StepExamples | None = None
+        self._steps = WholeSteps()
         self._resumed_from: str | None = None
         prepare = partial(
             prepared, self._teacher, self.distillation, preview, compute_loss_func is None, optimizers[0]
@@ -164,7 +167,9 @@ class RelationalDistillationTrainer(Trainer):
         self._set_signature_columns_if_needed()
         self._signature_columns = [*self._signature_columns, *self._teacher.signature_columns]
         mend_wrap_policy(self.model, self.accelerator)
-        identity = teacher_identity(self._teacher, args.teacher_pooling, preview)
+        identity = teacher_identity(self._teacher, args.teacher_pooling, preview) | settings_of(
+            self.distillation, train_dataset
+        )
         self._identity = broadcast_object_list([identity])[0]  # the others may have no weights yet (FSDP)
         place_teacher(self._teacher, self.accelerator)
         self.distillation.to(self.args.device)
@@ -219,10 +224,11 @@ class RelationalDistillationTrainer(Trainer):
     ) -> Any:
         """As in `Trainer`. `resume_from_checkpoint=True` takes the newest checkpoint that was written to its end."""
         self._resumed_from = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
-        output, self._step = super().train(self._resumed_from, trial, ignore_keys_for_eval), None
+        with resuming(self._resumed_from, self._identity):
+            output, self._step = super().train(self._resumed_from, trial, ignore_keys_for_eval), None
         check_weights(self.model, "the last step broke them")
         if self.state.max_steps > 0 and self.state.global_step == 0:
-            raise ValueError("`train_dataset` gave no batch. Is it smaller than one, with `dataloader_drop_last` on?")
+            self._steps.raise_for_none()
         return output
 
     def _calibrate(self) -> None:
@@ -231,8 +237,11 @@ class RelationalDistillationTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The micro-batches of one optimizer step; counts their examples."""
+        if 0 < self.state.max_steps <= self.state.global_step:  # a run that is resumed at its end
+            self.control.should_training_stop = True
+            return [], None
         with named_errors("reading `train_dataset`"):
-            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+            batches, num_items = self._steps.read(epoch_iterator, num_batches, super().get_batch_samples, device)
         if batches:  # a stream is asked on at its end
             self._step = StepExamples(self.accelerator, [examples_in(batch) for batch in batches])
         return batches, num_items
@@ -438,12 +447,20 @@ class _Phases(TrainerCallback):
         trainer.distillation.start(student, trainer.train_dataset)
         check_optimizer(student, trainer.optimizer)
         trainer._terms.start_training()
+        trainer._steps = WholeSteps()
         trainer._finite.start()
         if trainer._resumed_from is None:
             trainer._calibrate()
         else:
             trainer._restore(trainer._resumed_from)
+            warn_of_new_pass(trainer.train_dataset, trainer.state.epoch)
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         if self.trainer._step is not None:
             self.trainer.distillation.update_bank(self.trainer._step.gather)
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        last = [name for line in state.log_history if line.get("step") == state.global_step for name in line]
+        evaluated = any(name.startswith("eval_") for name in last) or not control.should_evaluate
+        if self.trainer._step is None and evaluated:  # a run that was resumed at its end
+            control.should_evaluate = control.should_save = False

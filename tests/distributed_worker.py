@@ -28,6 +28,16 @@ class Stream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
         return (images[index] for index in range(len(images)))
 
 
+class Short(Stream):
+    """So many images in their order, without a length."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return itertools.islice(super().__iter__(), self.count)
+
+
 def streamed_images() -> Any:
     """The same from the library datasets."""
     images = Images(48)
@@ -59,6 +69,7 @@ SCENARIOS: dict[str, tuple[dict[str, Any], int]] = {
     "batches are dispatched": (_batches(dispatch_batches=True), 4),
     "a stream is dispatched": ({"train_dataset": Stream()}, 2),
     "a stream is read by each": ({"train_dataset": Stream(), **_batches(dispatch_batches=False)}, 2),
+    "a stream whose pass ends within a step": ({"train_dataset": Short(40), "calibration_examples": 40}, 2),
     "a stream of the library datasets": ({"train_dataset": streamed_images()}, 2),
     "a stream of the library datasets, read by each": (
         {"train_dataset": streamed_images(), "calibration_examples": 45, **_batches(dispatch_batches=False)},
@@ -165,16 +176,6 @@ def run_alone(rank: int, processes: int, port: int, folder: str, case: str) -> N
     except ValueError as error:
         found = str(error)
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
-
-
-class Short(Stream):
-    """So many images in their order, without a length."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return itertools.islice(super().__iter__(), self.count)
 
 
 def other_lengths(rank: int, folder: str) -> None:

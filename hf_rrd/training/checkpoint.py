@@ -70,7 +70,7 @@ def load_sidecar(folder: str) -> tuple[State, dict[str, str]]:
         )
     state: State = {}
     try:
-        about = _about(path)
+        about = said_of(folder)
         for key, tensor in load_file(path).items():
             group, _, name = key.partition(".")
             if group not in ("head", "teacher_projection", "bank", "reference"):
@@ -79,7 +79,7 @@ def load_sidecar(folder: str) -> tuple[State, dict[str, str]]:
                 raise ValueError(f"{key} must be in floating point of 16 to 64 bits, got {tensor.dtype}")
             if not tensor.isfinite().all():
                 raise ValueError(f"{key} has values that are not finite")
-            if group == "bank" and (torch.linalg.vector_norm(tensor.float(), dim=-1) > 1.01).any():
+            if name == "rows" and (torch.linalg.vector_norm(tensor.float(), dim=-1) > 1.01).any():
                 raise ValueError(f"{key} must be rows of length 1, got longer ones")
             state.setdefault(group, {})[name] = tensor
     except (SafetensorError, ValueError) as error:
@@ -87,7 +87,9 @@ def load_sidecar(folder: str) -> tuple[State, dict[str, str]]:
     return state, about
 
 
-def _about(path: Path) -> dict[str, str]:
+def said_of(folder: str | os.PathLike[str]) -> dict[str, str]:
+    """What a sidecar's metadata say; a ValueError or an OSError where it is no whole one."""
+    path = Path(folder, SIDECAR)
     with path.open("rb") as opened:
         header = int.from_bytes(opened.read(8), "little")
     if header > LONGEST_HEADER:  # which would be read for minutes
@@ -149,7 +151,7 @@ def flaw_in(checkpoint: str | os.PathLike[str]) -> str | None:
     if not has_sidecar(str(checkpoint)):
         return None
     try:
-        sizes = json.loads(_about(folder / SIDECAR).get("files", "{}"))
+        sizes = json.loads(said_of(folder).get("files", "{}"))
         for name, size in sizes.items():
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts:

@@ -1,8 +1,8 @@
 """Data sets and batches: what is known of a set before it is read, how examples are collated, some of them drawn."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -107,6 +107,35 @@ def check_batch_labels(batch: Mapping[str, Any], label_names: list[str]) -> None
         )
 
 
+class WholeSteps:
+    """Micro-batches by the optimizer step. Too few at the end of a stream's pass wait for those of the next pass.
+
+    The Trainer would give them no step of their own: their gradients would be added to those of the next one.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: list[Any] = []
+        self._ended: Any = None
+
+    def read(
+        self, iterator: Iterator[Any], count: int, take: Callable[..., Any], device: Any
+    ) -> tuple[list[Any], Any]:
+        """What `take`, the Trainer's way, gives of `count` micro-batches; nothing where a pass has fewer left."""
+        if iterator is self._ended:  # a Trainer asks on until its steps are over
+            return [], None
+        batches, num_items = take(chain(self.waiting, iterator), count, device)
+        is_whole = len(batches) == count
+        self.waiting, self._ended = ([], None) if is_whole else (batches, iterator)
+        return (batches, num_items) if is_whole else ([], None)
+
+    def raise_for_none(self) -> None:
+        """Raise the ValueError of a training without a single step."""
+        if self.waiting:
+            few = f"`train_dataset` gave {len(self.waiting)} batches, fewer than `gradient_accumulation_steps`"
+            raise ValueError(f"{few}. Lower that, or the batch size.")
+        raise ValueError("`train_dataset` gave no batch. Is it smaller than one, with `dataloader_drop_last` on?")
+
+
 # ---- What is known of a data set ----
 
 
@@ -199,6 +228,12 @@ def check_dataset(name: str, dataset: Any) -> None:
             check_dataset(f"{name}[{key!r}]", part)
     elif hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError(f"`{name}` is empty, got 0 examples. Pass at least one.")
+
+
+def warn_of_new_pass(dataset: Any, passes: float | None) -> None:
+    """Warn where a resumed run was past the first pass of a stream: the Trainer does not find the place again."""
+    if not is_map_style(dataset) and (passes or 0) >= 1:
+        logger.warning("The stream was past its first pass, of which no checkpoint knows: it begins a new pass.")
 
 
 # ---- Some examples, and columns on their own ----

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from hf_rrd.errors import named_errors
 from hf_rrd.models.body import unwrapped
+from hf_rrd.models.columns import CACHED_COLUMNS
 from hf_rrd.models.pooling import name_of
 from hf_rrd.models.teacher import Teacher
+from hf_rrd.training.checkpoint import has_sidecar, said_of
 from hf_rrd.training.data import Preview, cached_embeddings, has_cached_embeddings, is_map_style
 
 SAMPLED = 1024
@@ -56,17 +58,53 @@ def teacher_identity(teacher: Teacher, pooling: Any, training_set: Preview) -> d
     return identity
 
 
+def settings_of(distillation: Any, training_set: Any) -> dict[str, str]:
+    """By name, those settings of a run on whose values the content of its checkpoints depends."""
+    if distillation.projection is None:
+        return {"relational_weight": "0"}
+    names = ("student_projection", "teacher_projection", "projection_dim")
+    settings = {name: str(getattr(distillation.args, name)) for name in names}
+    if distillation.rows > 0:
+        fits = is_map_style(training_set) and len(training_set) <= distillation.rows
+        settings["bank_size"] = "for the whole training set" if fits else str(distillation.rows)
+    return {"relational_weight": "above 0", **settings}
+
+
 def check_identity(about: dict[str, str], identity: dict[str, str], checkpoint: str) -> None:
-    """Raise a ValueError for a checkpoint that says of itself that its bank is of another teacher than this run's."""
-    known = identity.keys() & about.keys()  # a term that was off then has no source to compare
-    changed = sorted(column for column in known or identity if about.get(column) != identity[column])
+    """Raise a ValueError for a checkpoint that says of itself that it is of another teacher, or of other settings."""
+    instead = "start a new run from the student: `from_pretrained` loads it from the checkpoint."
+    columns = identity.keys() & CACHED_COLUMNS
+    for name in sorted(identity.keys() - columns, key=lambda name: name != "relational_weight"):  # that one first
+        if "relational_weight" in about and (there := about.get(name, "none")) != identity[name]:
+            what = f"{checkpoint} was written with {name} {there}, this run has {name} {identity[name]}"
+            raise ValueError(f"{what}. Resume with the same settings, or {instead}")
+    known = columns & about.keys()  # a term that was off then has no source to compare
+    changed = sorted(column for column in known or columns if about.get(column) != identity[column])
     if changed:
-        there = ", ".join(f"{column} from {about.get(column, 'one that it does not name')}" for column in changed)
+        source = ", ".join(f"{column} from {about.get(column, 'one that it does not name')}" for column in changed)
         here = ", ".join(f"{column} from {identity[column]}" for column in changed)
+        what = f"{checkpoint} was written with another teacher: {source}; this run has {here}"
+        raise ValueError(f"{what}. Pass the same teacher, or {instead}")
+
+
+@contextmanager
+def resuming(checkpoint: str | None, identity: dict[str, str]) -> Iterator[None]:
+    """Check a checkpoint before a training goes on from it, and say what torch means where its optimizer does not fit.
+
+    Raises:
+        ValueError: It is of another teacher, of other settings, or of other weights than those that are trained now.
+    """
+    if checkpoint is not None and has_sidecar(checkpoint):
+        check_identity(said_of(checkpoint), identity, checkpoint)
+    try:
+        yield
+    except ValueError as error:
+        if checkpoint is None or "parameter group" not in str(error):
+            raise
         raise ValueError(
-            f"{checkpoint} was written with another teacher: {there}; this run has {here}. Pass the same teacher, or "
-            "start a new run from the student: `from_pretrained` loads it from the checkpoint."
-        )
+            f"{checkpoint} was written by a run that trained other weights ({error}). Resume with the same student, "
+            "frozen and adapted as it was then, or start a new run from it."
+        ) from error
 
 
 def _column_sample(training_set: Preview, column: str) -> str:
