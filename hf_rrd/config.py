@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from transformers.training_args import TrainingArguments
 
+from hf_rrd.errors import refuse_unknown
 from hf_rrd.losses.in_batch import FEWEST_EXAMPLES
 from hf_rrd.models.head import STUDENT_PROJECTIONS
 from hf_rrd.models.pooling import POOLERS, name_of
@@ -123,6 +124,11 @@ class RelationalDistillationConfig(TrainingArguments):
     student_pooling: str = "auto"
     teacher_pooling: str = "auto"
     teacher_model_init_kwargs: dict[str, Any] | str | None = None  # a dict from here on
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "RelationalDistillationConfig":
+        """Refuse misspelt names, with what may be meant."""
+        refuse_unknown(cls, kwargs)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for name in (*WEIGHTS, *TEMPERATURES, "teacher_perplexity"):

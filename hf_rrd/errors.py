@@ -1,6 +1,8 @@
 """Which columns a failure was about: an error from inside a model, a collator or a loss does not say so."""
 
-from collections.abc import Iterator, Mapping
+import difflib
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +32,24 @@ def named_errors(what: str, data: Any = None) -> Iterator[None]:
         if type(error).__module__ != "builtins" or _is_of_the_machine(error):
             raise
         on = "" if data is None else f" on {described(data)}"
-        raise BatchError(f"{what} failed{on}. {type(error).__name__}: {error}") from error
+        advice = ""
+        if "(`teacher_" in str(error):  # a tokenizer's, whose collator was asked to pad what is not for it
+            advice = " The teacher's columns are for a DataCollatorForDistillation(data_collator, teacher_tokenizer)."
+        raise BatchError(f"{what} failed{on}. {type(error).__name__}: {error}{advice}") from error
+
+
+MEANT = {"tokenizer": "processing_class", "teacher_tokenizer": "teacher_processing_class", "student": "model"}
+
+
+def refuse_unknown(made: Any, given: Iterable[str]) -> None:
+    """Raise a TypeError for a class's keyword arguments that it has not, with the ones that may be meant."""
+    parameters = inspect.signature(made.__init__).parameters
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    for name in given if not takes_any else ():
+        if name not in parameters:
+            near = [MEANT[name]] if name in MEANT else difflib.get_close_matches(name, parameters, 1)
+            advice = f" Did you mean `{near[0]}`?" if near else ""
+            raise TypeError(f"{made.__name__} has no argument `{name}`.{advice}")
 
 
 def described(data: Any) -> str:

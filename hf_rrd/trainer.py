@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Hu
 from transformers.utils import logging
 
 from hf_rrd.config import RelationalDistillationConfig
-from hf_rrd.errors import named_errors
+from hf_rrd.errors import named_errors, refuse_unknown
 from hf_rrd.models.columns import forward_columns, student_inputs
 from hf_rrd.models.head import HEAD, check_optimizer
 from hf_rrd.results.alignment import EmbeddingLog
@@ -46,6 +46,7 @@ from hf_rrd.training.data import (
     Preview,
     WholeSteps,
     examples_in,
+    previews_of,
     warn_of_new_pass,
     with_cached_arrays,
 )
@@ -53,6 +54,7 @@ from hf_rrd.training.distillation import Distillation
 from hf_rrd.training.distributed import StepExamples, calibrate, mean_over_processes, mend_wrap_policy, place_teacher
 from hf_rrd.training.finite import FiniteCheck, check_weights
 from hf_rrd.training.identity import check_identity, resuming, settings_of, teacher_identity
+from hf_rrd.training.inputs import check_inputs
 from hf_rrd.training.setup import check_data, prepared, teacher_for
 from hf_rrd.training.task import ask_student, has_labels, predictions_of
 from hf_rrd.training.terms import TermLog
@@ -100,6 +102,11 @@ class RelationalDistillationTrainer(Trainer):
     hub_model_id: Any
     _signature_columns: Any
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> "RelationalDistillationTrainer":
+        """Refuse misspelt names, with what may be meant."""
+        refuse_unknown(cls, kwargs)
+        return super().__new__(cls)
+
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | None = None,
@@ -127,8 +134,8 @@ class RelationalDistillationTrainer(Trainer):
         preview = Preview(train_dataset)
         check_data(preview, eval_dataset, model, args, data_collator)
         self._teacher = teacher_for(teacher, args, preview, model)
-        if self.teacher is not None and data_collator is None:
-            preview.warn_of_shared_tokens(model, self.teacher)
+        sets = previews_of(preview, eval_dataset)
+        check_inputs(sets, model, self._teacher, args, data_collator, (processing_class, teacher_processing_class))
         self.distillation = Distillation(args, self._teacher)
         self._terms = TermLog(args)
         self._finite = FiniteCheck(self._terms.not_finite)
@@ -165,7 +172,8 @@ class RelationalDistillationTrainer(Trainer):
         self.loss_is_scaled_for_ga = False
         self._student_columns = forward_columns(self.model)
         self._set_signature_columns_if_needed()
-        self._signature_columns = [*self._signature_columns, *self._teacher.signature_columns]
+        raw = [name for each in sets.values() if each.is_transformed for name in each.dataset.column_names]
+        self._signature_columns = [*self._signature_columns, *self._teacher.signature_columns, *raw]
         mend_wrap_policy(self.model, self.accelerator)
         identity = teacher_identity(self._teacher, args.teacher_pooling, preview) | settings_of(
             self.distillation, train_dataset

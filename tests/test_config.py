@@ -397,3 +397,10 @@ def test_the_teachers_token_is_not_shown_where_the_settings_are_logged(tmp_path:
     secret = "hf_abcdefghijklmnop"  # the Trainer's own scripts log `f"Training parameters {training_args}"`
     assert secret not in show(settings(tmp_path, hub_token=secret))
     assert secret not in show(settings(tmp_path, teacher_model_init_kwargs={"token": secret}))
+
+
+def test_a_misspelt_setting_is_refused_with_what_may_be_meant(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="has no argument `teacher_temprature`. Did you mean `teacher_temperature`?"):
+        settings(tmp_path, teacher_temprature=0.1)
+    with pytest.raises(TypeError, match="Config has no argument `xyz`.$"):
+        settings(tmp_path, xyz=0.1)

@@ -9,11 +9,19 @@ import datasets
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertModel, PreTrainedConfig, PreTrainedModel, TrainingArguments, ViTModel
+from transformers import (
+    BertModel,
+    DataCollatorWithPadding,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TrainingArguments,
+    ViTModel,
+)
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_rrd import RelationalDistillationTrainer
-from tests.builders import CLASSES, Images, Texts, tiny_bert, tiny_vit, trainer
+from tests.builders import CLASSES, Images, Texts, config, tiny_bert, tiny_vit, trainer
+from tests.training.test_data import tokenizer
 
 
 class Stream(torch.utils.data.IterableDataset[dict[str, Tensor]]):
@@ -248,10 +256,62 @@ def test_checkpoint_of_another_student(shape: dict[str, int], message: str, chec
 
 
 @pytest.mark.parametrize("as_columns", [False, True])
-def test_batch_without_the_main_input_of_the_teacher(as_columns: bool, tmp_path: Path) -> None:
+def test_data_without_the_main_input_of_the_teacher(as_columns: bool, tmp_path: Path) -> None:
     texts: Any = columns(Texts(8), "input_ids", "attention_mask", "labels") if as_columns else Texts(8)
-    run = trainer(tmp_path, model=tiny_bert(), teacher=tiny_vit(), train_dataset=texts)
     with pytest.raises(ValueError, match="the teacher needs `pixel_values`.*column `teacher_pixel_values`"):
+        trainer(tmp_path, model=tiny_bert(), teacher=tiny_vit(), train_dataset=texts)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("teacher_model", "teacher"),
+        ("tokenizer", "processing_class"),
+        ("teacher_tokenizer", "teacher_processing_class"),
+        ("student", "model"),
+        ("train_data_set", "train_dataset"),
+    ],
+)
+def test_a_misspelt_argument_is_refused_with_what_may_be_meant(name: str, meant: str, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=f"Trainer has no argument `{name}`. Did you mean `{meant}`?"):
+        trainer(tmp_path, **{name: None})
+
+
+def test_a_subclass_may_take_arguments_of_its_own(tmp_path: Path) -> None:
+    class Own(RelationalDistillationTrainer):
+        def __init__(self, margin: float, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self.margin = margin
+
+    run = Own(0.5, model=tiny_vit(), teacher=tiny_vit(seed=1), args=config(tmp_path), train_dataset=Images(8))
+    assert run.margin == 0.5
+
+
+def test_arguments_for_loading_beside_a_teacher_that_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`teacher_model_init_kwargs` \['dtype'\] are for .* `teacher` is a model"):
+        trainer(tmp_path, teacher_model_init_kwargs={"dtype": "bfloat16"})
+    trainer(tmp_path, teacher_model_init_kwargs={})
+
+
+def test_an_error_of_the_student_names_the_columns_of_the_data_alone(tmp_path: Path) -> None:
+    images = Images(8)
+    examples = [{**images[i], "teacher_pixel_values": images.pixels[i]} for i in range(8)]
+    examples = [{**example, "pixel_values": torch.zeros(3, 15, 16)} for example in examples]
+    message = r"the student failed on `pixel_values` \(8, 3, 15, 16\) float32, `labels` \(8,\) int64\. ValueError"
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, train_dataset=examples).train()
+
+
+def test_a_tokenizers_collator_on_the_teachers_columns_is_pointed_to_ours(tmp_path: Path) -> None:
+    words = tokenizer("[PAD]", "[UNK]", "a", "good", "film")
+    sides = [(words(text), words(f"a {text}")) for text in ("film", "good film")]
+    examples = [
+        {**student, **{f"teacher_{name}": value for name, value in teacher.items()}, "label": 0}
+        for student, teacher in sides
+    ]
+    given: dict[str, Any] = {"model": tiny_bert(), "teacher": tiny_bert(seed=1), "train_dataset": examples * 4}
+    run = trainer(tmp_path, data_collator=DataCollatorWithPadding(words), **given)
+    with pytest.raises(ValueError, match=r"DataCollatorForDistillation\(data_collator, teacher_tokenizer\)\.$"):
         run.train()
 
 

@@ -274,3 +274,37 @@ def test_family_trains_as_either_side_and_saves_a_stock_student(family: str, rol
     # A copy, since some convolutions round differently on weights that lie in the mapped file at odd addresses.
     reloaded = copy.deepcopy(type(student).from_pretrained(tmp_path / "saved"))
     torch.testing.assert_close(prediction(reloaded, dataset), prediction(student, dataset), rtol=0, atol=0)
+
+
+class Questions(Texts):
+    """Texts with the span of an answer."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        example = super().__getitem__(index)
+        return example | {"start_positions": example.pop("labels"), "end_positions": torch.tensor(4)}
+
+
+class Choices(Texts):
+    """Three texts of which one is right."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        texts = [super(Choices, self).__getitem__((index + shift) % len(self)) for shift in range(3)]
+        example = {name: torch.stack([text[name] for text in texts]) for name in ("input_ids", "attention_mask")}
+        return example | {"labels": torch.tensor(index % 3)}
+
+
+@pytest.mark.parametrize("task_weight", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("name", "data"), [("BertForQuestionAnswering", Questions), ("BertForMultipleChoice", Choices)]
+)
+def test_tasks_with_other_labels_or_several_texts_an_example_train_and_evaluate(
+    name: str, data: Any, task_weight: float, tmp_path: Path
+) -> None:
+    build = transformer(name, vocab_size=50, num_labels=2)
+    models = {"model": build(), "teacher": build(24, seed=1)}
+    run = trainer(tmp_path, train_dataset=data(24), eval_dataset=data(8), task_weight=task_weight, **models)
+    run.train()
+    metrics = run.evaluate()
+    assert len(run.distillation.bank) == 20
+    assert ("eval_task_loss" in metrics) == (task_weight > 0)
+    assert metrics["eval_relational_kl"] > 0

@@ -1,7 +1,7 @@
 """Which columns of a batch reach the student, and which the teacher."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -25,16 +25,25 @@ def is_teacher_input(name: str) -> bool:
     return name.startswith(TEACHER_PREFIX) and name not in CACHED_COLUMNS
 
 
+def is_label(name: str) -> bool:
+    """Whether a column is a label, by its name, as transformers tells them."""
+    return "label" in name or name in ("start_positions", "end_positions")
+
+
+def own_columns(names: Iterable[str], accepted: Accepted) -> list[str]:
+    """Those of the columns that are for a teacher with these `forward_columns` alone: its `teacher_` ones."""
+    bare = {name: name.removeprefix(TEACHER_PREFIX) for name in names if is_teacher_input(name)}
+    return [name for name, own in bare.items() if _takes(accepted, own) and not is_label(own)]
+
+
 def teacher_inputs(inputs: Mapping[str, Any], accepted: Accepted) -> dict[str, Any]:
     """What a teacher with these `forward_columns` sees: its `teacher_` columns, or else those that it shares."""
-    prefixed = {name.removeprefix(TEACHER_PREFIX): value for name, value in inputs.items() if is_teacher_input(name)}
+    own = own_columns(inputs, accepted)
+    if own:
+        return {name.removeprefix(TEACHER_PREFIX): inputs[name] for name in own}
     shared = {name: value for name, value in inputs.items() if not name.startswith(TEACHER_PREFIX)}
-
-    def read(columns: dict[str, Any]) -> dict[str, Any]:
-        # Labels stay away: the teacher's loss is nobody's, and its classes may differ.
-        return {name: value for name, value in columns.items() if _takes(accepted, name) and "label" not in name}
-
-    return read(prefixed) or read(shared)
+    # Labels stay away: the teacher's loss is nobody's, and its classes may differ.
+    return {name: value for name, value in shared.items() if _takes(accepted, name) and not is_label(name)}
 
 
 def student_inputs(inputs: Mapping[str, Any], accepted: Accepted, teacher_accepted: Accepted) -> dict[str, Any]:

@@ -1,14 +1,16 @@
 """The embedding of an example: the output of a model's body, pooled to one row."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers.models import auto
 
+from hf_rrd.errors import described
 from hf_rrd.models.body import body_of, keep_next, main_input_of, place_of, take_kept, watch
 from hf_rrd.models.pooling import POOLERS
 
@@ -44,6 +46,11 @@ def embed(
     student_rows, outputs = embed(student, batch, return_outputs=True)
     ```
     """
+    is_dict = isinstance(inputs, Mapping)
+    if not is_dict or any(isinstance(value, list | np.ndarray) for value in inputs.values()):
+        came = described(inputs) if is_dict else f"a {type(inputs).__name__}"
+        made = "a tokenizer or a processor gives it with return_tensors='pt'"
+        raise ValueError(f"`inputs` must be a dict of tensors, got {came}: {made}.")
     embedder = Embedder(extract_model_from_parallel(model, keep_torch_compile=False), pooling)
     unwatch = watch(embedder.body)
     keep_next(embedder.body)
@@ -66,14 +73,18 @@ class Embedder:
 
     def pool(self, outputs: Any, attention_mask: Tensor | None) -> Tensor:
         """From the body's output to (batch, width)."""
-        hidden = getattr(outputs, "last_hidden_state", None)
+        hidden: Any = getattr(outputs, "last_hidden_state", None)
+        choices: Any = None
+        if attention_mask is not None and attention_mask.dim() == 3 and len(hidden) == attention_mask[:, :, 0].numel():
+            # Multiple choice: the body reads each choice as a text, and an example is the mean of its own.
+            choices, attention_mask = attention_mask.shape[:2], attention_mask.flatten(0, 1)
         if attention_mask is not None and isinstance(hidden, Tensor) and attention_mask.shape[-1] != hidden.shape[1]:
             # Speech: the mask counts samples, the hidden states are frames.
             to_frames = getattr(self.body, "_get_feature_vector_attention_mask", lambda length, mask: mask)
             attention_mask = to_frames(hidden.shape[1], attention_mask)
         pooler = POOLERS[self.pooling] if isinstance(self.pooling, str) else self.pooling
         pooled: Tensor = pooler(outputs, attention_mask)
-        return pooled
+        return pooled if choices is None else pooled.view(*choices, -1).mean(1)
 
     @cached_property
     def width(self) -> int:

@@ -1,7 +1,7 @@
 """The teacher: frozen, in evaluation mode, without gradients, and never part of the student."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from hf_rrd.models.body import (
     unwrapped,
     watch,
 )
-from hf_rrd.models.columns import TEACHER_PREFIX, Accepted, forward_columns, teacher_inputs
+from hf_rrd.models.columns import TEACHER_PREFIX, Accepted, forward_columns, own_columns, teacher_inputs
 from hf_rrd.models.embedding import Embedder, Pooling
 from hf_rrd.models.logits import logits_of
 
@@ -58,6 +58,8 @@ class Teacher:
         self.model = model
         self.wants_embedding, self.wants_logits = wants_embedding, wants_logits
         self.columns: Accepted = []  # the arguments of the forward; none without a model
+        self.own: list[str] | None = None  # the `teacher_` columns that it reads, of the first data that were seen
+        self.before_sharing: Callable[[], None] | None = None  # called once, before it reads the student's input
         self.width: int | None = None  # of its embedding; without a model from `cached_as`
         self.dtype = torch.float32  # of its embedding: a half precision where the weights or the columns have one
         self._embedder: Embedder | None = None
@@ -131,7 +133,7 @@ class Teacher:
         if not lacks_logits and (found.embedding is not None or not self.wants_embedding):
             return found
         if self.model is not None:
-            computed = self.compute(teacher_inputs(inputs, self.columns))
+            computed = self.compute(self.inputs_from(inputs))
             if lacks_logits and computed.logits is None:
                 instead = "Load it with an AutoModelFor... class, or set kd_weight=0"
                 raise ValueError(f"`kd_weight` is above 0, and the teacher returns no logits. {instead}.")
@@ -145,19 +147,40 @@ class Teacher:
         )
         return found
 
+    def inputs_from(self, batch: Mapping[str, Any], what: str = "the batch") -> dict[str, Any]:
+        """What the teacher reads of a batch: its own `teacher_` columns, or in all batches the student's.
+
+        Raises:
+            ValueError: The batch has not the columns that others had, or nothing to read.
+        """
+        own = own_columns(batch, self.columns)
+        if self.own is None:
+            self.own = own
+        if bool(own) != bool(self.own):
+            others = f"the training set {self.own}" if self.own else "the training set no such column"
+            raise ValueError(
+                f"{what} has {own or sorted(batch)} for the teacher, and {others}: in one of them it would read the "
+                "student's input. Add the teacher's columns to all data sets, and where a `data_collator` drops them, "
+                "pass DataCollatorForDistillation(data_collator, teacher_processor)."
+            )
+        inputs, main_input = teacher_inputs(batch, self.columns), main_input_of(self.body)
+        if main_input not in inputs and "inputs_embeds" not in inputs:
+            raise ValueError(
+                f"the teacher needs `{main_input}`, and {what} has {sorted(batch)}. Add a column "
+                f"`teacher_{main_input}` with its own input, and set remove_unused_columns=False if it is removed."
+            )
+        if not own and self.before_sharing is not None:
+            self.before_sharing()
+            self.before_sharing = None
+        return inputs
+
     # `inference_mode` would be no faster here, and its tensors may not enter a graph: the bank's rows do.
     @torch.no_grad()
     def compute(self, inputs: dict[str, Any]) -> TeacherOutputs:
         """One forward of the model, whose keyword arguments these are. The outputs are on the device of the inputs."""
         assert self.model is not None
         self.model.eval()
-        main_input = main_input_of(self.body)
-        if main_input not in inputs and "inputs_embeds" not in inputs:
-            raise ValueError(
-                f"the teacher needs `{main_input}`, the batch offers it {sorted(inputs)}. Add a column `teacher_"
-                f"{main_input}` with the teacher's own input, and set remove_unused_columns=False if it is removed."
-            )
-        device = getattr(inputs.get(main_input), "device", None)
+        device = getattr(inputs.get(main_input_of(self.body)), "device", None)
         if self.columns is not None and "use_cache" in self.columns:
             inputs = {**inputs, "use_cache": False}
         with named_errors("the teacher", inputs):

@@ -145,8 +145,13 @@ def with_views(dataset: Dataset, views: int) -> Dataset:
         `views * len(dataset)` examples.
 
     Raises:
-        ValueError: `views` is below 1.
+        ValueError: `views` is below 1, or this is no single map-style data set of the library datasets.
     """
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"`dataset` must be a datasets.Dataset, got a {type(dataset).__name__}. Of several splits only the "
+            "training set is augmented: with_views(data['train'], 4)."
+        )
     if views < 1:
         raise ValueError(f"`views` must be 1 or more, got {views}.")
     count = len(dataset)

@@ -1,5 +1,6 @@
 """Data sets and batches: what is known of a set before it is read, how examples are collated, some of them drawn."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from itertools import chain, islice
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
@@ -40,6 +41,7 @@ class DataCollatorForDistillation:
 
     def __init__(self, student: Any = None, teacher: Any = None) -> None:
         self.tokenizer = student if isinstance(student, PreTrainedTokenizerBase) else None
+        self.processors = (student, teacher)
         self._collate_student = collator_of(student)
         self._collate_teacher = collator_of(teacher)
 
@@ -60,17 +62,26 @@ class DataCollatorForDistillation:
             {name.removeprefix(TEACHER_PREFIX): feature.pop(name) for name in prefixed} for feature in features
         ]
         stacked = {name: _stacked([feature.pop(name) for feature in features]) for name in cached}
-        batch = dict(self._collate_student(features)) | stacked
+        batch = _collated(self._collate_student, features, "") | stacked
         if prefixed:
-            try:
-                teacher_batch = self._collate_teacher(teacher_features)
-            except (ValueError, RuntimeError) as error:  # of lists, of tensors
-                raise ValueError(
-                    f"the columns {prefixed} could not be collated ({error}). Are they of unequal length? Pass the "
-                    "teacher's tokenizer as `teacher_processing_class`."
-                ) from error
+            teacher_batch = _collated(self._collate_teacher, teacher_features, TEACHER_PREFIX)
             batch |= {TEACHER_PREFIX + name: value for name, value in teacher_batch.items()}
         return batch
+
+
+def _collated(collate: Any, features: list[dict[str, Any]], prefix: str) -> dict[str, Any]:
+    """One side's batch; an error of a side that has no processor, whose columns are only stacked, says so."""
+    try:
+        return dict(collate(features))
+    except (ValueError, RuntimeError) as error:  # of lists, of tensors
+        if collate is not default_data_collator:
+            raise
+        names = [f"{prefix}{name}" for name in features[0]]
+        remedy = f"`{prefix}processing_class`, or as the {'second' if prefix else 'first'} argument of the collator"
+        raise ValueError(
+            f"the columns {names} could not be collated ({error}). Are they of unequal length? Nothing pads them: "
+            f"pass the {'teacher' if prefix else 'student'}'s tokenizer as {remedy}."
+        ) from error
 
 
 def _stacked(rows: list[Any]) -> Tensor:
@@ -102,8 +113,8 @@ def check_batch_labels(batch: Mapping[str, Any], label_names: list[str]) -> None
     """Raise a ValueError for a batch that has none of the labels which a model needs for its loss."""
     if label_names and not any(batch.get(name) is not None for name in label_names):
         raise ValueError(
-            f"`task_weight` is above 0, so each batch needs labels: none of {label_names} is in it. Set task_weight=0 "
-            "to train without labels."
+            f"`task_weight` is above 0, so each batch needs labels: none of {label_names} is in it, as numbers. Set "
+            "task_weight=0 to train without labels."
         )
 
 
@@ -158,9 +169,18 @@ class Preview:
         """The columns, as far as they can be known without reading a stream; otherwise None."""
         names = getattr(self.dataset, "column_names", None)
         if names is not None:
-            transformed = (getattr(self.dataset, "format", None) or {}).get("type") == "custom"
-            return None if transformed else set(names)
+            return None if self.is_transformed else set(names)
         return set(self.example) or None if is_map_style(self.dataset) else None
+
+    @property
+    def is_transformed(self) -> bool:
+        """Whether a transform makes the examples of a `datasets.Dataset` as they are read, with columns of its own."""
+        return isinstance(self.dataset, Dataset) and self.dataset.format["type"] == "custom"
+
+    @property
+    def names(self) -> set[str] | None:
+        """As `columns`, also of a transform, by its first example."""
+        return (set(self.example) or None) if self.is_transformed else self.columns
 
     def has(self, column: str) -> bool:
         """Whether there is such a column; of a stream without names it is not asked, as it may be read only once."""
@@ -195,25 +215,30 @@ class Preview:
         return getattr(getattr(label, "feature", label), "names", None)
 
     def check_labels(self, label_names: list[str]) -> None:
-        """Raise a ValueError where the set is known to have none of the labels that the task loss needs."""
+        """Raise a ValueError where the set is known to have none of the labels that the task needs, or strings."""
         names = {*label_names, "label", "label_ids"}
-        if self.columns is not None and not self.columns & names:
+        if self.columns is None:
+            return
+        found = sorted(self.columns & names)
+        if not found:
             raise ValueError(
                 f"`task_weight` is above 0, so the training set needs labels: none of {sorted(names)} is among its "
                 f"columns {sorted(self.columns)}. Add them, or set task_weight=0 to train without labels."
             )
+        for name in found if is_map_style(self.dataset) else ():
+            if isinstance(value := self.example.get(name), str):
+                raise ValueError(
+                    f"`{name}` must have the numbers of the classes, got {value!r}. Number them, as "
+                    f"dataset.class_encode_column({name!r}) does, or set task_weight=0 to train without labels."
+                )
 
-    def warn_of_shared_tokens(self, student: nn.Module | None, teacher: nn.Module) -> None:
-        """Warn where a teacher would read the student's `input_ids` and has another vocabulary."""
-        configs = [getattr(unwrapped(model), "config", None) for model in (student, teacher)]
-        own, others = (getattr(config, "vocab_size", None) for config in configs)
-        columns = self.columns or ()
-        shared = "input_ids" in columns and not any(is_teacher_input(name) for name in columns)
-        if shared and None not in (own, others) and own != others:
-            logger.warning(
-                f"The teacher reads the student's `input_ids`, but their vocabularies differ ({others} and {own} "
-                "tokens). With another tokenizer, give the teacher a column `teacher_input_ids`."
-            )
+
+def previews_of(training_set: Preview, eval_dataset: Any) -> dict[str, Preview]:
+    """The data sets of a run by the names of their arguments."""
+    several = eval_dataset if isinstance(eval_dataset, Mapping) else {}
+    evaluated = {f"eval_dataset[{name!r}]": part for name, part in several.items()} or {"eval_dataset": eval_dataset}
+    sets = {"train_dataset": training_set} | {name: Preview(part) for name, part in evaluated.items()}
+    return {name: preview for name, preview in sets.items() if preview.dataset is not None}
 
 
 def is_map_style(dataset: Any) -> bool:
@@ -222,12 +247,32 @@ def is_map_style(dataset: Any) -> bool:
 
 
 def check_dataset(name: str, dataset: Any) -> None:
-    """Raise a ValueError for an empty data set, or for one empty set among several."""
+    """Raise a ValueError for what is no data set of examples, for an empty one, or for one such among several."""
+    parts = dataset.values() if isinstance(dataset, Mapping) else ()
+    advice = ""
+    if isinstance(dataset, str | os.PathLike):
+        advice = f"Load it: datasets.load_dataset({str(dataset)!r}, split='train')"
+    elif type(dataset).__module__.partition(".")[0] in ("pandas", "polars", "pyarrow"):
+        advice = "Make it a data set: datasets.Dataset.from_pandas, from_polars, or datasets.Dataset(table)"
+    elif isinstance(dataset, torch.utils.data.DataLoader):
+        advice = "Pass its data set, `loader.dataset`, and its collate_fn as `data_collator`"
+    elif any(_is_column(part) for part in parts):
+        advice = "Make a dict of columns a data set: datasets.Dataset.from_dict"
+    elif isinstance(dataset, Mapping) and name == "train_dataset":
+        advice = f"Pass one of its parts, {list(dataset)}, such as data['train']; `eval_dataset` takes several"
+    if advice:
+        raise ValueError(f"`{name}` must be a data set of examples, got a {type(dataset).__name__}. {advice}.")
     if isinstance(dataset, Mapping):
         for key, part in dataset.items():
             check_dataset(f"{name}[{key!r}]", part)
     elif hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError(f"`{name}` is empty, got 0 examples. Pass at least one.")
+
+
+def _is_column(part: Any) -> bool:
+    """Whether this is a column of values, not a list of examples, which are dicts or objects."""
+    values = isinstance(part, list | tuple) and len(part) > 0
+    return isinstance(part, np.ndarray | Tensor) or (values and isinstance(part[0], str | float | int | list | None))
 
 
 def warn_of_new_pass(dataset: Any, passes: float | None) -> None:

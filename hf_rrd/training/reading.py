@@ -61,7 +61,7 @@ class Reader:
     def batch(self, examples: list[Any]) -> dict[str, Any]:
         """The teacher's inputs for some examples."""
         if self.collate is not None:
-            return teacher_inputs(self.collate(examples), self.teacher.columns)
+            return self.teacher.inputs_from(self.collate(examples))
         columns = self.columns(list(examples[0]))
         if not columns:
             wanted = main_input_of(self.teacher.body)

@@ -60,6 +60,11 @@ def teacher_for(teacher: Any, args: Any, training_set: Preview, student: nn.Modu
     """
     wants_embedding, wants_logits = args.relational_weight > 0, args.kd_weight > 0
     needed = wants_embedding or wants_logits
+    if isinstance(teacher, nn.Module) and args.teacher_model_init_kwargs:
+        raise ValueError(
+            f"`teacher_model_init_kwargs` {sorted(args.teacher_model_init_kwargs)} are for a teacher that is given by "
+            "its name or folder, and `teacher` is a model. Load it with them, or leave them out."
+        )
     model = load_teacher(teacher, args.teacher_model_init_kwargs) if needed else None
     if model is not None and student is not None:
         check_teacher(model, student)

@@ -28,15 +28,14 @@ def ask_student(
         task_loss: The Trainer's `compute_loss`; None where the task has no weight.
         needs_labels: Whether the task loss is the model's own.
     """
-    if embedding:
-        inputs = inputs | {WITH_EMBEDDING: True}
+    asked = inputs | {WITH_EMBEDDING: True} if embedding else inputs
     if task_loss is not None and needs_labels:
         check_batch_labels(inputs, label_names)
     with named_errors("the student", inputs):
         if task_loss is not None:
-            loss, outputs = task_loss(model, inputs, return_outputs=True)
+            loss, outputs = task_loss(model, asked, return_outputs=True)
         else:
-            loss, outputs = None, model(**{name: value for name, value in inputs.items() if name not in label_names})
+            loss, outputs = None, model(**{name: value for name, value in asked.items() if name not in label_names})
     return StudentOutputs(loss, *split_embedding(outputs))
 
 

@@ -18,13 +18,17 @@ from tests.builders import tiny_bert
         ({"input_ids": 1, "attention_mask": 3, "teacher_id": 2}, {"input_ids": 1, "attention_mask": 3}),
         ({"input_ids": 1, "teacher_embedding": 2, "teacher_logits": 3}, {"input_ids": 1}),
         ({"teacher_embedding": 2, "teacher_input_ids": 3}, {"input_ids": 3}),
+        ({"input_ids": 1, "start_positions": 2, "end_positions": 3}, {"input_ids": 1}),
+        ({"input_ids": 1, "teacher_input_ids": 2, "teacher_start_positions": 3}, {"input_ids": 2}),
+        ({"input_ids": 1, "teacher_labels": 2}, {"input_ids": 1}),
         ({"pixel_values": 1}, {}),
     ],
 )
 def test_the_teacher_sees_its_own_columns_or_what_it_shares_and_never_labels(
     inputs: dict[str, int], expected: dict[str, int]
 ) -> None:
-    assert teacher_inputs(inputs, ["input_ids", "attention_mask", "labels", "label"]) == expected
+    accepted = ["input_ids", "attention_mask", "labels", "label", "start_positions", "end_positions"]
+    assert teacher_inputs(inputs, accepted) == expected
 
 
 def test_the_student_sees_the_batch_without_what_is_only_for_the_teacher() -> None:

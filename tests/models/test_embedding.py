@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    BertForMultipleChoice,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     GPT2Config,
@@ -277,3 +279,30 @@ def test_a_wrapped_model_has_the_embedding_of_the_one_inside() -> None:
         called(pixel_values=pixels)
     for model in (lora, wrapped, compiled, in_place):
         torch.testing.assert_close(embed(model, {"pixel_values": pixels}), expected)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "came"),
+    [
+        (["a text"], "a list"),
+        ("a text", "a str"),
+        (torch.ones(1, 3), "a Tensor"),
+        ({"input_ids": np.ones((1, 3), dtype=int)}, r"`input_ids` \(ndarray\)"),
+        ({"input_ids": [[1, 2]]}, r"`input_ids` \(list\)"),
+    ],
+)
+def test_what_is_no_dict_of_tensors_is_refused(inputs: Any, came: str) -> None:
+    with pytest.raises(ValueError, match=rf"`inputs` must be a dict of tensors, got {came}: .*return_tensors='pt'"):
+        embed(tiny_bert(), inputs)
+
+
+@pytest.mark.parametrize("choices", [1, 3])
+def test_an_example_of_several_choices_is_embedded_as_their_mean(choices: int) -> None:
+    model = BertForMultipleChoice(tiny_bert().config).eval()
+    texts = [Texts(6)[index] for index in range(6)]
+    ids, mask = (torch.stack([text[name] for text in texts]) for name in ("input_ids", "attention_mask"))
+    with torch.no_grad():
+        found = embed(model, {"input_ids": ids.view(-1, choices, 9), "attention_mask": mask.view(-1, choices, 9)})
+        each = embed(model.bert, {"input_ids": ids, "attention_mask": mask})
+    expected = torch.stack([each[start : start + choices].mean(0) for start in range(0, 6, choices)])
+    torch.testing.assert_close(found, expected)

@@ -462,3 +462,10 @@ def test_logits_per_token_are_refused() -> None:
 def test_views_below_one_are_refused() -> None:
     with pytest.raises(ValueError, match="`views` must be 1 or more, got 0"):
         with_views(images(2), 0)
+
+
+def test_views_of_several_splits_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"got a DatasetDict\. .* only the training set .*with_views\(data\['train'\], 4\)"
+    ):
+        with_views(datasets.DatasetDict(train=images(2)), 2)  # type: ignore[arg-type]

@@ -1,9 +1,12 @@
 """The collator of two sides, and which columns reach whom."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import datasets
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -237,7 +240,10 @@ def test_a_training_set_without_labels_is_refused_with_its_columns(dataset: Any)
         Preview(dataset).check_labels(["labels"])
 
 
-@pytest.mark.parametrize("dataset", [Images(1), arrow(x=[1]), Stream(), Stream(count=0), None, {"a": [1], "b": [2]}])
+SEVERAL = {"a": [{"x": 1}], "b": Images(1)}
+
+
+@pytest.mark.parametrize("dataset", [Images(1), arrow(x=[1]), Stream(), Stream(count=0), None, SEVERAL])
 def test_a_data_set_that_is_not_known_to_be_empty_is_taken(dataset: Any) -> None:
     assert check_dataset("eval_dataset", dataset) is None
 
@@ -245,16 +251,61 @@ def test_a_data_set_that_is_not_known_to_be_empty_is_taken(dataset: Any) -> None
 @pytest.mark.parametrize(
     ("dataset", "name"),
     [
-        (Images(0), "train"),
-        (arrow(x=[]), "train"),
-        ([], "train"),
-        ({"a": [1], "b": []}, r"train\['b'\]"),
-        (datasets.DatasetDict(a=arrow(x=[1]), b=arrow(x=[])), r"train\['b'\]"),
+        (Images(0), "eval"),
+        (arrow(x=[]), "eval"),
+        ([], "eval"),
+        ({"a": [{"x": 1}], "b": []}, r"eval\['b'\]"),
+        (datasets.DatasetDict(a=arrow(x=[1]), b=arrow(x=[])), r"eval\['b'\]"),
     ],
 )
 def test_an_empty_data_set_is_refused_by_its_name(dataset: Any, name: str) -> None:
     with pytest.raises(ValueError, match=f"`{name}` is empty, got 0 examples. Pass at least one"):
-        check_dataset("train", dataset)
+        check_dataset("eval", dataset)
+
+
+FRAME = pd.DataFrame({"x": [1, 2], "label": ["a", "b"]})
+LOADER: Any = torch.utils.data.DataLoader(Images(2))
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "message"),
+    [
+        ("train_dataset", "imdb", r"got a str\. Load it: datasets\.load_dataset\('imdb', split='train'\)"),
+        ("train_dataset", FRAME, r"got a DataFrame\. .*from_pandas"),
+        ("eval_dataset", FRAME, r"got a DataFrame\. .*from_pandas"),
+        ("eval_dataset['a']", FRAME, r"got a DataFrame\. .*from_pandas"),
+        ("train_dataset", LOADER, r"got a DataLoader\. Pass its data set, `loader\.dataset`"),
+        ("train_dataset", {"x": [1, 2], "label": [0, 1]}, r"got a dict\. .*datasets\.Dataset\.from_dict"),
+        ("eval_dataset", {"x": ["a", "b"], "label": [0, 1]}, r"got a dict\. .*datasets\.Dataset\.from_dict"),
+        ("train_dataset", {"x": np.zeros((2, 2)), "y": torch.ones(2)}, r"got a dict\. .*datasets\.Dataset\.from_dict"),
+        (
+            "train_dataset",
+            datasets.DatasetDict(a=arrow(x=[1])),
+            r"got a DatasetDict\. .*parts, \['a'\].*`eval_dataset`",
+        ),
+    ],
+)
+def test_what_is_no_data_set_of_examples_is_refused_with_how_to_make_one(
+    name: str, dataset: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"`{re.escape(name)}` must be a data set of examples, {message}"):
+        check_dataset(name, dataset)
+
+
+@pytest.mark.parametrize("dataset", [arrow(x=[1], label=["good"]), [{"x": 1, "label": "good"}]])
+def test_labels_that_are_strings_are_refused_with_how_to_number_them(dataset: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"`label` must have the numbers .* got 'good'.*class_encode_column\('label'\)"
+    ):
+        Preview(dataset).check_labels(["labels"])
+
+
+def test_ragged_columns_without_a_processor_are_an_error_that_names_the_remedy() -> None:
+    features = [{name: value for name, value in example.items() if "teacher" not in name} for example in two_sides()]
+    with pytest.raises(
+        ValueError, match=r"\['input_ids', .* unequal length\?.* student's tokenizer as `processing_class`"
+    ):
+        DataCollatorForDistillation()(features)
 
 
 def test_a_sample_is_drawn_without_repetition_and_by_its_seed() -> None:
