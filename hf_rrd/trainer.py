@@ -18,7 +18,7 @@ from transformers.utils import logging
 from hf_rrd.config import RelationalDistillationConfig
 from hf_rrd.errors import named_errors, refuse_unknown
 from hf_rrd.models.columns import forward_columns, student_inputs
-from hf_rrd.models.head import HEAD, check_optimizer
+from hf_rrd.models.head import HEAD, check_optimizer, detach_head
 from hf_rrd.results.alignment import EmbeddingLog
 from hf_rrd.results.callback import FactsCallback
 from hf_rrd.results.hub import (
@@ -201,6 +201,7 @@ class RelationalDistillationTrainer(Trainer):
             teacher = self._teacher.read(inputs, required=model.training)
         self._finite.note_teacher(self.state.global_step + int(model.training), *teacher)
         plain = student_inputs(inputs, self._student_columns, self._teacher.columns)
+        self.distillation.wear()
         task_loss = super().compute_loss if self.args.task_weight > 0 else None
         how = (self.label_names, self.distillation.head is not None, task_loss, self.compute_loss_func is None)
         student = ask_student(model, plain, *how)
@@ -230,13 +231,19 @@ class RelationalDistillationTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
-        """As in `Trainer`. `resume_from_checkpoint=True` takes the newest checkpoint that was written to its end."""
+        """As in `Trainer`. `resume_from_checkpoint=True` takes the newest checkpoint that was written to its end.
+
+        Afterwards the student is a plain model again; the trainer keeps its head.
+        """
         self._resumed_from = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        self.distillation.wear()
         with resuming(self._resumed_from, self._identity):
             output, self._step = super().train(self._resumed_from, trial, ignore_keys_for_eval), None
         check_weights(self.model, "the last step broke them")
         if self.state.max_steps > 0 and self.state.global_step == 0:
             self._steps.raise_for_none()
+        if not self._is_sharded:
+            detach_head(self._unwrapped_student())
         return output
 
     def _calibrate(self) -> None:
@@ -295,7 +302,9 @@ class RelationalDistillationTrainer(Trainer):
         self._embeddings.start()
         if not self.distillation.is_calibrated:  # before the first step
             self._calibrate()
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        how = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        with self.distillation.worn():
+            output = super().evaluation_loop(*how)
         self._finite.raise_if_found()
         alignment = {f"alignment_{name}": value for name, value in self._embeddings.alignment().items()}
         for name, value in (self._terms.evaluated() | alignment).items():

@@ -151,10 +151,11 @@ def results_of(scenario: str, processes: int, folder: str) -> dict[str, Tensor]:
     distillation.train()
     distillation.accelerator.gather, distillation._calibrate = gather, calibrate  # type: ignore[method-assign]
     metrics = distillation.evaluate()
-    assert distillation.distillation.bank is not None
+    assert distillation.distillation.bank is not None and distillation.distillation.head is not None
+    weights = [*distillation.model.parameters(), *distillation.distillation.head.parameters()]
     lines = [line for line in distillation.state.log_history if "loss" in line]
     return {
-        "student": torch.cat([weight.detach().flatten() for weight in distillation.model.parameters()]),
+        "student": torch.cat([weight.detach().flatten() for weight in weights]),
         "gradients": torch.stack(gradients.steps),
         "bank": distillation.distillation.bank.filled,
         "log": torch.tensor([[line[name] for name in sorted(line) if "loss" in name] for line in lines]),

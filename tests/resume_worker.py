@@ -54,8 +54,9 @@ def run(rank: int, processes: int, port: int, family: str, folder: str, step: "S
         callbacks=[Steps(step)],
     )
     distillation.train(resume_from_checkpoint=last_complete_checkpoint(folder) is not None)
-    assert distillation.distillation.bank is not None
     left = {f"student.{name}": value for name, value in distillation.model.state_dict().items()}
-    save_file({**left, "bank": distillation.distillation.bank.filled}, Path(folder, f"left-{rank}.safetensors"))
+    for part, state in distillation.distillation.state_dict().items():
+        left |= {f"{part}.{name}": value for name, value in state.items()}
+    save_file(left, Path(folder, f"left-{rank}.safetensors"))
     lines = [line for line in distillation.state.log_history if "loss" in line]
     Path(folder, f"log-{rank}.json").write_text(json.dumps(lines))

@@ -26,8 +26,9 @@ def trained(folder: Path, batch: int, accumulation: int, examples: int = 64, **g
         **given,
     )
     run.train()
-    assert run.distillation.bank is not None
-    return torch.cat([weight.detach().flatten() for weight in [*run.model.parameters(), run.distillation.bank.filled]])
+    bank, head = run.distillation.bank, run.distillation.head
+    assert bank is not None and head is not None
+    return torch.cat([each.detach().flatten() for each in [*run.model.parameters(), *head.parameters(), bank.filled]])
 
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(8, 2), (4, 4), (3, 6)])
@@ -73,7 +74,7 @@ def test_the_first_steps_terms_are_those_of_the_formula(tmp_path: Path, monkeypa
     with torch.no_grad():
         teacher_rows = F.normalize(teacher.vit(images.pixels).last_hidden_state[:, 0], dim=-1)
         pooled = student.vit(images.pixels).last_hidden_state[:, 0]
-        student_rows = F.normalize(student.relational_head.projection(pooled), dim=-1)
+        student_rows = F.normalize(run.distillation.head(pooled), dim=-1)
         student_logits, teacher_logits = student(images.pixels).logits, teacher(images.pixels).logits
     terms = {"task_loss": 0.0, "kd_loss": 0.0, "relational_loss": 0.0, "relational_kl": 0.0}
     for i in range(8, 16):  # the second step: the bank is the training set, of which the own row counts once

@@ -260,7 +260,7 @@ def test_family_trains_as_either_side_and_saves_a_stock_student(family: str, rol
     assert ("kd_loss" in run.state.log_history[0]) == both_classify
     assert log_of(run, "relational_loss")[1] > 0
 
-    assert "projection.weight" in changed(head_before, head_of(student))
+    assert "projection.weight" in changed(head_before, run.distillation.head)
     student_before = {name: student_before.get(name, tensor) for name, tensor in student.state_dict().items()}
     prefix = next(name for name, module in student.named_modules() if module is body_of(student))
     trained = {name.removeprefix(f"{prefix}." if prefix else "") for name in changed(student_before, student)}

@@ -25,6 +25,7 @@ from transformers import (
     ResNetConfig,
     ResNetForImageClassification,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 from transformers.modeling_outputs import ImageClassifierOutput
@@ -36,7 +37,7 @@ from tests.builders import CLASSES, Images, Texts, config, log_of, tiny_bert, ti
 
 
 def parameters(model: nn.Module) -> Tensor:
-    """All parameters in one row, the head's too."""
+    """All parameters in one row."""
     return torch.cat([weight.detach().flatten() for weight in model.parameters()])
 
 
@@ -263,7 +264,10 @@ def test_lora_trains_adapter_and_head_alone_and_resumes_bitwise(tmp_path: Path) 
     whole = lora_run("whole")
     before = {name: weight.detach().clone() for name, weight in whole.model.named_parameters()}
     whole.train()
-    trained = {name for name, weight in whole.model.named_parameters() if not torch.equal(weight, before[name])}
+    after = dict(whole.model.named_parameters()) | {
+        f"{HEAD}.{name}": weight for name, weight in whole.distillation.head.named_parameters()
+    }
+    trained = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
     assert trained == {name for name in before if "lora_" in name or name.startswith(f"{HEAD}.")}
     assert len(trained) == 2 * 2 * 2 + 2  # A and B, of query and value, in two layers; the head's weight and bias
 
@@ -275,7 +279,7 @@ def test_lora_trains_adapter_and_head_alone_and_resumes_bitwise(tmp_path: Path) 
     resumed = lora_run("resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert torch.equal(parameters(resumed.model), parameters(whole.model))
-    assert torch.equal(parameters(head_of(resumed.model)), parameters(head_of(whole.model)))
+    assert torch.equal(parameters(resumed.distillation.head), parameters(whole.distillation.head))
     assert torch.equal(resumed.distillation.bank.filled, whole.distillation.bank.filled)
     assert len(whole.distillation.bank) == 20
     for term in ("loss", "task_loss", "kd_loss", "relational_loss", "relational_kl"):
@@ -327,8 +331,8 @@ def test_student_from_model_init_gets_a_head_that_trains(tmp_path: Path) -> None
     assert head_of(run.model) is not None
     before = parameters(head_of(run.model))
     run.train()
-    assert parameters(head_of(run.model)).shape == before.shape == (16 * 24 + 24,)
-    assert not torch.equal(parameters(head_of(run.model)), before)
+    assert parameters(run.distillation.head).shape == before.shape == (16 * 24 + 24,)
+    assert not torch.equal(parameters(run.distillation.head), before)
 
 
 def test_without_task_loss_neither_training_nor_evaluation_needs_labels(tmp_path: Path) -> None:
@@ -451,11 +455,12 @@ def test_cached_teacher_outputs_train_as_the_online_teacher(tmp_path: Path) -> N
     settings: dict[str, Any] = {"kd_weight": 1.0, "optim": "sgd", "learning_rate": 0.1}
     online = trainer(tmp_path, teacher=teacher, train_dataset=datasets.Dataset.from_dict(columns), **settings)
     offline = trainer(tmp_path, teacher=None, train_dataset=cached, eval_dataset=cached, **settings)
-    before = parameters(online.model)
+    before = parameters(online.model.vit)
     online.train()
     offline.train()
     close(offline.model, online.model, 1e-6)
-    assert (parameters(online.model) - before).abs().max() > 1e-2
+    close(offline.distillation.head, online.distillation.head, 1e-6)
+    assert (parameters(online.model.vit) - before).abs().max() > 1e-2
     for term in ("loss", "kd_loss", "relational_loss"):
         assert log_of(offline, term) == pytest.approx(log_of(online, term), abs=1e-5)
     task, kd, relational = all_terms(metrics := offline.evaluate(), "eval_")
@@ -604,7 +609,7 @@ def test_evaluation_terms_are_means_over_examples_when_the_batch_does_not_divide
     with torch.no_grad():
         logits, teacher_logits = (model(pixel_values=batch["pixel_values"]).logits for model in (student, teacher))
         hidden, teacher_hidden = (model.vit(batch["pixel_values"]).last_hidden_state for model in (student, teacher))
-        rows = F.normalize(head_of(student).projection(hidden[:, 0]), dim=-1)
+        rows = F.normalize(run.distillation.head(hidden[:, 0]), dim=-1)
     teacher_rows = F.normalize(teacher_hidden[:, 0], dim=-1)
     cross_entropies, divergences, kds = [], [], []
     for row, own, mine, theirs in zip(rows, teacher_rows, logits, teacher_logits, strict=True):
@@ -676,12 +681,15 @@ def hook_counts(model: nn.Module) -> list[tuple[int, int]]:
 
 def test_second_trainer_replaces_the_head_of_the_first(tmp_path: Path) -> None:
     student = tiny_vit()
-    trainer(tmp_path, model=student).train()
+    first = trainer(tmp_path, model=student, eval_dataset=Images(8))
     assert head_of(student).projection.out_features == 24
     counts = hook_counts(student)
     second = trainer(tmp_path, model=student, teacher=tiny_vit(width=32, seed=2))
     assert head_of(student).projection.out_features == 32
     assert hook_counts(student) == counts
+    first.evaluate()
+    assert head_of(student) is second.distillation.head and hook_counts(student) == counts
+    first.train()
     second.train()
     assert second.distillation.bank is not None and second.distillation.bank.filled.shape == (20, 32)
     student.save_pretrained(tmp_path / "saved")
@@ -689,14 +697,30 @@ def test_second_trainer_replaces_the_head_of_the_first(tmp_path: Path) -> None:
         assert not [key for key in file.keys() if HEAD in key]
 
 
-def test_detached_head_leaves_the_student_as_it_was(tmp_path: Path) -> None:
+def test_a_trained_student_is_a_plain_model_whatever_is_asked_of_its_trainer_afterwards(tmp_path: Path) -> None:
     student, stock = tiny_vit(), tiny_vit()
-    trainer(tmp_path, model=student).train()
+    run = trainer(tmp_path, model=student, eval_dataset=Images(8, seed=3), kd_weight=1.0, alignment_examples=8)
     assert hook_counts(student) != hook_counts(stock)
+    at_the_end: dict[str, float] = {}
+
+    class Ask(TrainerCallback):
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            at_the_end.update(run.evaluate())
+
+    run.add_callback(Ask())
+    run.train()
+    for ask in (run.evaluate, partial(run.predict, Images(8)), run.report, run.create_model_card, run.save_model):
+        assert student.num_parameters() == stock.num_parameters() == 7_732
+        assert list(student.state_dict()) == list(stock.state_dict())
+        assert hook_counts(student) == hook_counts(stock)
+        assert student._keys_to_ignore_on_save == stock._keys_to_ignore_on_save
+        result = ask()
+        if ask == run.evaluate:
+            quality = [name for name in at_the_end if "loss" in name or "relational" in name or "alignment" in name]
+            assert len(quality) == 8 and all(result[name] == at_the_end[name] for name in quality)
+    run.compute_loss(student, all_of(Images(8)))
+    assert head_of(student) is run.distillation.head, "asked by hand it has to stay on"
     detach_head(student)
-    assert list(student.state_dict()) == list(stock.state_dict())
-    assert hook_counts(student) == hook_counts(stock)
-    assert student._keys_to_ignore_on_save == stock._keys_to_ignore_on_save
     differing = (set(vars(student)) | set(vars(student.vit))) ^ (set(vars(stock)) | set(vars(stock.vit)))
     assert differing <= {
         "_keys_to_ignore_on_save",

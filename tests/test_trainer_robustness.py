@@ -125,16 +125,28 @@ def test_without_the_relational_term_an_earlier_head_is_taken_off(tmp_path: Path
     assert not hasattr(student, HEAD)
 
 
-def test_a_trainer_whose_student_was_taken_over_says_so(tmp_path: Path) -> None:
+def test_a_trainer_whose_student_was_taken_over_has_the_head_that_it_gave_it(tmp_path: Path) -> None:
     student = tiny_vit()
     first = trainer(tmp_path, model=student)
-    trainer(tmp_path, model=student)
-    with pytest.raises(ValueError, match="head is gone or another trainer's"):
-        first.train()
-    detach_head(student)
-    for ask in (first.train, lambda: first.evaluate(Images(8))):
-        with pytest.raises(ValueError, match="head is gone or another trainer's"):
-            ask()
+    expected = first.evaluate(Images(8))["eval_relational_loss"]
+    for take in (
+        lambda: trainer(tmp_path, model=student, seed=2),
+        lambda: trainer(tmp_path, model=student, relational_weight=0.0, teacher=None),
+        lambda: detach_head(student),
+    ):
+        take()
+        assert first.evaluate(Images(8))["eval_relational_loss"] == expected
+    first.train()
+    assert first.evaluate(Images(8))["eval_relational_loss"] != expected
+
+
+def test_a_trainer_whose_student_was_replaced_says_so(tmp_path: Path) -> None:
+    run = trainer(tmp_path)
+    run.model = run.model_wrapped = tiny_vit(seed=5)
+    with pytest.raises(
+        ValueError, match="not the head that the trainer gave to its own: `trainer.model` was replaced"
+    ):
+        run.train()
 
 
 def test_a_trainer_is_freed_as_soon_as_nobody_holds_it(tmp_path: Path) -> None:

@@ -125,7 +125,8 @@ def train(batch: int, accumulation: int, folder: str, steps: int = 5) -> dict[st
     )
     run = RelationalDistillationTrainer(vit(16), settings, train_dataset=Images(), teacher=vit(24))
     run.train()
-    parameters = torch.cat([weight.detach().flatten() for weight in run.model.parameters()])
+    weights = [*run.model.parameters(), *run.distillation.head.parameters()]
+    parameters = torch.cat([weight.detach().flatten() for weight in weights])
     return {"parameters": parameters, "bank": run.distillation.bank.filled}
 
 

@@ -250,7 +250,9 @@ def live(run: Run, marks: Marks) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(str(run.folder)))
     left = {name: value.contiguous() for name, value in trainer.model.state_dict().items()}
-    save_file(left | {"bank": trainer.distillation.bank.filled}, run.folder / "left.safetensors")
+    for part, state in trainer.distillation.state_dict().items():  # head and bank
+        left |= {f"{part}.{name}": value.contiguous() for name, value in state.items()}
+    save_file(left, run.folder / "left.safetensors")
     (run.folder / "log.json").write_text(json.dumps(trainer.state.log_history))
 
 

@@ -69,23 +69,30 @@ def attach_head(
     detach_head(student)
     head = RelationalHead(Embedder(student, pooling, "student_pooling"), dim, projection, seed)
     reference = next(student.parameters())
-    head.to(device=reference.device, dtype=reference.dtype if reference.is_floating_point() else None)
-    student.add_module(HEAD, head)
+    head.to(dtype=reference.dtype if reference.is_floating_point() else None)
+    put_head(student, head)
+    return head
+
+
+def put_head(student: nn.Module, head: RelationalHead) -> None:
+    """Put a head on the student that it was made for, in place of one that is there."""
+    detach_head(student)
+    student.add_module(HEAD, head.to(next(student.parameters()).device))
     ignored = getattr(student, "_keys_to_ignore_on_save", None)
     student._keys_to_ignore_on_save = set(ignored or ()) | {f"{HEAD}.{key}" for key in head.state_dict()}  # type: ignore[assignment]
     undo = [
         watch(head.embedder.body),
-        student.register_forward_pre_hook(_ask_body, with_kwargs=True).remove,
+        student.register_forward_pre_hook(_ask_body, with_kwargs=True, prepend=True).remove,
         student.register_forward_hook(_add_embedding, with_kwargs=True).remove,
     ]
     head.__dict__["_undo"] = (undo, ignored)
-    return head
 
 
 def detach_head(student: nn.Module) -> None:
-    """Take the projection head of a training off the student, `trainer.model`, again, with its hooks, if it has one.
+    """Take the projection head off a student again, with its hooks, if it has one.
 
-    A trained student keeps its head until then, so that a second training goes on with it. Saved ones never have one.
+    A trainer puts it on when it is made, and takes it off when a training has ended, but for its own evaluations and
+    another training. Saved students never have one.
     """
     head = head_of(student)
     if head is not None:

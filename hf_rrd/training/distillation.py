@@ -14,7 +14,7 @@ from hf_rrd.losses.bank import FeatureBank
 from hf_rrd.losses.in_batch import BATCH_LOSSES
 from hf_rrd.losses.relational import infonce_terms, relational_terms
 from hf_rrd.losses.rows import unit
-from hf_rrd.models.head import RelationalHead, StudentOutputs, attach_head, detach_head, head_of, load_head
+from hf_rrd.models.head import RelationalHead, StudentOutputs, attach_head, detach_head, head_of, load_head, put_head
 from hf_rrd.models.logits import LogitPair, logits_of
 from hf_rrd.models.teacher import Teacher, TeacherOutputs
 from hf_rrd.training.checkpoint import State
@@ -24,7 +24,9 @@ from hf_rrd.training.projection import TeacherProjection, check_variety
 RELATIONAL_LOSSES = ("rrd", "infonce", *BATCH_LOSSES)
 """The values of `relational_loss=`: the first two compare with the bank, the others within the micro-batch."""
 
-NO_HEAD = "the student's head is gone or another trainer's (`detach_head`, a second trainer). Make a new trainer."
+NO_HEAD = (
+    "the student has not the head that the trainer gave to its own: `trainer.model` was replaced. Make a new trainer."
+)
 
 
 class Distillation:
@@ -43,7 +45,8 @@ class Distillation:
         projection: Of the teacher's embeddings; None where the run learns none.
         bank: The rows that they are compared with; None where the run learns none.
         reference: The rows that the bank began with, (rows, dim); None before, or where there is no training set.
-        head: The student's, from `attach` on; None where the run learns no embeddings.
+        student, head: From `attach` on. The head stays None where the run learns no embeddings; after a training it is
+            on the student only while that is compared.
         logits: How the student's are compared with the teacher's; None where the run learns none.
     """
 
@@ -51,6 +54,7 @@ class Distillation:
         self.args = args
         self.projection: TeacherProjection | None = None
         self.bank: FeatureBank | None = None
+        self.student: nn.Module | None = None
         self.head: RelationalHead | None = None
         self.logits: LogitPair | None = None
         self.reference: Tensor | None = None
@@ -81,11 +85,28 @@ class Distillation:
 
     def attach(self, student: nn.Module) -> None:
         """Give a student the head that the comparison needs, in place of an earlier one, or take that off."""
+        self.student = student
         if self.projection is None:
             detach_head(student)
         else:
             how = (self.args.student_projection, self.args.student_pooling, self.seed)
             self.head = attach_head(student, self.projection.dim, *how)
+
+    def wear(self) -> None:
+        """Put on the student what `attach` gave it, if that was taken off since, by us, a user or another trainer."""
+        if self.student is not None and head_of(self.student) is not self.head:
+            detach_head(self.student) if self.head is None else put_head(self.student, self.head)
+
+    @contextmanager
+    def worn(self) -> Iterator[None]:
+        """The student has its head meanwhile, and afterwards what it had before."""
+        before = None if self.student is None else head_of(self.student)
+        self.wear()
+        try:
+            yield
+        finally:
+            if self.student is not None and before is not self.head:
+                detach_head(self.student) if before is None else put_head(self.student, before)
 
     def to(self, device: torch.device) -> None:
         """Move the bank to a device; the projection follows what it reads."""

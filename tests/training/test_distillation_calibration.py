@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -205,8 +206,9 @@ def test_a_resumed_run_keeps_the_measured_projection_and_measures_nothing(
     for name, tensor in whole.distillation.projection.state_dict().items():
         assert torch.equal(tensor, resumed.distillation.projection.state_dict()[name])
     assert torch.equal(bank_of(whole), bank_of(resumed))
-    for mine, theirs in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
+    for part in ("model", "distillation.head"):
+        mine, theirs = (attrgetter(part)(run).parameters() for run in (whole, resumed))
+        assert all(torch.equal(*pair) for pair in zip(mine, theirs, strict=True))
 
 
 def test_cached_embeddings_are_read_from_their_column(tmp_path: Path) -> None:
