@@ -2,8 +2,9 @@
 
 import json
 import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -14,8 +15,9 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path in the same folder to write to, which takes the place of `path` at the end of the block.
 
     A reader sees the old file or the new one, never a part. If the block raises, the old file stays and the temporary
-    one is removed; a process that is killed leaves a hidden file whose name ends in `.tmp`. Missing folders are made.
-    A file that is opened at the temporary path has the usual permissions.
+    one is removed; an `OSError` that names no file, as that of a full disk, names `path`. A process that is killed
+    leaves a hidden file whose name ends in `.tmp`. Missing folders are made. A file that is opened at the temporary
+    path has the usual permissions.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -23,8 +25,23 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def clear_leftovers(folder: str | os.PathLike[str], *patterns: str) -> None:
+    """Remove the temporary files of `written_whole` that match and that nobody has written to for an hour.
+
+    Their process was killed. A younger one may be another's, who shares the folder and is about to be done.
+    """
+    for path in [path for pattern in patterns for path in Path(folder).glob(f"{pattern}.*.tmp")]:
+        with suppress(OSError):  # another process was faster
+            if time.time() - path.stat().st_mtime > 3600:
+                path.unlink()
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import Trainer
@@ -56,6 +55,7 @@ from hf_rrd.training.finite import FiniteCheck, check_weights
 from hf_rrd.training.identity import check_identity, resuming, settings_of, teacher_identity
 from hf_rrd.training.inputs import check_inputs
 from hf_rrd.training.setup import check_data, prepared, teacher_for
+from hf_rrd.training.sources import check_sources
 from hf_rrd.training.task import ask_student, has_labels, predictions_of
 from hf_rrd.training.terms import TermLog
 
@@ -178,7 +178,7 @@ class RelationalDistillationTrainer(Trainer):
         identity = teacher_identity(self._teacher, args.teacher_pooling, preview) | settings_of(
             self.distillation, train_dataset
         )
-        self._identity = broadcast_object_list([identity])[0]  # the others may have no weights yet (FSDP)
+        self._identity = check_sources(identity, self._teacher, sets)
         place_teacher(self._teacher, self.accelerator)
         self.distillation.to(self.args.device)
 

@@ -7,7 +7,7 @@ import datasets
 import torch
 import transformers
 
-from hf_rrd.training import caching
+from hf_rrd.training import caching, reading
 from tests.builders import Images, tiny_vit
 from tests.processes import be_process
 
@@ -29,7 +29,7 @@ def run(rank: int, processes: int, port: int, folder: str, forwards: "Synchroniz
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    caching.SHARD_EXAMPLES = SHARD
+    caching.SHARD_EXAMPLES, reading.PROBED_EXAMPLES = SHARD, BATCH
     teacher = tiny_vit(width=24, seed=1)
 
     def count(*_: object) -> None:

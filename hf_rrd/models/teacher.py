@@ -57,6 +57,7 @@ class Teacher:
     ) -> None:
         self.model = model
         self.wants_embedding, self.wants_logits = wants_embedding, wants_logits
+        self.pooling = pooling  # of a model with embeddings never "auto"
         self.columns: Accepted = []  # the arguments of the forward; none without a model
         self.own: list[str] | None = None  # the `teacher_` columns that it reads, of the first data that were seen
         self.before_sharing: Callable[[], None] | None = None  # called once, before it reads the student's input
@@ -72,6 +73,7 @@ class Teacher:
         if wants_embedding:
             self._embedder = Embedder(model, pooling, "teacher_pooling")
             self.body, self.width = self._embedder.body, self._embedder.width
+            self.pooling = self._embedder.pooling
             weights = place_of(self.body)[1]
             self.dtype = weights if weights in (torch.float16, torch.bfloat16) else torch.float32
             watch(self.body)

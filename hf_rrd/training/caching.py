@@ -13,25 +13,29 @@ import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict
 from datasets.arrow_writer import ArrowWriter
-from datasets.fingerprint import Hasher
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import nn
 from transformers.utils import logging
 
-from hf_rrd.files import written_whole
-from hf_rrd.models.body import is_classifier, is_headless, main_input_of, unwrapped
-from hf_rrd.models.columns import CACHED_COLUMNS, TEACHER_PREFIX
+from hf_rrd.files import clear_leftovers, written_whole
+from hf_rrd.models.body import is_classifier, is_headless, unwrapped
+from hf_rrd.models.columns import CACHED_COLUMNS
 from hf_rrd.models.teacher import Teacher, load_teacher
 from hf_rrd.training.data import note_logits, sample_of
+from hf_rrd.training.hashing import hash_of
 from hf_rrd.training.identity import weights_hash
 from hf_rrd.training.projection import TeacherProjection
-from hf_rrd.training.reading import Columns, Reader
+from hf_rrd.training.reading import Columns, Reader, agree, check_repeatable, fingerprint_of, outputs_of, spread
+from hf_rrd.training.sources import source_of
 
 SHARD_EXAMPLES = 8192
 """Examples in a file of the cache: what a killed call loses at most, for each process."""
 
 CALIBRATION_EXAMPLES = 4096
 """Examples that a projection is measured on."""
+
+logger = logging.get_logger(__name__)
 
 AnyDataset = TypeVar("AnyDataset", bound=Dataset | DatasetDict | IterableDataset | IterableDatasetDict)
 
@@ -58,11 +62,13 @@ def cache_teacher_outputs(
     what the teacher would see in training, its `teacher_` columns or those that it shares with the student.
 
     The outputs lie in Arrow files of `SHARD_EXAMPLES` examples, each written under a temporary name and renamed; what
-    is there is taken up again, so a call after a kill finishes the work. Their folder is named by a hash of the data
-    set with its preprocessing, the teacher's class, config and weights, and all that is said here about reading it: a
-    changed teacher never meets an old cache. Under `accelerate launch` the processes share the files among them, and
-    each returns the whole data set; the folder has to be one that all of them see. A stream is computed as it is
-    read, and nothing is kept.
+    is there is taken up again, so a call after a kill finishes the work, and what was cut short is written anew. Their
+    folder is named by a hash of the data set with its preprocessing, the teacher's class, config and weights, and all
+    that is said here about reading it: of functions of yours (a transform, a collator, a pooling, a model class) by
+    their code and what it refers to. Before old files are trusted, `PROBED_EXAMPLES` of their examples are computed
+    and compared: a changed teacher never meets an old cache. Under `accelerate launch` the processes share the files
+    among them, and each returns the whole data set; the folder has to be one that all of them see. A stream is
+    computed as it is read, and nothing is kept.
 
     Args:
         dataset: Map-style or streamed, one or a dict of them.
@@ -74,8 +80,9 @@ def cache_teacher_outputs(
         pooling: As `teacher_pooling` in `RelationalDistillationConfig`.
         with_logits: Whether to keep logits, (classes,) for each example; None keeps those of a classifier.
         teacher_projection, projection_dim: As in `RelationalDistillationConfig`, to keep narrower embeddings; the
-            trainer then takes them as they are. Measured on `CALIBRATION_EXAMPLES` examples, of a dict those of its
-            first data set, so pass training and evaluation sets together.
+            trainer then takes them as they are. "pca" and "orthogonal" need a `projection_dim`. Measured on
+            `CALIBRATION_EXAMPLES` examples, of a dict those of its first data set, so pass training and evaluation
+            sets together.
         dtype: "float16" or "float32", of what is kept.
         num_workers: Processes that read and collate ahead.
         cache_dir: Default: `teacher_outputs` in the cache folder of datasets.
@@ -86,8 +93,8 @@ def cache_teacher_outputs(
         the projection's.
 
     Raises:
-        ValueError: A setting is out of its range, there are such columns already, the teacher lacks an input, or an
-            output is not finite in `dtype`.
+        ValueError: A setting is out of its range, there are such columns already, the teacher lacks an input, reads
+            another one each time, or an output is not finite in `dtype`.
         FileNotFoundError: The processes do not share the folder.
 
     Example:
@@ -115,7 +122,10 @@ def cache_teacher_outputs(
         dtype=dtype,
         settings={"weights": weights_hash(model), "pooling": pooling},
     )
+    if projection_dim is None and teacher_projection in ("pca", "orthogonal"):
+        raise ValueError(f"teacher_projection={teacher_projection!r} needs a `projection_dim`, got None. Try 128.")
     root = Path(cache_dir) if cache_dir is not None else Path(datasets.config.HF_DATASETS_CACHE) / "teacher_outputs"
+    clear_leftovers(root, ".projection-*", "*/.*.arrow")
     parts: dict[str, Any] = dict(dataset) if isinstance(dataset, dict) else {"": dataset}
     for name, part in parts.items():
         _check_part(name, part)
@@ -123,6 +133,7 @@ def cache_teacher_outputs(
         reader.projection = _projection(next(iter(parts.values())), reader, teacher_projection, projection_dim, root)
     elif projection_dim is not None:
         raise ValueError(f"`projection_dim` needs a `teacher_projection`, got {projection_dim} and 'none'. Try 'pca'.")
+    reader.source = source_of(reader.teacher, reader.projection)
     parts = {
         name: _streamed(part, reader) if isinstance(part, IterableDataset) else _cached(part, reader, root)
         for name, part in parts.items()
@@ -184,41 +195,58 @@ def _projection(dataset: Any, reader: Reader, kind: str, dim: int | None, root: 
     if isinstance(sample, IterableDataset):
         sample = Dataset.from_list(list(sample))
     measuring = replace(reader, with_logits=False, dtype="float32")
-    (name,) = broadcast_object_list([Hasher.hash([sample._fingerprint, measuring.fingerprint(), kind, dim])])
+    check_repeatable(sample, measuring)
+    (name,) = broadcast_object_list([hash_of(fingerprint_of(sample, measuring), kind, dim)[:16]])
     path = root / f"projection-{name}.safetensors"
-    if reader.state.is_main_process and not path.is_file():
+    if reader.state.is_main_process and not _is_current(path, sample, measuring):
         with _progress(reader, len(sample), f"teacher_projection={kind!r}") as bar:
-            projection.fit(torch.from_numpy(_outputs(sample, measuring, bar)["teacher_embedding"]))
-        root.mkdir(parents=True, exist_ok=True)
+            rows = torch.from_numpy(outputs_of(sample, measuring, bar)["teacher_embedding"])
+        projection.fit(rows)
         with written_whole(path) as temporary:
-            save_file(projection.state_dict(), temporary)
+            temporary.write_bytes(save({**projection.state_dict(), _PROBE: rows[spread(len(rows))]}))
     reader.state.wait_for_everyone()
-    projection.load_state_dict(load_file(path))
+    projection.load_state_dict({name: value for name, value in load_file(path).items() if name != _PROBE})
     return projection
+
+
+_PROBE = "embeddings"  # in the file of a projection: of some of the examples that it was measured on
+
+
+def _is_current(path: Path, sample: Dataset, measuring: Reader) -> bool:
+    """Whether a projection was measured on embeddings as they come out now."""
+    try:
+        kept = load_file(path)[_PROBE].numpy()
+    except (OSError, KeyError, SafetensorError):  # cut short, or none
+        return False
+    fresh = outputs_of(sample.select(spread(len(sample))), measuring)
+    return agree(fresh, {"teacher_embedding": kept}, measuring)
 
 
 def _cached(dataset: Dataset, reader: Reader, root: Path) -> Dataset:
     """A map-style data set with the columns, from files that are there or are written now."""
-    folder = root / Hasher.hash([dataset._fingerprint, reader.fingerprint()])
-    stops = [min(start + SHARD_EXAMPLES, len(dataset)) for start in range(0, len(dataset), SHARD_EXAMPLES)]
-    names = [f"{start:012d}-{stop:012d}.arrow" for start, stop in zip([0, *stops], stops, strict=False)]
-    missing = [name for name in names if not (folder / name).is_file()]
+    check_repeatable(dataset, reader)
+    folder = root / fingerprint_of(dataset, reader)
+    starts = range(0, len(dataset), SHARD_EXAMPLES)
+    shards = [range(start, min(start + SHARD_EXAMPLES, len(dataset))) for start in starts]
+    whole = {rows: part for rows in shards if (part := _kept(folder, rows)) is not None}
+    if whole and not _is_trusted(whole, dataset, reader):
+        logger.warning(f"{folder} holds other outputs than this teacher gives for these examples: they are made anew.")
+        whole = {}
     # The main process decides, or a late one would no longer see what is missing.
-    folder, missing = broadcast_object_list([folder, missing])
+    folder, missing = broadcast_object_list([folder, [rows for rows in shards if rows not in whole]])
     own = missing[reader.state.process_index :: reader.state.num_processes]
-    shards = {name: range(*(int(number) for number in name.removesuffix(".arrow").split("-"))) for name in own}
-    folder.mkdir(parents=True, exist_ok=True)
-    with _progress(reader, sum(map(len, shards.values())), "teacher outputs") as bar:
-        for name, rows in shards.items():
-            _write(_outputs(dataset.select(rows), reader, bar), reader, folder / name)
+    with _progress(reader, sum(map(len, own)), "teacher outputs") as bar:
+        for rows in own:
+            _write(outputs_of(dataset.select(rows), reader, bar), reader, _file_of(folder, rows))
     reader.state.wait_for_everyone()
-    absent = [name for name in names if not (folder / name).is_file()]
+    parts = [_kept(folder, rows) for rows in shards]
+    absent = [_file_of(folder, rows).name for rows, part in zip(shards, parts, strict=True) if part is None]
     if absent:
         raise FileNotFoundError(
             f"{len(absent)} files of {folder} are not there, {absent[0]} first: another process wrote them elsewhere. "
             "Set `cache_dir` to a folder that all processes share."
         )
-    outputs = datasets.concatenate_datasets([Dataset.from_file(str(folder / name)) for name in names])
+    outputs = datasets.concatenate_datasets(parts)
     both = [dataset.with_format(None), outputs]
     result = datasets.concatenate_datasets(both, axis=1, split=dataset.split)
     # Where it is from, for the model card.
@@ -228,42 +256,30 @@ def _cached(dataset: Dataset, reader: Reader, root: Path) -> Dataset:
     return _formatted(result, dataset)
 
 
+def _file_of(folder: Path, rows: range) -> Path:
+    return folder / f"{rows.start:012d}-{rows.stop:012d}.arrow"
+
+
+def _kept(folder: Path, rows: range) -> Dataset | None:
+    """The outputs of some rows as they were written; None where there are none, or not all of them."""
+    try:
+        part = Dataset.from_file(str(_file_of(folder, rows)))
+    except (OSError, ValueError):  # which is what pyarrow raises of a file that was cut short
+        return None
+    return part if len(part) == len(rows) else None
+
+
+def _is_trusted(whole: dict[range, Dataset], dataset: Dataset, reader: Reader) -> bool:
+    """Whether the teacher gives for some examples what was kept of them."""
+    kept, shards = datasets.concatenate_datasets(list(whole.values())), list(whole)  # all but the last of one length
+    places = spread(len(kept))
+    rows = [shards[place // SHARD_EXAMPLES][place % SHARD_EXAMPLES] for place in places]
+    return agree(outputs_of(dataset.select(rows), reader), kept.select(places).with_format("numpy")[:], reader)
+
+
 def _progress(reader: Reader, total: int, title: str) -> Any:
     quiet = total == 0 or not reader.state.is_local_main_process
     return logging.tqdm(total=total, desc=title, unit=" examples", disable=quiet)
-
-
-def _outputs(dataset: Dataset, reader: Reader, bar: Any) -> Columns:
-    """All columns of a data set, in its order."""
-    if dataset.format["type"] != "custom" and reader.collate is None:
-        columns = list(reader.columns(dataset.column_names)) or dataset.column_names
-        dataset = dataset.with_format(None).select_columns(columns).with_format("numpy")
-    order = _longest_first(dataset, reader)
-    loader = torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=[order[start : start + reader.batch_size] for start in range(0, len(order), reader.batch_size)],
-        collate_fn=reader.batch,
-        num_workers=reader.num_workers,
-    )
-    parts = []
-    for inputs in loader:
-        parts.append(reader.outputs(inputs))
-        bar.update(len(parts[-1]["teacher_embedding"]))
-    back = np.argsort(order)
-    return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
-
-
-def _longest_first(dataset: Dataset, reader: Reader) -> Any:
-    """The order of reading: texts of one length together, so that little is padded, the longest first.
-
-    Of images a range: Arrow reads its parts as slices, without gathering rows.
-    """
-    main_input = main_input_of(reader.teacher.body)
-    column = next((name for name in (TEACHER_PREFIX + main_input, main_input) if name in dataset.column_names), None)
-    if column is None or main_input == "pixel_values" or dataset.format["type"] == "custom":
-        return range(len(dataset))
-    lengths = np.array([len(value) for value in dataset.with_format("numpy")[column][:]])
-    return np.argsort(-lengths, kind="stable").tolist()
 
 
 def _write(columns: Columns, reader: Reader, path: Path) -> None:

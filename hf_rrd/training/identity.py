@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from hf_rrd.models.pooling import name_of
 from hf_rrd.models.teacher import Teacher
 from hf_rrd.training.checkpoint import has_sidecar, said_of
 from hf_rrd.training.data import Preview, cached_embeddings, has_cached_embeddings, is_map_style
+from hf_rrd.training.hashing import hash_of
 
 SAMPLED = 1024
 """Values of each weight in a `weights_sample`."""
@@ -24,11 +26,14 @@ SAMPLED = 1024
 def weights_hash(model: nn.Module) -> str:
     """Of a model's class, config, adapters and weights: equal where two models give equal outputs.
 
-    Where the weights lie does not matter, so a moved branch on the Hub is noticed, and a new revision with the same
-    weights is not computed again. The class of remote code has its revision in its name.
+    With the numbers that their modules hold, such as an epsilon or an adapter's scale, buffers that are not saved, and
+    the code of classes that no package brings. Where the weights lie does not matter, so a moved branch on the Hub is
+    noticed, and a new revision with the same weights is not computed again.
     """
-    tensors = sorted(unwrapped(model).state_dict().items())
-    return _hash_of(model, ((name, tensor) for name, tensor in tensors if isinstance(tensor, Tensor)))
+    plain = unwrapped(model)
+    tensors = sorted({**dict(plain.named_buffers()), **plain.state_dict()}.items())
+    weights = _hash_of(model, ((name, tensor) for name, tensor in tensors if isinstance(tensor, Tensor)))
+    return hash_of(weights, [(name, type(module), _values_of(module)) for name, module in plain.named_modules()])
 
 
 def weights_sample(model: nn.Module) -> str:
@@ -47,7 +52,7 @@ def teacher_identity(teacher: Teacher, pooling: Any, training_set: Preview) -> d
     """
     identity, model = {}, ""
     for column, wanted, how in (
-        ("teacher_embedding", teacher.wants_embedding, f", pooling {name_of(pooling)}"),
+        ("teacher_embedding", teacher.wants_embedding, f", pooling {known_as(pooling)}"),
         ("teacher_logits", teacher.wants_logits, ""),
     ):
         if wanted and (teacher.model is None or training_set.has(column)):
@@ -68,6 +73,23 @@ def settings_of(distillation: Any, training_set: Any) -> dict[str, str]:
         fits = is_map_style(training_set) and len(training_set) <= distillation.rows
         settings["bank_size"] = "for the whole training set" if fits else str(distillation.rows)
     return {"relational_weight": "above 0", **settings}
+
+
+def known_as(pooling: Any) -> str:
+    """A pooling's name, of a function with a hash of what it does."""
+    return pooling if isinstance(pooling, str) else f"{name_of(pooling)} {hash_of(pooling)[:8]}"
+
+
+def _values_of(module: nn.Module) -> dict[str, Any]:
+    """What a module computes with beside its weights: numbers, also by an adapter's name, and functions."""
+    without = ("training", "gradient_checkpointing", "warnings_issued")
+    values = {name: value for name, value in vars(module).items() if name[0] != "_" and name not in without}
+    kinds = (bool, int, float, FunctionType)
+    return {
+        name: value
+        for name, value in values.items()
+        if all(isinstance(each, kinds) for each in (value.values() if isinstance(value, dict) else [value]))
+    }
 
 
 def check_identity(about: dict[str, str], identity: dict[str, str], checkpoint: str) -> None:

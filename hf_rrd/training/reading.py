@@ -1,25 +1,31 @@
 """How a teacher reads the examples of a data set, outside of a training."""
 
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env, send_to_device
-from datasets import Features, Sequence, Value
-from datasets.fingerprint import Hasher
+from datasets import Dataset, Features, Sequence, Value
 from torch import Tensor
 
 from hf_rrd.models.body import main_input_of
 from hf_rrd.models.columns import TEACHER_PREFIX, teacher_inputs
 from hf_rrd.models.teacher import Teacher
 from hf_rrd.training.data import collator_of
+from hf_rrd.training.hashing import hash_of
 from hf_rrd.training.projection import TeacherProjection
 
 Columns = dict[str, np.ndarray[Any, Any]]
 """The columns of some examples by name, each (examples, width)."""
+
+PROBED_EXAMPLES = 16
+"""Examples that are computed anew before a cache is trusted."""
 
 
 @dataclass
@@ -35,6 +41,7 @@ class Reader:
     dtype: str
     settings: dict[str, Any]
     projection: TeacherProjection | None = None
+    source: str = ""  # kept in the columns: who made them
     # `accelerate launch --cpu` says it in the environment, which PartialState alone does not read.
     state: PartialState = field(default_factory=lambda: PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")))
 
@@ -44,12 +51,12 @@ class Reader:
     def fingerprint(self) -> str:
         """Of all that decides what comes out of an example."""
         processor = self.processing_class
-        names = ("padding_side", "pad_token_id", "pad_token_type_id", "padding_value", "model_input_names")
-        padding = [type(processor).__name__, *(getattr(processor, name, None) for name in names)]
+        names = ["padding_side", "pad_token_id", "pad_token_type_id", "padding_value", "model_input_names"]
+        names += ["return_attention_mask", "feature_size"]
+        padding = [type(processor), *(getattr(processor, name, None) for name in names)]
         projection = None if self.projection is None else (self.projection.kind, self.projection.state_dict())
         reading = self.collate if self.collate is not None else padding
-        about = [self.settings, self.with_logits, self.dtype, reading, projection]
-        return str(Hasher.hash(about))
+        return hash_of(self.settings, self.with_logits, self.dtype, reading, projection)
 
     def columns(self, names: list[str]) -> dict[str, str]:
         """Of an example's columns those that the teacher reads, with their names in its forward."""
@@ -70,7 +77,13 @@ class Reader:
                 f"them first, with a column `{wanted}` or `{TEACHER_PREFIX}{wanted}`."
             )
         own = [{columns[name]: example[name] for name in columns} for example in examples]
-        return dict(collator_of(self.processing_class)(own))
+        try:
+            return dict(collator_of(self.processing_class)(own))
+        except (ValueError, RuntimeError) as error:  # of lists, of tensors
+            raise ValueError(
+                f"the columns {sorted(columns)} could not be collated ({error}). Are they of unequal length? Pass the "
+                "teacher's tokenizer or feature extractor as `processing_class`, or a `data_collator`."
+            ) from error
 
     def outputs(self, inputs: dict[str, Any]) -> Columns:
         """The columns of one batch, (batch, width) and (batch, classes)."""
@@ -98,5 +111,96 @@ class Reader:
         return cast(np.ndarray[Any, Any], kept.numpy())
 
     def features(self, widths: dict[str, int]) -> Features:
-        """Of the columns, by their widths."""
-        return Features({name: Sequence(Value(self.dtype), length=width) for name, width in widths.items()})
+        """Of the columns, by their widths, with their source."""
+        values = Value(self.dtype, id=self.source)
+        return Features({name: Sequence(values, length=width) for name, width in widths.items()})
+
+
+def outputs_of(dataset: Dataset, reader: Reader, bar: Any = None) -> Columns:
+    """All columns of a data set, in its order; without a bar in this process alone, as it is of a few examples."""
+    order, parts = _longest_first(dataset, reader), []
+    for inputs in _batches(dataset, order, reader if bar is not None else replace(reader, num_workers=0)):
+        parts.append(reader.outputs(inputs))
+        if bar is not None:
+            bar.update(len(parts[-1]["teacher_embedding"]))
+    back = np.argsort(order)
+    return {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
+
+
+def _batches(dataset: Dataset, order: Any, reader: Reader) -> Any:
+    """The teacher's inputs, batch by batch, of the examples in an order."""
+    if dataset.format["type"] != "custom" and reader.collate is None:
+        columns = list(reader.columns(dataset.column_names)) or dataset.column_names
+        dataset = dataset.with_format(None).select_columns(columns).with_format("numpy")
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=[order[start : start + reader.batch_size] for start in range(0, len(order), reader.batch_size)],
+        collate_fn=reader.batch,
+        num_workers=reader.num_workers,
+        generator=torch.Generator(),  # the program's random numbers are the same, whether there is a cache or not
+    )
+
+
+def _longest_first(dataset: Dataset, reader: Reader) -> Any:
+    """The order of reading: texts of one length together, so that little is padded, the longest first.
+
+    Of images a range: Arrow reads its parts as slices, without gathering rows.
+    """
+    main_input = main_input_of(reader.teacher.body)
+    column = next((name for name in (TEACHER_PREFIX + main_input, main_input) if name in dataset.column_names), None)
+    if column is None or main_input == "pixel_values" or dataset.format["type"] == "custom":
+        return range(len(dataset))
+    lengths = np.array([len(value) for value in dataset.with_format("numpy")[column][:]])
+    return np.argsort(-lengths, kind="stable").tolist()
+
+
+def fingerprint_of(dataset: Dataset, reader: Reader) -> str:
+    """Of a data set as it is read now: its rows, its transform, and the files of images or sounds that it names."""
+    files = []
+    for column in (dataset.data.column(name) for name, kind in dataset.features.items() if hasattr(kind, "decode")):
+        if pa.types.is_struct(column.type) and {"bytes", "path"} <= {field.name for field in column.type}:
+            paths = pc.struct_field(column, "path").filter(pc.is_null(pc.struct_field(column, "bytes")))
+            files += [_state_of(path) for path in paths.to_pylist()]
+    transform = dataset.format["format_kwargs"].get("transform")
+    return hash_of(dataset._fingerprint, transform, np.array(files, dtype=np.int64), reader.fingerprint())[:16]
+
+
+def _state_of(path: str | None) -> tuple[int, int]:
+    """The size of a file and when it was written; zeros of what is no file of this machine."""
+    try:
+        found = os.stat(path or "")
+        return found.st_size, found.st_mtime_ns
+    except (OSError, ValueError):
+        return 0, 0
+
+
+def check_repeatable(dataset: Dataset, reader: Reader) -> None:
+    """Raise a ValueError where the teacher would read something else of an example each time."""
+    if dataset.format["type"] != "custom" and reader.collate is None:
+        return
+    some = dataset.select(spread(len(dataset)))
+    once, again = (hash_of(list(_batches(some, range(len(some)), replace(reader, num_workers=0)))) for _ in range(2))
+    if once != again:
+        raise ValueError(
+            "an example that was read twice gave the teacher two different inputs: the transform or the "
+            "`data_collator` draws random numbers. The student would see another view than the one whose outputs are "
+            "cached. Use with_views, and draw from `view_seed` alone, or train with the teacher itself."
+        )
+
+
+def agree(fresh: Columns, kept: Mapping[str, Any], reader: Reader) -> bool:
+    """Whether two computations of the same rows are one up to rounding, also in another batch or on another device.
+
+    A device may compute float32 with the 10 bits of float16, as NVIDIA's do.
+    """
+    tolerance = 16 * max(torch.finfo(each).eps for each in (reader.teacher.dtype, torch.float16))
+    for name, values in fresh.items():
+        old, new = np.asarray(kept[name], dtype=np.float64), values.astype(np.float64)
+        if old.shape != new.shape or np.linalg.norm(new - old) > tolerance * np.linalg.norm(old):
+            return False
+    return True
+
+
+def spread(count: int) -> list[int]:
+    """At most `PROBED_EXAMPLES` numbers below a count, from its beginning to its end."""
+    return sorted({int(place) for place in np.linspace(0, count - 1, PROBED_EXAMPLES)})
