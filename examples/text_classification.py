@@ -46,6 +46,7 @@ from hf_rrd import (
     cache_teacher_outputs,
     student_from_teacher,
 )
+from hf_rrd.models.logits import class_order
 from hf_rrd.results.measure import size_of
 
 
@@ -107,7 +108,9 @@ def label_ids(data: DatasetDict, column: str, known: dict[str, int]) -> tuple[di
     feature = data["train"].features[column]
     values = range(feature.num_classes) if isinstance(feature, ClassLabel) else sorted(data["train"].unique(column))
     names = feature.names if isinstance(feature, ClassLabel) else [str(value) for value in values]
-    label2id = known if set(known) == set(names) else {name: number for number, name in enumerate(names)}
+    lower = {name.lower(): number for name, number in known.items()}
+    same = lower.keys() == {name.lower() for name in names} and len(lower) == len(names)
+    label2id = {name: lower[name.lower()] if same else number for number, name in enumerate(names)}
     return label2id, {value: label2id[name] for value, name in zip(values, names, strict=True)}
 
 
@@ -147,6 +150,8 @@ def main() -> None:
     has_head = fine_tune or not (loading["missing_keys"] or loading["mismatched_keys"])
     if args.kd_weight > 0 and not has_head:
         raise SystemExit(f"--kd_weight needs a teacher of the labels {list(label2id)}: try --teacher_epochs 2.")
+    if args.kd_weight > 0 and not fine_tune:  # the names above have replaced its own
+        class_order(sorted(label2id, key=lambda name: label2id[name]), sorted(known, key=lambda name: known[name]))
     teacher_tokenizer = AutoTokenizer.from_pretrained(teacher_name)
     tokenizer = AutoTokenizer.from_pretrained(model_args.student_model_name_or_path or teacher_name)
 

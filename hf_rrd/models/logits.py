@@ -20,12 +20,12 @@ LAYOUTS = {
     "frames": "AudioFrameClassification",  # (batch, frames, classes)
     "letters": "ForCTC",  # (batch, frames, vocabulary)
     "tokens": "TokenClassification",  # (batch, length, classes)
-    "words": "ForMaskedLM|(XLM|Flaubert)WithLMHead|XLNetLMHead",  # (batch, length, vocabulary)
-    "next words": "ForCausalLM|LMHead|ForConditionalGeneration|MTModel|EncoderDecoderModel",  # the same
+    "words": "ForMaskedLM|(XLM|Flaubert)WithLMHead|XLNetLMHead|BeitForMasked",  # (batch, length, vocabulary)
+    "next words": "ForCausal|LMHead|ForConditionalGeneration|MTModel|EncoderDecoderModel|GenerationDecoder",
     "pixels": "SemanticSegmentation",  # (batch, classes, height, width)
     "spans": "ForQuestionAnswering",  # `start_logits` and `end_logits`, here in one: (batch, 2, length)
     "choices": "MultipleChoice|NextSentencePrediction",  # (batch, choices)
-    "classes": "Classification",  # (batch, classes)
+    "classes": "Classification|VisualReasoning",  # (batch, classes)
 }
 NAMED = ("frames", "tokens", "pixels", "classes", None)  # of classes that `id2label` names; None is not known
 TEXTS = ("tokens", "words", "next words", "target words")
@@ -142,14 +142,13 @@ class LogitPair:
 
     def _match(self, own: Names, others: Names, of_data: Names) -> None:
         order = class_order(own, others, of_data)
-        if order is not None:
-            self._order = None if order == sorted(order) else torch.tensor(order)
-        elif len(own or others or "?") > 1:
+        self._order = None if order is None or order == sorted(order) else torch.tensor(order)
+        if class_order(own, others) is None and len(own or others or "?") > 1:
             unnamed = [side for side, names in (("student", own), ("teacher", others)) if _only_count(_plain(names))]
-            say = logger.warning_once if len(unnamed) == 1 else logger.info
-            say(
-                f"`kd_weight`: the classes of the {' and the '.join(unnamed)} have no names: both sides are taken "
-                "to have them in one order. If they have not, give both configs an `id2label`."
+            taken = "both sides are taken to have them in one order" if order is None else f"{of_data} are taken"
+            (logger.warning_once if len(unnamed) == 1 else logger.info)(
+                f"`kd_weight`: the classes of the {' and the '.join(unnamed)} have no names: {taken}. If that is "
+                "wrong, give both configs an `id2label`."
             )
 
     def terms(self, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any], temperature: float) -> Tensor:

@@ -5,15 +5,17 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoTokenizer,
 )
 
-from tests.examples.scripts import CLASSIFY, WORDS, start_process, text_accuracy
+from tests.examples.scripts import CLASSIFY, WORDS, load_script, start_process, text_accuracy
 
 
 def test_text_classification_tunes_a_teacher_and_saves_a_student_of_the_printed_accuracy(
@@ -85,3 +87,24 @@ def test_distillation_on_logits_asks_for_a_teacher_with_a_head(start: Any) -> No
     )
     with pytest.raises(SystemExit, match="try --teacher_epochs 2"):
         start("text_classification", line)
+
+
+def test_labels_are_numbered_as_the_teacher_numbers_them_whatever_their_case() -> None:
+    script, feature = load_script("text_classification"), datasets.ClassLabel(names=["entailment", "neutral"])
+    rows = datasets.Dataset.from_dict({"label": [0, 1]}, features=datasets.Features({"label": feature}))
+    data = datasets.DatasetDict({"train": rows})
+    found = script.label_ids(data, "label", {"NEUTRAL": 0, "ENTAILMENT": 1})
+    assert found == ({"entailment": 1, "neutral": 0}, {0: 1, 1: 0})
+    assert script.label_ids(data, "label", {"LABEL_0": 0, "LABEL_1": 1})[1] == {0: 0, 1: 1}
+
+
+def test_distillation_on_logits_asks_for_a_teacher_of_these_labels(start: Any, folder: Path, tmp_path: Path) -> None:
+    teacher = AutoModelForSequenceClassification.from_pretrained(folder / "classifier")
+    teacher.config.id2label, teacher.config.label2id = {0: "no", 1: "yes"}, {"no": 0, "yes": 1}
+    teacher.save_pretrained(tmp_path / "teacher")
+    AutoTokenizer.from_pretrained(folder / "classifier").save_pretrained(tmp_path / "teacher")
+    line = f"{CLASSIFY} --teacher_model_name_or_path {tmp_path}/teacher --student_num_layers 1 --output_dir OUT"
+    with pytest.raises(
+        ValueError, match=r"the teacher names its classes \['no', 'yes'\], the student \['bad', 'good'\]"
+    ):
+        start("text_classification", f"{line} --kd_weight 1")

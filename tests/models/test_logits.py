@@ -206,6 +206,10 @@ def test_that_one_order_was_assumed_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     assert said(monkeypatch, lambda: pair_of(without, without)) == []
     (line,) = said(monkeypatch, lambda: pair_of(without, with_names))
     assert line.startswith("`kd_weight`: the classes of the student have no names: both sides are taken")
+    (line,) = said(monkeypatch, lambda: pair_of(without, with_names, of_data=OTHER_ORDER))
+    assert line.startswith(
+        "`kd_weight`: the classes of the student have no names: ['pos', 'Neu ', 'mixed', 'neg'] are"
+    )
     (line,) = said(monkeypatch, lambda: pair_of(with_names))  # cached logits that nothing is known of
     assert line.startswith("`kd_weight`: the classes of the teacher have no names: both sides are taken")
 
@@ -397,6 +401,7 @@ AUTO_CLASSES = {
     "NEXT_SENTENCE_PREDICTION": "choices",
     "QUESTION_ANSWERING": "spans",
     "SEMANTIC_SEGMENTATION": "pixels",
+    "CAUSAL_IMAGE_MODELING": "next words",
     "OBJECT_DETECTION": None,
     "ZERO_SHOT_OBJECT_DETECTION": None,
     "UNIVERSAL_SEGMENTATION": None,
