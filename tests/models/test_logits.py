@@ -591,7 +591,8 @@ def test_logits_without_a_common_order_are_refused_at_construction(
     tmp_path: Path, student: Any, teacher: Any, message: str
 ) -> None:
     with pytest.raises(ValueError, match=f"`kd_weight` is above 0, and .*{message}.*kd_weight=0"):
-        trainer(tmp_path, model=student(), teacher=teacher(), kd_weight=1.0, relational_weight=0.0, task_weight=0.0)
+        how = {"model": student(), "teacher": teacher(), "train_dataset": None}
+        trainer(tmp_path, **how, kd_weight=1.0, relational_weight=0.0, task_weight=0.0)
 
 
 def test_a_headless_student_of_cached_logits_is_refused_at_construction(tmp_path: Path) -> None:
