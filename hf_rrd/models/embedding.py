@@ -6,12 +6,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models import auto
 
 from hf_rrd.errors import described
-from hf_rrd.models.body import body_of, keep_next, main_input_of, place_of, take_kept, watch
+from hf_rrd.models.body import body_of, forget, keep_next, main_input_of, place_of, reads_rows, take_kept, watch
+from hf_rrd.models.columns import forward_columns
 from hf_rrd.models.pooling import POOLERS
 
 # A key of `POOLERS`, "auto", or a function from the body's output and the attention mask to (batch, width).
@@ -28,7 +31,8 @@ def embed(
 
     Args:
         model: A transformers model with a head or none, also inside PEFT or DistributedDataParallel; uncompiled here.
-        inputs: Of its forward. `attention_mask` says which tokens are padding.
+        inputs: Of its forward. `attention_mask` says which tokens are padding. Where a model counts its positions from
+            the first token, as GPT-2 and BERT do, padding belongs on the right.
         pooling: `"auto"`, the trainer's default, `"cls"`, `"mean"`, `"max"`, `"last_token"`, `"pooler"`, `"gap"`, or a
             function `(body_output, attention_mask) -> (batch, width)`.
         return_outputs: Whether to return what the forward gave, too, such as its logits.
@@ -57,8 +61,9 @@ def embed(
     try:
         with torch.compiler.set_stance("force_eager"):  # a compiled graph calls no hook
             outputs = model(**inputs)
-        embedding = embedder.pool(take_kept(embedder.body), inputs.get("attention_mask"))
+        embedding = embedder.pool(take_kept(embedder.body), inputs)
     finally:
+        forget(embedder.body)
         unwatch()
     return (embedding, outputs) if return_outputs else embedding
 
@@ -71,20 +76,28 @@ class Embedder:
         self.pooling = auto_pooling(self.body) if pooling == "auto" else pooling
         self._argument = argument
 
-    def pool(self, outputs: Any, attention_mask: Tensor | None) -> Tensor:
-        """From the body's output to (batch, width)."""
-        hidden: Any = getattr(outputs, "last_hidden_state", None)
+    def pool(self, outputs: Any, inputs: dict[str, Any]) -> Tensor:
+        """From the body's output for these inputs to (batch, width); a ValueError if it is another number of rows."""
+        mask, hidden = _mask_of(inputs), getattr(outputs, "last_hidden_state", None)
         choices: Any = None
-        if attention_mask is not None and attention_mask.dim() == 3 and len(hidden) == attention_mask[:, :, 0].numel():
-            # Multiple choice: the body reads each choice as a text, and an example is the mean of its own.
-            choices, attention_mask = attention_mask.shape[:2], attention_mask.flatten(0, 1)
-        if attention_mask is not None and isinstance(hidden, Tensor) and attention_mask.shape[-1] != hidden.shape[1]:
-            # Speech: the mask counts samples, the hidden states are frames.
-            to_frames = getattr(self.body, "_get_feature_vector_attention_mask", lambda length, mask: mask)
-            attention_mask = to_frames(hidden.shape[1], attention_mask)
+        if isinstance(hidden, Tensor):
+            if mask is not None and mask.dim() == 3 and len(hidden) == mask[:, :, 0].numel():
+                # Multiple choice: the body reads each choice as a text, and an example is the mean of its own.
+                choices, mask = mask.shape[:2], mask.flatten(0, 1)
+            if mask is not None and mask.shape[-1] != hidden.shape[1]:
+                # Speech: the mask counts samples, the hidden states are frames.
+                to_frames = getattr(self.body, "_get_feature_vector_attention_mask", lambda length, mask: mask)
+                mask = to_frames(hidden.shape[1], mask)
+            if hidden.dim() == 4 and self.body.config.model_type in _CHANNELS_LAST:
+                outputs = BaseModelOutput(last_hidden_state=hidden.permute(0, 3, 1, 2))
         pooler = POOLERS[self.pooling] if isinstance(self.pooling, str) else self.pooling
-        pooled: Tensor = pooler(outputs, attention_mask)
-        return pooled if choices is None else pooled.view(*choices, -1).mean(1)
+        pooled: Tensor = pooler(outputs, mask)
+        pooled = pooled if choices is None else pooled.view(*choices, -1).mean(1)
+        main, shape = inputs.get(main_input_of(self.body)), getattr(pooled, "shape", None)
+        if isinstance(main, Tensor) and shape and len(shape) == 2 and len(main) != shape[0]:
+            came = f"{type(self.body).__name__} gives {tuple(shape)} for a batch of {len(main)}"
+            raise ValueError(f"`{self._argument}` does not fit: each example needs one embedding, {came}.")
+        return pooled
 
     @cached_property
     def width(self) -> int:
@@ -93,18 +106,22 @@ class Embedder:
         A config does not say it for all: an OPT may project its output, a Wav2Vec2 may end with an adapter. A
         ValueError says that the body gives no hidden states, or that there is no width either way.
         """
-        outputs, name = _blank_outputs(self.body), type(self.body).__name__
+        if reads_rows(self.body):
+            return int(self.body.in_features)
+        (outputs, blank), name = _blank_outputs(self.body), type(self.body).__name__
         if outputs is None:
             width = getattr(self.body.config, "hidden_size", None)
             if isinstance(width, int) and isinstance(self.pooling, str):
                 return width
             where = "in its config as `hidden_size`, and a blank input could not be run to measure it"
-            raise ValueError(f"the width of {name}'s embedding is not {where}. Add it to the config.")
+            raise ValueError(
+                _towers_of(name) or f"the width of {name}'s embedding is not {where}. Add it to the config."
+            )
         try:
-            pooled: Any = self.pool(outputs, None)
+            pooled: Any = self.pool(outputs, blank)
         except Exception as error:
             came = f"the model needs a body that returns hidden states, {name} gave {type(outputs).__name__}"
-            raise ValueError(f"`{self._argument}` does not fit: {came}: {error}") from error
+            raise ValueError(_towers_of(name) or f"`{self._argument}` does not fit: {came}: {error}") from error
         if not isinstance(pooled, Tensor) or pooled.dim() != 2:
             shape = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__
             needed = "a pooling must return a tensor of shape (batch, dim)"
@@ -112,30 +129,57 @@ class Embedder:
         return pooled.shape[1]
 
 
+def _mask_of(inputs: dict[str, Any]) -> Tensor | None:
+    """Which tokens of a batch, or patches of images of several sizes, are no padding; None where all are."""
+    return next((inputs[name] for name in ("attention_mask", "pixel_attention_mask") if name in inputs), None)
+
+
+_CHANNELS_LAST = ("sam2_vision_model", "sam2_hiera_det_model")  # of their maps: (batch, height, width, dim)
+# Their mask does not fit their hidden states: these are fewer, or go on with the patches of an image.
+_READ_BY_FIRST_TOKEN = ("funnel", "layoutlmv2", "layoutlmv3", "vilt", "visual_bert")
+
+
 def auto_pooling(body: Any) -> str:
     """The key of `POOLERS` that `"auto"` means for a body.
 
-    The last token of a decoder or of an encoder-decoder, the CLS token of a vision model that has one, otherwise the
-    mean over the unmasked tokens, or over the positions of a convolutional map.
+    The model's own embedding where that is what it is for (`...WithProjection`, DPR, timm). Else the last token of a
+    causal decoder or of an encoder-decoder, the CLS token of a vision model that has one, otherwise the mean over the
+    unmasked tokens, or over the positions of a convolutional map.
     """
+    name = type(body).__name__
+    if reads_rows(body) or name.startswith(("TimmWrapper", "DPR")) or name.endswith("WithProjection"):
+        return "pooler"
     known, family = auto.modeling_auto, body.config.model_type
     reads_text = main_input_of(body) == "input_ids"
     causal, masked = known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, known.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    generates = family in causal and family not in masked
+    both_ways = getattr(body.config, "use_bidirectional_attention", None) in (True, "all")  # EmbeddingGemma
+    generates = family in causal and family not in masked and not both_ways
     if reads_text and (generates or (body.config.is_encoder_decoder and hasattr(body, "decoder"))):
         return "last_token"
     has_cls = any(name.endswith(("cls_token", "class_embedding")) for name, _ in body.named_parameters())
-    return "cls" if has_cls and not reads_text else "mean"
+    has_map = family == "cvt"  # of which the CLS token is no part
+    return "cls" if family in _READ_BY_FIRST_TOKEN or (has_cls and not reads_text and not has_map) else "mean"
+
+
+def _towers_of(name: str) -> str:
+    """What to load in place of a model of images and texts, such as CLIP; nothing where it has no classes for them."""
+    towers = [f"{name.removesuffix('Model')}{tower}" for tower in ("VisionModel", "TextModel")]
+    found = [next((each for each in (f"{x}WithProjection", x) if hasattr(transformers, each)), "") for x in towers]
+    which = f"{found[0]} for images, {found[1]} for texts"
+    return f"{name} reads images and texts together. Load the part that reads yours: {which}." if all(found) else ""
 
 
 @torch.no_grad()
-def _blank_outputs(body: Any) -> Any:
-    """The body's output for one blank input of its kind, or None where it does not take one."""
-    training = body.training
+def _blank_outputs(body: Any) -> tuple[Any, dict[str, Any]]:
+    """The body's output for one blank input of its kind, or None where it does not take one; and the input."""
+    training, name = body.training, main_input_of(body)
+    blank = {name: _blank_input(body)}
+    if name == "input_ids" and body.config.is_encoder_decoder and "decoder_input_ids" in (forward_columns(body) or ()):
+        blank["decoder_input_ids"] = blank[name]
     try:
-        return body.eval()(**{main_input_of(body): _blank_input(body)})
+        return body.eval()(**blank), blank
     except Exception:
-        return None
+        return None, blank
     finally:
         body.train(training)
 

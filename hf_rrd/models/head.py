@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from hf_rrd.models.body import body_of, is_headless, keep_next, take_kept, unwrapped, watch
+from hf_rrd.models.body import forget, is_headless, is_watched, keep_next, take_kept, unwrapped, watch
 from hf_rrd.models.embedding import Embedder, Pooling
 
 HEAD = "relational_head"  # the name of the head on the student
@@ -34,6 +34,10 @@ class RelationalHead(nn.Module):
     `projection` is a key of `STUDENT_PROJECTIONS`, whose start draws from `seed` and not from the global random state.
     """
 
+    body_name: str  # of the body, as a submodule of the student
+    undo: list[Callable[[], None]]  # what takes the hooks off again
+    ignored: Any  # the student's `_keys_to_ignore_on_save` before
+
     def __init__(self, embedder: Embedder, dim: int, projection: str, seed: int) -> None:
         super().__init__()
         self.embedder = embedder
@@ -50,9 +54,9 @@ class RelationalHead(nn.Module):
         rows: Tensor = self.projection(pooled.to(dtype)).float()
         return rows
 
-    def pool(self, outputs: Any, attention_mask: Tensor | None) -> Tensor:
-        """The body's output as one row per example, (batch, width)."""
-        pooled, width = self.embedder.pool(outputs, attention_mask), self.embedder.width
+    def pool(self, outputs: Any, inputs: dict[str, Any]) -> Tensor:
+        """The body's output for these inputs as one row per example, (batch, width)."""
+        pooled, width = self.embedder.pool(outputs, inputs), self.embedder.width
         if pooled.shape[1:] != (width,):
             raise ValueError(f"the student's embedding must be {width} wide, got shape {tuple(pooled.shape)}.")
         return pooled
@@ -68,6 +72,7 @@ def attach_head(
     """
     detach_head(student)
     head = RelationalHead(Embedder(student, pooling, "student_pooling"), dim, projection, seed)
+    head.body_name = next(name for name, each in student.named_modules() if each is head.embedder.body)
     reference = next(student.parameters())
     head.to(dtype=reference.dtype if reference.is_floating_point() else None)
     put_head(student, head)
@@ -80,12 +85,12 @@ def put_head(student: nn.Module, head: RelationalHead) -> None:
     student.add_module(HEAD, head.to(next(student.parameters()).device))
     ignored = getattr(student, "_keys_to_ignore_on_save", None)
     student._keys_to_ignore_on_save = set(ignored or ()) | {f"{HEAD}.{key}" for key in head.state_dict()}  # type: ignore[assignment]
-    undo = [
-        watch(head.embedder.body),
+    head.undo, head.ignored = [], ignored
+    _watched_body(student)
+    head.undo += [
         student.register_forward_pre_hook(_ask_body, with_kwargs=True, prepend=True).remove,
-        student.register_forward_hook(_add_embedding, with_kwargs=True).remove,
+        student.register_forward_hook(_add_embedding, with_kwargs=True, always_call=True).remove,
     ]
-    head.__dict__["_undo"] = (undo, ignored)
 
 
 def detach_head(student: nn.Module) -> None:
@@ -94,12 +99,13 @@ def detach_head(student: nn.Module) -> None:
     A trainer puts it on when it is made, and takes it off when a training has ended, but for its own evaluations and
     another training. Saved students never have one.
     """
-    head = head_of(student)
-    if head is not None:
-        undo, student._keys_to_ignore_on_save = head.__dict__["_undo"]
-        for each in undo:
-            each()
-        delattr(student, HEAD)
+    for model in (student, unwrapped(student)):  # an adapter may have been put around one that has it
+        head: Any = head_of(model)
+        if head is not None:
+            model._keys_to_ignore_on_save = head.ignored
+            for undo in head.undo:
+                undo()
+            delattr(model, HEAD)
 
 
 def head_of(student: nn.Module) -> Any:
@@ -137,7 +143,10 @@ def load_head(head: RelationalHead, state: dict[str, Tensor]) -> None:
 
 
 def check_student(student: nn.Module, task: bool) -> None:
-    """Raise a ValueError for a student that cannot give the task loss that it is to learn."""
+    """Raise a ValueError for a student that cannot be trained, or not give the task loss that it is to learn."""
+    if "_orig_mod" in student.__dict__:
+        what = f"the student is a copy that `compile_regions` made of a {type(student).__name__}"
+        raise ValueError(f"{what}, which has no head. Pass the model itself, and set torch_compile=True.")
     if task and is_headless(student):
         came = f"the student needs a head: {type(unwrapped(student)).__name__} has none"
         instead = "Load it with an AutoModelFor... class, pass a `compute_loss_func`, or set task_weight=0"
@@ -158,24 +167,38 @@ def split_embedding(outputs: Any) -> tuple[Any, Tensor | None, Tensor | None]:
     if not isinstance(outputs, dict) or EMBEDDING not in outputs:
         return outputs, None, None
     plain = {key: value for key, value in outputs.items() if key not in (EMBEDDING, POOLED)}
-    return type(outputs).__mro__[1](**plain), outputs[EMBEDDING], outputs.get(POOLED)
+    pooled = outputs.get(POOLED)
+    if pooled is not None and "last_hidden_state" in plain:  # of a headless student an evaluation collects rows alone
+        return ModelOutput(embedding=pooled), outputs[EMBEDDING], pooled
+    return type(outputs).__mro__[1](**plain), outputs[EMBEDDING], pooled
+
+
+def _watched_body(student: nn.Module) -> nn.Module:
+    """The student's body by its name: of a replica or a copy its own, and one that has taken its place later."""
+    head: Any = head_of(student)
+    body = student.get_submodule(head.body_name)
+    if not is_watched(body):
+        head.undo.append(watch(body))
+    return body
 
 
 def _ask_body(student: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     wanted = kwargs.pop(WITH_EMBEDDING, False)
     student.__dict__[WITH_EMBEDDING] = wanted
     if wanted:
-        keep_next(body_of(student))  # of a replica or a copy its own
+        keep_next(_watched_body(student))
     return args, kwargs
 
 
 def _add_embedding(student: nn.Module, args: Any, kwargs: dict[str, Any], outputs: Any) -> Any:
     if not student.__dict__.pop(WITH_EMBEDDING, False):
         return None
+    if outputs is None:  # the forward has failed
+        return forget(_watched_body(student))
     if not isinstance(outputs, ModelOutput):
         raise ValueError(f"the student must return a ModelOutput, got {type(outputs).__name__}. Set return_dict=True.")
     head = head_of(student)
-    pooled = head.pool(take_kept(body_of(student)), kwargs.get("attention_mask"))
+    pooled = head.pool(take_kept(_watched_body(student)), kwargs)
     ours = {EMBEDDING: head(pooled), POOLED: None if student.training else pooled}
     output_class: Any = type(outputs)
     return _extended(output_class)(**dict(outputs.items()), **ours)

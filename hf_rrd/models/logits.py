@@ -47,9 +47,12 @@ def layout_of(model: Any) -> str | None:
 
 
 def logits_of(outputs: Any) -> Tensor | None:
-    """The logits among a model's outputs, or None. Of question answering both in one: (batch, 2, length)."""
+    """The logits among a model's outputs, or None. Of question answering both in one: (batch, 2, length).
+
+    A module that is none of transformers may return the logits themselves.
+    """
     if not isinstance(outputs, dict):
-        return None
+        return outputs if isinstance(outputs, Tensor) else None
     spans = [outputs[name] for name in ("start_logits", "end_logits") if outputs.get(name) is not None]
     return torch.stack(spans, 1) if len(spans) == 2 else outputs.get("logits")
 

@@ -50,10 +50,11 @@ def last_token_pool(outputs: Any, attention_mask: Tensor | None = None) -> Tenso
 
 
 def pooler_pool(outputs: Any, attention_mask: Tensor | None = None) -> Tensor:
-    """The body's own `pooler_output`, flattened to (batch, dim)."""
-    pooled = getattr(outputs, "pooler_output", None)
+    """The body's own `image_embeds`, `text_embeds`, `audio_embeds` or `pooler_output`, flattened to (batch, dim)."""
+    fields = ("image_embeds", "text_embeds", "audio_embeds", "pooler_output")
+    pooled = next((each for name in fields if (each := getattr(outputs, name, None)) is not None), None)
     if pooled is None:
-        raise ValueError("pooling 'pooler' needs a body that returns `pooler_output`; this one does not. Try 'auto'.")
+        raise ValueError("pooling 'pooler' needs a body that returns `pooler_output`; this one does not. Try 'mean'.")
     return torch.flatten(pooled, 1)
 
 
@@ -82,11 +83,13 @@ def _hidden(outputs: Any, pooling: str, mask: Tensor | None = None, dims: tuple[
     hidden = getattr(outputs, "last_hidden_state", None)
     if not isinstance(hidden, Tensor):
         needed = f"pooling needs a body that returns `last_hidden_state`, got {type(outputs).__name__}"
-        raise ValueError(f"{needed}. Pass a function as the pooling to read another output.")
+        instead = "Set return_dict=True" if isinstance(outputs, tuple) else "Pass a function as the pooling"
+        raise ValueError(f"{needed}. {instead}.")
     shape = tuple(hidden.shape)
     if len(shape) not in dims:
         needed = " or ".join(SHAPES[dim] for dim in dims)
-        raise ValueError(f"pooling '{pooling}' needs hidden states of shape {needed}, got {shape}. Try 'auto'.")
+        instead = "Try 'mean'" if len(shape) in SHAPES else "Pass a function as the pooling"
+        raise ValueError(f"pooling '{pooling}' needs hidden states of shape {needed}, got {shape}. {instead}.")
     if mask is not None and len(shape) == 3 and tuple(mask.shape) != shape[:2]:
         given = f"the `attention_mask`, {tuple(mask.shape)},"
         raise ValueError(f"{given} does not fit hidden states of shape {shape}. Pass a function as the pooling.")

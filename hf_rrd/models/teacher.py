@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from hf_rrd.errors import described, named_errors
 from hf_rrd.models.body import (
+    forget,
     keep_next,
     main_input_of,
     place_of,
@@ -70,6 +71,9 @@ class Teacher:
         self._forward: Any = model if compile_kwargs is None else torch.compile(model, **compile_kwargs)
         self.columns = forward_columns(model)
         self.body = unwrapped(model)
+        self._counts_padding = _counts_padding(self.body)
+        if getattr(getattr(self.body, "config", None), "mask_ratio", None):
+            self.body.config.mask_ratio = 0.0  # a ViTMAE would hide other patches in each forward
         if wants_embedding:
             self._embedder = Embedder(model, pooling, "teacher_pooling")
             self.body, self.width = self._embedder.body, self._embedder.width
@@ -137,7 +141,8 @@ class Teacher:
         if self.model is not None:
             computed = self.compute(self.inputs_from(inputs))
             if lacks_logits and computed.logits is None:
-                instead = "Load it with an AutoModelFor... class, or set kd_weight=0"
+                own = "let a module of your own return them, or a dict with `logits`"
+                instead = f"Load it with an AutoModelFor... class, {own}, or set kd_weight=0"
                 raise ValueError(f"`kd_weight` is above 0, and the teacher returns no logits. {instead}.")
             embedding = computed.embedding if found.embedding is None else found.embedding
             return TeacherOutputs(embedding, computed.logits if lacks_logits else found.logits)
@@ -185,16 +190,36 @@ class Teacher:
         device = getattr(inputs.get(main_input_of(self.body)), "device", None)
         if self.columns is not None and "use_cache" in self.columns:
             inputs = {**inputs, "use_cache": False}
+        mask = inputs.get("attention_mask")
+        if self._counts_padding and mask is not None and mask.dim() == 2 and "position_ids" not in inputs:
+            inputs = {**inputs, "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)}
         with named_errors("the teacher", inputs):
-            if self._embedder is not None:
-                keep_next(self.body)
-            outputs = self._forward(**placed(inputs, self.body))
-            logits = logits_of(outputs)
-            logits = None if logits is None else logits.to(device)
-            if self._embedder is None:
-                return TeacherOutputs(logits=logits)
-            pooled = self._embedder.pool(take_kept(self.body), inputs.get("attention_mask"))
+            try:
+                if self._embedder is not None:
+                    keep_next(self.body)
+                outputs = self._forward(**placed(inputs, self.body))
+                logits = logits_of(outputs) if self.wants_logits else None
+                logits = None if logits is None else logits.to(device)
+                if self._embedder is None:
+                    return TeacherOutputs(logits=logits)
+                pooled = self._embedder.pool(take_kept(self.body), inputs)
+            finally:
+                forget(self.body)
+            if pooled.shape[1:] != (self.width,):
+                raise ValueError(
+                    f"the teacher's embedding must be {self.width} wide, got shape {tuple(pooled.shape)}."
+                )
             return TeacherOutputs(pooled.to(device), logits)
+
+
+def _counts_padding(body: nn.Module) -> bool:
+    """Whether a body has learned positions that it counts from the first token on, be that padding or not.
+
+    RoBERTa and its kin, whose table of positions has a row for padding, look where the padding is.
+    """
+    names = ("position_embeddings", "wpe", "positions_embed", "embed_positions")
+    tables = [each for name, each in body.named_modules() if name.endswith(names) and isinstance(each, nn.Embedding)]
+    return any(table.padding_idx is None for table in tables) and "position_ids" in (forward_columns(body) or ())
 
 
 def _cached(name: str, inputs: dict[str, Any]) -> Tensor | None:

@@ -238,6 +238,14 @@ def load_student(model: Any, folder: str, head: str) -> None:
     """
     if not os.path.isdir(folder):  # transformers would look it up on the Hub
         raise ValueError(f"{folder} is gone: there is no such folder.")
+    if (adapter := Path(folder, "adapter_model.safetensors")).is_file():  # of `add_adapter`
+        from peft import set_peft_model_state_dict
+
+        weights = {name.removeprefix("base_model.model."): weight for name, weight in load_file(adapter).items()}
+        unknown = set_peft_model_state_dict(model, weights, adapter_name=model.active_adapters()[0]).unexpected_keys
+        if unknown:
+            raise ValueError(f"{folder} does not hold this student's adapter: {unknown[:3]} are unknown.")
+        return
     own = {name: weight for name, weight in model.state_dict().items() if not name.startswith(head + ".")}
     path = Path(folder, "model.safetensors")
     saved = load_file(path) if path.is_file() else {}

@@ -184,14 +184,13 @@ def _adapters(model: nn.Module) -> list[Any]:
     configs = getattr(model, "peft_config", None)
     if not configs:
         return []
-    active = model.active_adapters
-    states = {
-        (getattr(module, "_disable_adapters", False), *getattr(module, "merged_adapters", []))
+    states = {  # as its layers have them: the model of `get_base_model` knows of none that are active
+        (module._disable_adapters, *getattr(module, "merged_adapters", []), *getattr(module, "active_adapters", []))
         for module in model.modules()
         if hasattr(module, "_disable_adapters")
     }
     described = {name: _facts(config, _PATHS) for name, config in configs.items()}
-    return [described, active() if callable(active) else active, sorted(map(str, states))]
+    return [described, sorted(map(str, states))]
 
 
 _PATHS = ("base_model_name_or_path", "revision", "inference_mode")

@@ -102,7 +102,7 @@ def test_auto_pools_images_as_the_family_does(build: Callable[[], Any], pooling:
     model = build()
     size = getattr(model.config, "image_size", 32)
     body, outputs = run_body(model, pixel_values=torch.randn(2, 3, size, size))
-    pooled = Embedder(body, "auto").pool(outputs, None)
+    pooled = Embedder(body, "auto").pool(outputs, {})
     torch.testing.assert_close(pooled, POOLERS[pooling](outputs, None), rtol=1e-6, atol=1e-6)
     if pooling != "cls":  # these three hand out the same themselves; a ViT's has one more layer on top
         torch.testing.assert_close(pooled, outputs.pooler_output.flatten(1), rtol=1e-5, atol=1e-5)
@@ -118,7 +118,9 @@ def test_auto_pools_encoders_by_the_mean_and_decoders_by_the_last_unmasked_token
     mask = torch.tensor(MASKS[side])
     body, outputs = run_body(build(), input_ids=torch.randint(2, 50, (3, 5)), attention_mask=mask)
     expected = torch.tensor(naive_pool(pooling, outputs.last_hidden_state, MASKS[side]))
-    torch.testing.assert_close(Embedder(body, "auto").pool(outputs, mask), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        Embedder(body, "auto").pool(outputs, {"attention_mask": mask}), expected, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_auto_pools_speech_over_the_frames_whose_samples_are_unmasked() -> None:
@@ -130,7 +132,9 @@ def test_auto_pools_speech_over_the_frames_whose_samples_are_unmasked() -> None:
     assert outputs.last_hidden_state.shape[1] == frames[0] > frames[1]
     frame_mask = [[int(t < count) for t in range(frames[0])] for count in frames]
     expected = torch.tensor(naive_pool("mean", outputs.last_hidden_state, frame_mask))
-    torch.testing.assert_close(Embedder(body, "auto").pool(outputs, mask), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        Embedder(body, "auto").pool(outputs, {"attention_mask": mask}), expected, rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -153,7 +157,7 @@ def test_the_embedding_width_of_an_image_model_is_that_of_what_it_really_pools(
     model = build()
     size = getattr(model.config, "image_size", 32)
     body, outputs = run_body(model, pixel_values=torch.randn(2, 3, size, size))
-    assert Embedder(body, pooling).width == Embedder(body, pooling).pool(outputs, None).shape[1]
+    assert Embedder(body, pooling).width == Embedder(body, pooling).pool(outputs, {}).shape[1]
 
 
 OPT = OPTConfig(
@@ -173,13 +177,13 @@ OPT = OPTConfig(
 )
 def test_the_embedding_width_of_a_text_model_is_that_of_what_it_really_pools(build: Callable[[], Any]) -> None:
     body, outputs = run_body(build(), input_ids=torch.randint(2, 50, (3, 5)))
-    assert Embedder(body, "auto").width == Embedder(body, "auto").pool(outputs, None).shape[1]
+    assert Embedder(body, "auto").width == Embedder(body, "auto").pool(outputs, {}).shape[1]
 
 
 @pytest.mark.parametrize("changes", [{}, {"add_adapter": True, "output_hidden_size": 12}])
 def test_the_embedding_width_of_a_speech_model_is_that_of_what_it_really_pools(changes: dict[str, Any]) -> None:
     body, outputs = run_body(Wav2Vec2Model(wav2vec2_config(**changes)), input_values=torch.randn(2, 2000))
-    assert Embedder(body, "auto").width == Embedder(body, "auto").pool(outputs, None).shape[1]
+    assert Embedder(body, "auto").width == Embedder(body, "auto").pool(outputs, {}).shape[1]
 
 
 def test_the_embedding_width_of_a_callable_is_measured_on_what_it_returns() -> None:

@@ -104,7 +104,7 @@ def test_the_bodys_own_pooled_output_comes_as_one_row_per_example(shape: tuple[i
             gap_pool,
             output(hidden_states(2, 3, 4)),
             None,
-            r"'gap' needs .* width\), got \(2, 3, 4\). Try 'auto'",
+            r"'gap' needs .* width\), got \(2, 3, 4\). Try 'mean'",
         ),
         (pooler_pool, output(hidden_states(2, 3, 4)), None, "'pooler' needs a body that returns `pooler_output`"),
         (pooler_pool, output(None, pooler_output=None), None, "'pooler' needs a body that returns `pooler_output`"),

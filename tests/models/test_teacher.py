@@ -1,17 +1,32 @@
 """A teacher's outputs, from a forward or from cached columns."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
+import peft
 import pytest
 import torch
-from transformers import ViTForImageClassification, ViTModel
+from torch import Tensor
+from transformers import (
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaModel,
+    RobertaConfig,
+    RobertaModel,
+    ViTForImageClassification,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+    ViTMAEModel,
+    ViTModel,
+)
 
 from hf_rrd import cache_teacher_outputs
 from hf_rrd.models.teacher import Teacher, load_teacher
-from tests.builders import CLASSES, Images, tiny_vit, trainer
+from tests.builders import CLASSES, Images, tiny_bert, tiny_vit, trainer
 
 
 def teacher_vit() -> Any:
@@ -99,3 +114,95 @@ def test_a_compiled_teacher_gives_what_it_gives_eagerly() -> None:
         torch.testing.assert_close(outputs.embedding, eager.embedding, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(outputs.logits, eager.logits, rtol=1e-5, atol=1e-6)
     assert isinstance(compiled._forward, torch._dynamo.OptimizedModule)
+
+
+class Plain(torch.nn.Module):
+    """A module that is none of transformers."""
+
+    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.layer, self.wrap = torch.nn.Linear(3 * 16 * 16, CLASSES), wrap
+
+    def forward(self, pixel_values: Tensor) -> Any:
+        return self.wrap(self.layer(pixel_values.flatten(1)))
+
+
+@pytest.mark.parametrize("wrap", [lambda logits: logits, lambda logits: {"logits": logits}])
+def test_a_plain_module_teaches_by_logits_that_it_returns_as_they_are_or_in_a_dict(wrap: Callable[..., Any]) -> None:
+    teacher, pixels = Teacher(Plain(wrap), False, True), Images(3).pixels
+    logits = teacher.read({"pixel_values": pixels}).logits
+    assert torch.equal(logits, teacher.model.layer(pixels.flatten(1)))
+
+
+def test_a_teacher_that_returns_a_tuple_is_an_error_that_says_what_to_return(tmp_path: Path) -> None:
+    run = trainer(tmp_path, teacher=Plain(lambda logits: (logits,)), relational_weight=0.0, kd_weight=1.0)
+    with pytest.raises(ValueError, match="the teacher returns no logits.*let a module of your own return them, or a"):
+        run.train()
+    teacher = teacher_vit()
+    teacher.config.return_dict = False
+    with pytest.raises(ValueError, match="returns `last_hidden_state`, got tuple. Set return_dict=True."):
+        trainer(tmp_path, teacher=teacher)
+
+
+def test_an_embedding_of_another_width_than_at_first_is_an_error() -> None:
+    widths = iter([24, 24, 20])
+    teacher = Teacher(
+        teacher_vit(), True, False, lambda outputs, mask: outputs.last_hidden_state[:, 0, : next(widths)]
+    )
+    assert teacher.read({"pixel_values": Images(3).pixels}).embedding.shape == (3, 24)
+    with pytest.raises(ValueError, match=r"the teacher's embedding must be 24 wide, got shape \(3, 20\)"):
+        teacher.read({"pixel_values": Images(3).pixels})
+
+
+def test_a_forward_that_fails_leaves_nothing_on_the_teacher() -> None:
+    teacher = Teacher(teacher_vit(), True, False)
+    with pytest.raises(ValueError, match="the teacher failed"):
+        teacher.read({"pixel_values": torch.zeros(1, 5, 16, 16)})
+    assert [name for name in teacher.body.__dict__ if "hf_rrd" in name] == []
+
+
+@pytest.mark.parametrize("headless", [True, False])
+def test_a_vit_mae_sees_the_whole_image_as_a_teacher(headless: bool) -> None:
+    torch.manual_seed(0)
+    settings = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = ViTMAEConfig(**settings, image_size=16, patch_size=4, decoder_num_hidden_layers=1)
+    model, pixels = (ViTMAEModel if headless else ViTMAEForPreTraining)(config), Images(3).pixels
+    teacher = Teacher(model, True, False, "mean")
+    first, second = (teacher.read({"pixel_values": pixels}).embedding for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
+    body = model if headless else model.vit
+    assert body(pixels).last_hidden_state.shape[1] == 1 + 16  # a quarter of the patches before
+
+
+def position_models() -> dict[str, Any]:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    return {
+        "gpt2": GPT2Model(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32)),
+        "bert": tiny_bert(dropout=0.0),
+        "roberta": RobertaModel(RobertaConfig(vocab_size=50, **sizes, max_position_embeddings=32)),
+        "llama": LlamaModel(LlamaConfig(vocab_size=50, **sizes)),
+    }
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "roberta", "llama"])
+def test_padding_on_the_left_does_not_shift_a_teachers_embedding(family: str) -> None:
+    teacher = Teacher(position_models()[family], True, False)
+    pad = 1 if family == "roberta" else 0  # which looks for it among the tokens
+    tokens = torch.randint(2, 50, (2, 5), generator=torch.Generator().manual_seed(0))
+    padded, mask = torch.nn.functional.pad(tokens, (4, 0), value=pad), torch.tensor([[0] * 4 + [1] * 5] * 2)
+    alone = teacher.read({"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}).embedding
+    left = teacher.read({"input_ids": padded, "attention_mask": mask}).embedding
+    torch.testing.assert_close(left, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_teacher_from_inside_peft_teaches_with_its_adapters(tmp_path: Path) -> None:
+    lora = peft.LoraConfig(target_modules=["query", "q_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    inside = peft.get_peft_model(teacher_vit(), lora).get_base_model()
+    added = teacher_vit()
+    added.add_adapter(lora)
+    for teacher in (inside, added):
+        run = trainer(tmp_path, teacher=teacher)
+        run.train()
+        assert run.state.global_step == 3
