@@ -102,6 +102,11 @@ def load(args: DataArguments) -> DatasetDict:
         files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
         kind = Path(args.train_file).suffix.removeprefix(".").replace("jsonl", "json")
         data = load_dataset(kind, data_files={split: file for split, file in files.items() if file})
+    columns = data["train"].column_names
+    if absent := {args.image_column_name, args.label_column_name} - set(columns):
+        raise SystemExit(
+            f"No column {sorted(absent)} among {columns}: set --image_column_name and --label_column_name."
+        )
     return data.cast_column(args.image_column_name, Image())
 
 

@@ -59,6 +59,11 @@ def main() -> None:
     kind = args.train_file.rpartition(".")[2].replace("jsonl", "json")
     with accelerator.main_process_first():
         data = load_dataset(kind, data_files={"train": args.train_file, "validation": args.validation_file})
+    columns = data["train"].column_names
+    if absent := {args.text_column_name, args.label_column_name} - set(columns):
+        raise SystemExit(
+            f"No column {sorted(absent)} among {columns}: set --text_column_name and --label_column_name."
+        )
 
     def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         texts = [example[args.text_column_name] for example in examples]

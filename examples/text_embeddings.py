@@ -91,6 +91,11 @@ def load(args: DataArguments) -> DatasetDict:
         data = load_dataset(kind, data_files={"train": args.train_file, "validation": args.validation_file})
     else:
         raise SystemExit("Give --dataset_name, or --train_file and --validation_file.")
+    columns = data["train"].column_names
+    if absent := {args.text_column_name, args.label_column_name or args.text_column_name} - set(columns):
+        raise SystemExit(
+            f"No column {sorted(absent)} among {columns}: set --text_column_name and --label_column_name."
+        )
     splits = {"train": data["train"], "validation": data["validation" if "validation" in data else "test"]}
     for split, rows in splits.items():
         limit = args.max_train_samples if split == "train" else args.max_eval_samples

@@ -105,3 +105,12 @@ def test_a_file_that_is_not_there_is_named(name: str, start: Any) -> None:
 def test_a_run_without_data_says_which_flags_it_needs(name: str, start: Any) -> None:
     with pytest.raises(SystemExit, match="Give .*--dataset_name.*--train_file"):
         start(name, "--teacher_model_name_or_path {}/classifier --output_dir OUT")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_column_that_is_not_there_is_named_with_the_flags(name: str, start: Any) -> None:
+    files = "--train_file {}/train.csv --validation_file {}/validation.csv --label_column_name nothing"
+    with pytest.raises(
+        SystemExit, match=r"No column \['(image|nothing)'.* among \[.*'verdict'\]: set --.*_column_name"
+    ):
+        start(name, f"--teacher_model_name_or_path {{}}/classifier --student_num_layers 1 --output_dir OUT {files}")
