@@ -43,10 +43,8 @@ from hf_rrd.training.checkpoint import (
 from hf_rrd.training.data import (
     DataCollatorForDistillation,
     Preview,
-    WholeSteps,
     examples_in,
     previews_of,
-    warn_of_new_pass,
     with_cached_arrays,
 )
 from hf_rrd.training.distillation import Distillation
@@ -56,6 +54,7 @@ from hf_rrd.training.identity import check_identity, resuming, settings_of, teac
 from hf_rrd.training.inputs import check_inputs
 from hf_rrd.training.setup import check_data, prepared, teacher_for
 from hf_rrd.training.sources import check_sources
+from hf_rrd.training.streams import WholeSteps, warn_of_new_pass, with_reading_ahead
 from hf_rrd.training.task import ask_student, has_labels, predictions_of
 from hf_rrd.training.terms import TermLog
 
@@ -131,6 +130,7 @@ class RelationalDistillationTrainer(Trainer):
             raise TypeError(f"`args` must be a RelationalDistillationConfig, got {type(args).__name__}.")
         if isinstance(model, str):
             raise TypeError(f"`model` must be a model, got {model!r}. Load it with from_pretrained.")
+        train_dataset = with_reading_ahead(train_dataset, args.dataloader_num_workers)
         preview = Preview(train_dataset)
         check_data(preview, eval_dataset, model, args, data_collator)
         self._teacher = teacher_for(teacher, args, preview, model)

@@ -31,9 +31,9 @@ from hf_rrd.training.data import (
     examples_in,
     is_map_style,
     noted_logits,
+    preserved_randomness,
     with_cached_arrays,
 )
-from hf_rrd.training.distillation import preserved_randomness
 
 logger = logging.get_logger(__name__)
 

@@ -1,9 +1,11 @@
 """Data sets and batches: what is known of a set before it is read, how examples are collated, some of them drawn."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -118,35 +120,6 @@ def check_batch_labels(batch: Mapping[str, Any], label_names: list[str]) -> None
         )
 
 
-class WholeSteps:
-    """Micro-batches by the optimizer step. Too few at the end of a stream's pass wait for those of the next pass.
-
-    The Trainer would give them no step of their own: their gradients would be added to those of the next one.
-    """
-
-    def __init__(self) -> None:
-        self.waiting: list[Any] = []
-        self._ended: Any = None
-
-    def read(
-        self, iterator: Iterator[Any], count: int, take: Callable[..., Any], device: Any
-    ) -> tuple[list[Any], Any]:
-        """What `take`, the Trainer's way, gives of `count` micro-batches; nothing where a pass has fewer left."""
-        if iterator is self._ended:  # a Trainer asks on until its steps are over
-            return [], None
-        batches, num_items = take(chain(self.waiting, iterator), count, device)
-        is_whole = len(batches) == count
-        self.waiting, self._ended = ([], None) if is_whole else (batches, iterator)
-        return (batches, num_items) if is_whole else ([], None)
-
-    def raise_for_none(self) -> None:
-        """Raise the ValueError of a training without a single step."""
-        if self.waiting:
-            few = f"`train_dataset` gave {len(self.waiting)} batches, fewer than `gradient_accumulation_steps`"
-            raise ValueError(f"{few}. Lower that, or the batch size.")
-        raise ValueError("`train_dataset` gave no batch. Is it smaller than one, with `dataloader_drop_last` on?")
-
-
 # ---- What is known of a data set ----
 
 
@@ -161,7 +134,7 @@ class Preview:
         """The first example, without any of a set that has none, or none that is a dict of columns."""
         if self.dataset is None or isinstance(self.dataset, Mapping):
             return {}
-        example = self.dataset[0] if is_map_style(self.dataset) else next(iter(self.dataset), None)
+        example = next(iter(sample_of(self.dataset, 1)), None) if not is_map_style(self.dataset) else self.dataset[0]
         return example if isinstance(example, Mapping) else {}
 
     @cached_property
@@ -275,21 +248,28 @@ def _is_column(part: Any) -> bool:
     return isinstance(part, np.ndarray | Tensor) or (values and isinstance(part[0], str | float | int | list | None))
 
 
-def warn_of_new_pass(dataset: Any, passes: float | None) -> None:
-    """Warn where a resumed run was past the first pass of a stream: the Trainer does not find the place again."""
-    if not is_map_style(dataset) and (passes or 0) >= 1:
-        logger.warning("The stream was past its first pass, of which no checkpoint knows: it begins a new pass.")
-
-
 # ---- Some examples, and columns on their own ----
 
 
-def sample_of(dataset: Any, count: int, seed: int) -> Any:
+def sample_of(dataset: Any, count: int, seed: int = 0) -> Any:
     """At most `count` examples of a training set: drawn at random with a seed, of a stream the first ones."""
     if not is_map_style(dataset):
         return dataset.take(count) if hasattr(dataset, "take") else list(islice(iter(dataset), count))
     rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count].tolist()
     return dataset.select(rows) if hasattr(dataset, "select") else torch.utils.data.Subset(dataset, rows)
+
+
+@contextmanager
+def preserved_randomness() -> Iterator[None]:
+    """Leave the random state of Python, NumPy and torch as it was, so that a run is the same with and without."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def has_cached_embeddings(dataset: Any) -> bool:

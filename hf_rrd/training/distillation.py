@@ -1,11 +1,9 @@
 """What a student is compared with, and by which losses: one object, which a checkpoint holds."""
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
@@ -18,7 +16,7 @@ from hf_rrd.models.head import RelationalHead, StudentOutputs, attach_head, deta
 from hf_rrd.models.logits import LogitPair, logits_of
 from hf_rrd.models.teacher import Teacher, TeacherOutputs
 from hf_rrd.training.checkpoint import State
-from hf_rrd.training.data import is_map_style, sample_of
+from hf_rrd.training.data import is_map_style, preserved_randomness, sample_of
 from hf_rrd.training.projection import TeacherProjection, check_variety
 
 RELATIONAL_LOSSES = ("rrd", "infonce", *BATCH_LOSSES)
@@ -274,16 +272,3 @@ class Distillation:
             self.projection.load_state_dict(state.get("teacher_projection", {}))
         if self.head is not None and head:
             load_head(self.head, state.get("head", {}))
-
-
-@contextmanager
-def preserved_randomness() -> Iterator[None]:
-    """Leave the random state of Python, NumPy and torch as it was, so that a run is the same with and without."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

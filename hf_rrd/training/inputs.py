@@ -11,8 +11,7 @@ from transformers.utils import cached_file, logging
 from hf_rrd.models.body import main_input_of, unwrapped
 from hf_rrd.models.columns import forward_columns, is_label, own_columns
 from hf_rrd.models.teacher import Teacher
-from hf_rrd.training.data import DataCollatorForDistillation, Preview
-from hf_rrd.training.distillation import preserved_randomness
+from hf_rrd.training.data import DataCollatorForDistillation, Preview, preserved_randomness
 
 logger = logging.get_logger(__name__)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.builders import Images, tiny_vit, trainer
-from tests.training.test_data_streams import Stream
+from tests.training.test_streams import Stream
 
 
 def files_of(folder: Path) -> dict[str, tuple[int, int]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_rrd import RelationalDistillationTrainer
-from hf_rrd.training.distillation import preserved_randomness
+from hf_rrd.training.data import preserved_randomness
 from tests.builders import Images, log_of, tiny_vit, trainer
 
 
