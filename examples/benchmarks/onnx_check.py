@@ -9,16 +9,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
+from hf_rrd.models.teacher import load_teacher
 from hf_rrd.results.export import export_onnx
 
 TEXTS = ["a film that is as warm as it is bright", "dull from its first scene to its ending, and too long", "fine"]
@@ -41,8 +40,7 @@ def main(folders: list[str]) -> None:
     """Export, compare, print."""
     table = Table("student", "largest difference", "largest logit", "file", "seconds", title="ONNX against torch")
     for folder in folders:
-        architecture: Any = getattr(transformers, AutoConfig.from_pretrained(folder).architectures[0])
-        student, inputs = architecture.from_pretrained(folder).eval(), inputs_of(folder)
+        student, inputs = load_teacher(folder, argument="student").eval(), inputs_of(folder)
         with torch.no_grad():
             largest = student(**inputs)[0].abs().max().item()
         with tempfile.TemporaryDirectory() as place:

@@ -6,6 +6,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,9 @@ def write_card(
     Returns:
         The facts of the card.
 
+    Raises:
+        ValueError: A model cannot be loaded, or a metric is no finite number.
+
     Example:
 
     ```python
@@ -102,6 +106,9 @@ def write_card(
         metrics = {"accuracy": measured["student"]["accuracy"]}
     if isinstance(metrics, Mapping):
         metrics = [Metric(each, value, dataset.id, split=measured.get("split")) for each, value in metrics.items()]
+    for each in metrics:
+        if not isinstance(each.value, Real) and not hasattr(each.value, "item") or not math.isfinite(each.value):
+            raise ValueError(f"`metrics` must be finite numbers, got {each.name} {each.value!r}.")
     last = (training or {}).get("best_step", math.inf)
     library = "transformers" if unwrapped(model) is model else "peft"
     facts = CardFacts(

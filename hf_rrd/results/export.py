@@ -18,9 +18,10 @@ from hf_rrd.errors import described
 from hf_rrd.files import written_whole
 from hf_rrd.models.body import main_input_of
 from hf_rrd.models.head import detach_head
+from hf_rrd.models.teacher import load_teacher
 
 
-def export_onnx(model: PreTrainedModel, path: str | Path, inputs: Mapping[str, Tensor], atol: float = 1e-4) -> float:
+def export_onnx(model: Any, path: str | Path, inputs: Mapping[str, Tensor], atol: float = 1e-4) -> float:
     """Write a model to one ONNX file by transformers' own exporter, and compare the two by `check_onnx`.
 
     The file takes any number of examples, and texts and sound of any length that the model takes; images keep their
@@ -28,7 +29,8 @@ def export_onnx(model: PreTrainedModel, path: str | Path, inputs: Mapping[str, T
     relational head. The model stays as it was.
 
     Args:
-        model: A transformers model, with a trainer's head or none, its adapters merged, of less than 2 GiB in float32.
+        model: A transformers model, with a trainer's head or none, its adapters merged, of less than 2 GiB in float32;
+            or a Hub name or folder.
         path: The file; an older one is replaced once the new one has passed.
         inputs: What the model's forward takes, without labels, (batch, ...) each; texts of 2 tokens or more.
         atol: The largest absolute difference to accept.
@@ -39,7 +41,7 @@ def export_onnx(model: PreTrainedModel, path: str | Path, inputs: Mapping[str, T
     Raises:
         ImportError: A package of the extra `onnx` is missing, or transformers is older than 5.13.
         TypeError: `model` is not a transformers model.
-        ValueError: `inputs` do not suit, the model is too large, or the file differs from it.
+        ValueError: `inputs` do not suit, the model cannot be loaded or is too large, or the file differs from it.
     """
     packages = ("transformers.exporters", "onnx", "onnxruntime", "onnxscript")
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
@@ -50,6 +52,7 @@ def export_onnx(model: PreTrainedModel, path: str | Path, inputs: Mapping[str, T
     import onnx_ir
     from transformers.exporters import OnnxConfig, OnnxExporter
 
+    model = load_teacher(model, argument="model")
     plain, given, free = _plain(model, inputs)
     # Twice the examples: torch.export takes a size of 1 for a constant.
     traced = {name: torch.cat([value, value]) for name, value in given.items()}
@@ -62,11 +65,12 @@ def export_onnx(model: PreTrainedModel, path: str | Path, inputs: Mapping[str, T
         return check_onnx(temporary, model, inputs, atol)
 
 
-def check_onnx(path: str | Path, model: PreTrainedModel, inputs: Mapping[str, Tensor], atol: float = 1e-4) -> float:
+def check_onnx(path: str | Path, model: Any, inputs: Mapping[str, Tensor], atol: float = 1e-4) -> float:
     """Compare an ONNX file with its model, on `inputs` and on their first example, a text without its first token.
 
     Arguments, result and errors are those of `export_onnx`; nothing is written.
     """
+    model = load_teacher(model, argument="model")
     plain, given, free = _plain(model, inputs)
     # The last token stays: BART's classifier needs it.
     shorter = {name: value[:1, 1:] if 1 in free[name] else value[:1] for name, value in given.items()}
@@ -92,8 +96,9 @@ def _plain(model: Any, inputs: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor
     size = 4 * sum(weight.numel() for weight in model.parameters())
     if size > 2**31 - 2**25:  # protobuf ends at 2 GiB, and the graph itself needs some
         raise ValueError(f"`model` must have less than 2 GiB of weights in float32, got {size / 2**30:.1f} in {name}.")
-    main = inputs.get(main_input_of(model))
-    sizes = {len(value) if isinstance(value, Tensor) and value.dim() else 0 for value in inputs.values()}
+    columns = inputs if isinstance(inputs, Mapping) else {}
+    main = columns.get(main_input_of(model))
+    sizes = {len(value) if isinstance(value, Tensor) and value.dim() else 0 for value in columns.values()}
     if main is None or "labels" in inputs or len(sizes) != 1 or 0 in sizes or (main.dim() == 2 and main.shape[1] < 2):
         raise ValueError(
             f"`inputs` must be tensors of as many examples, without labels, among them `{main_input_of(model)}`, a "

@@ -28,6 +28,7 @@ from hf_rrd.results.table import HEADER, place, plain, rows_of
 from hf_rrd.training.data import (
     DataCollatorForDistillation,
     Preview,
+    check_dataset,
     examples_in,
     is_map_style,
     noted_logits,
@@ -118,6 +119,7 @@ def compare_models(
     models: dict[str, nn.Module] = {"student": load_teacher(student, argument="student")}
     if teacher is not None:
         models["teacher"] = load_teacher(teacher)
+    check_dataset("dataset", dataset)
     if not is_map_style(dataset) or len(dataset) == 0:
         raise ValueError(
             f"a report needs a data set with examples and a length, got {type(dataset).__name__}, empty or a stream. "
@@ -245,7 +247,7 @@ def chosen_dataset(dataset: Any, eval_dataset: Any, sharded: bool = False) -> An
         dataset = eval_dataset.get(dataset, dataset)
     if dataset is None or isinstance(dataset, dict | str):
         known = f", or the name of one of {sorted(eval_dataset)}" if isinstance(eval_dataset, dict) else ""
-        came = "none, and the trainer has no `eval_dataset`" if dataset is None else dataset
+        came = "none, and the trainer has no `eval_dataset`" if dataset is None else repr(dataset)
         came = f"several: {sorted(dataset)}" if isinstance(dataset, dict) else came
         raise ValueError(f"`dataset` must be one data set{known}, got {came}. Pass one: report(test_set).")
     return dataset
@@ -264,7 +266,11 @@ def narrowed(dataset: Any, data_collator: Any, columns: list[str] | None) -> tup
     if columns is None:
         return dataset, data_collator
     if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":  # a transform reads others than it gives
-        dataset = dataset.select_columns([name for name in dataset.column_names if name in columns])
+        kept = [name for name in dataset.column_names if name in columns]
+        if all(name in CACHED_COLUMNS or "label" in name for name in kept):
+            came = f"none of the columns that a model reads is in the data set, got {dataset.column_names}"
+            raise ValueError(f"{came}. Tokenize or transform its examples first.")
+        dataset = dataset.select_columns(kept)
     return dataset, RemoveColumnsCollator(data_collator, columns)
 
 

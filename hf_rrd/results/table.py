@@ -100,7 +100,7 @@ def plain(facts: dict[str, Any]) -> str:
     lines = [
         "  ".join(f"{cell:{'>' if index else '<'}{widths[index]}}" for index, cell in enumerate(row)) for row in rows
     ]
-    return "\n".join([f"{facts['examples']:,} examples on {place(facts['environment'])}", *lines])
+    return "\n".join([f"{facts['examples']:,} examples on {place(facts['environment'])}", *map(str.rstrip, lines)])
 
 
 def markdown(header: Any, rows: Any) -> str:

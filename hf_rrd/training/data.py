@@ -231,7 +231,7 @@ def check_dataset(name: str, dataset: Any) -> None:
         advice = "Pass its data set, `loader.dataset`, and its collate_fn as `data_collator`"
     elif any(_is_column(part) for part in parts):
         advice = "Make a dict of columns a data set: datasets.Dataset.from_dict"
-    elif isinstance(dataset, Mapping) and name == "train_dataset":
+    elif isinstance(dataset, Mapping) and name in ("train_dataset", "dataset"):
         advice = f"Pass one of its parts, {list(dataset)}, such as data['train']; `eval_dataset` takes several"
     if advice:
         raise ValueError(f"`{name}` must be a data set of examples, got a {type(dataset).__name__}. {advice}.")

@@ -179,6 +179,12 @@ def test_a_card_may_be_of_models_by_their_folders_and_names_no_folder(tmp_path: 
         write_card(tmp_path / "mine", student, teacher=str(tmp_path / "nowhere"))
 
 
+@pytest.mark.parametrize("value", [float("nan"), "high", None])
+def test_a_metric_that_is_no_finite_number_is_an_error(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"`metrics` must be finite numbers, got f1 {value!r}"):
+        write_card(tmp_path, tiny_vit(), metrics={"f1": value})
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

@@ -247,6 +247,8 @@ def test_weights_in_bf16_and_kernels_of_attention_are_replaced_in_the_file_alone
     ("inputs", "came"),
     [
         ({}, "no columns at all"),
+        (["a text"], "a list in place of a dict of columns"),
+        ({"input_ids": [[1, 2]]}, r"`input_ids` \(list\)"),
         ({"attention_mask": torch.ones(2, 9)}, r"`attention_mask` \(2, 9\)"),
         (texts(2) | {"labels": torch.zeros(2)}, r"`labels` \(2,\)"),
         (texts(2, length=1), r"`input_ids` \(2, 1\)"),
@@ -259,6 +261,14 @@ def test_inputs_that_do_not_suit_are_named(tmp_path: Path, inputs: dict[str, Any
     with pytest.raises(ValueError, match=rf"among them `input_ids`.*got .*{came}"):
         export_onnx(tiny_bert(), tmp_path / "student.onnx", inputs)
     assert list(tmp_path.iterdir()) == []
+
+
+@needs_onnx
+def test_a_saved_student_is_exported_by_its_folder(tmp_path: Path) -> None:
+    tiny_bert(layers=1).save_pretrained(tmp_path / "student")
+    assert export_onnx(str(tmp_path / "student"), tmp_path / "student.onnx", texts(2)) < 1e-5
+    with pytest.raises(ValueError, match="`model` '.*nowhere' cannot be loaded"):
+        export_onnx(tmp_path / "nowhere", tmp_path / "student.onnx", texts(2))
 
 
 @needs_onnx

@@ -21,6 +21,11 @@ def few_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_rrd.results.measure.MOST", 3)
 
 
+def columns_of(data: Any, **more: Any) -> datasets.Dataset:
+    rows = {"input_ids": data.tokens.tolist(), "attention_mask": data.mask.tolist(), "label": data.labels.tolist()}
+    return datasets.Dataset.from_dict(rows | more)
+
+
 def logits_of(model: Any, data: Images) -> torch.Tensor:
     with torch.no_grad():
         return model(pixel_values=data.pixels).logits
@@ -148,7 +153,29 @@ def test_a_module_that_is_no_transformers_model_is_compared_by_its_logits() -> N
     assert facts["teacher"]["parameters"] == 3 * 16 * 16 * CLASSES + CLASSES
 
 
-@pytest.mark.parametrize(("data", "came"), [(Images(0), "got Images, empty"), (iter(()), "got \\w*iterator")])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            columns_of(Texts(4)).remove_columns(["input_ids", "attention_mask"]),
+            r"none of the columns that a model reads .* got \['label'\]. T",
+        ),
+        (
+            datasets.DatasetDict(test=columns_of(Texts(4))),
+            r"`dataset` must be .* got a DatasetDict. Pass one of its parts, \['test'\]",
+        ),
+        (columns_of(Texts(4)).to_pandas(), "got a DataFrame. Make it a data set: datasets.Dataset.from_pandas"),
+        (columns_of(Texts(4)).to_dict(), "got a dict. Make a dict of columns a data set"),
+        (Images(0), "`dataset` is empty, got 0 examples"),
+        ("a name", "got a str. Load it: datasets.load_dataset"),
+    ],
+)
+def test_what_is_no_data_set_that_a_model_reads_is_an_error_that_says_what_to_do(data: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        compare_models(tiny_bert(), tiny_bert(width=24, seed=1), data)
+
+
+@pytest.mark.parametrize(("data", "came"), [(iter(()), "got \\w*iterator"), (None, "got NoneType")])
 def test_nothing_to_measure_on_is_an_error(data: Any, came: str) -> None:
     with pytest.raises(ValueError, match=f"needs a data set with examples and a length.*{came}"):
         compare_models(tiny_vit(), None, data)
@@ -170,7 +197,7 @@ def test_the_trainers_report_is_written_as_json_and_is_of_its_evaluation_set(tmp
 def test_one_of_several_evaluation_sets_is_named(tmp_path: Path) -> None:
     run = trainer(tmp_path, eval_dataset={"first": Images(8), "second": Images(9)})
     assert run.report("second").facts["examples"] == 9  # type: ignore[union-attr]
-    for dataset, came in ((None, r"several: \['first', 'second'\]"), ("third", "third")):
+    for dataset, came in ((None, r"several: \['first', 'second'\]"), ("third", "'third'")):
         with pytest.raises(ValueError, match=rf"`dataset` must be .* one of \['first', 'second'\], got {came}\."):
             run.report(dataset)
     with pytest.raises(ValueError, match=r"one data set, got none, and the trainer has no `eval_dataset`\. Pass one"):
@@ -283,13 +310,9 @@ def test_a_report_prints_its_table() -> None:
     title, header, *rows = str(report).splitlines()
     assert title.startswith("40 examples on CPU (") and header.split() == "teacher student student / teacher".split()
     assert rows[0].split() == ["parameters", "14,668", "7,732", "0.527"]
-    assert len({len(line) for line in [header, *rows]}) == 1
+    ends = [row.rindex(end) + len(end) for row, end in zip(rows, ("7,732", "kB", "32"), strict=False)]
+    assert ends == [header.index("student") + len("student")] * 2 + [len(rows[2])], "numbers stand under each other"
     assert len(rows) == report.table().row_count
-
-
-def columns_of(data: Any, **more: Any) -> datasets.Dataset:
-    rows = {"input_ids": data.tokens.tolist(), "attention_mask": data.mask.tolist(), "label": data.labels.tolist()}
-    return datasets.Dataset.from_dict(rows | more)
 
 
 def test_texts_beside_their_tokens_do_not_matter_without_a_trainer_either() -> None:
