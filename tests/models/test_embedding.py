@@ -7,6 +7,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     BertForMultipleChoice,
@@ -310,3 +311,133 @@ def test_an_example_of_several_choices_is_embedded_as_their_mean(choices: int) -
         each = embed(model.bert, {"input_ids": ids, "attention_mask": mask})
     expected = torch.stack([each[start : start + choices].mean(0) for start in range(0, 6, choices)])
     torch.testing.assert_close(found, expected)
+
+
+# ---- Families that are read in another way ----
+
+TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+TINY_TEXT = {**TINY, "vocab_size": 50, "max_position_embeddings": 32}
+TINY_VISION = {**TINY, "image_size": 16, "patch_size": 8}
+TOKENS = {"input_ids": torch.tensor([[2, 3, 4, 5, 6], [7, 8, 9, 0, 0]])}
+TOKENS["attention_mask"] = (TOKENS["input_ids"] > 0).long()
+
+
+def built(name: str, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    model_class = getattr(transformers, name)
+    return model_class(model_class.config_class(**settings)).eval()
+
+
+@torch.no_grad()
+def test_auto_pools_a_gemma_that_looks_both_ways_by_the_mean() -> None:
+    settings = {**TINY_TEXT, "head_dim": 8, "num_key_value_heads": 2}
+    for both_ways, pooling in ((True, "mean"), (False, "last_token")):
+        model = built("Gemma3TextModel", **settings, use_bidirectional_attention=both_ways)
+        hidden, mask = model(**TOKENS).last_hidden_state, TOKENS["attention_mask"].tolist()
+        expected = torch.tensor(naive_pool(pooling, hidden, mask))
+        torch.testing.assert_close(embed(model, TOKENS), expected, rtol=1e-5, atol=1e-6)
+
+
+CVT = {"embed_dim": [8, 16], "num_heads": [1, 2], "depth": [1, 2], "patch_sizes": [7, 3], "patch_stride": [4, 2]}
+CVT |= {"patch_padding": [2, 1], "mlp_ratio": [1.0, 1.0], "cls_token": [False, True], "drop_path_rate": [0.0, 0.0]}
+CVT |= {name: [0.0, 0.0] for name in ("attention_drop_rate", "drop_rate")} | {"qkv_bias": [True, True]}
+CVT |= {"qkv_projection_method": ["dw_bn", "dw_bn"], "kernel_qkv": [3, 3], "padding_kv": [1, 1], "stride_kv": [2, 2]}
+CVT |= {"padding_q": [1, 1], "stride_q": [1, 1]}
+LAYOUT = {**TINY_TEXT, "input_size": 16, "patch_size": 8, "has_relative_attention_bias": False}
+LAYOUT |= {
+    "has_spatial_attention_bias": False,
+    "coordinate_size": 2,
+    "shape_size": 4,
+    "max_2d_position_embeddings": 16,
+}
+FUNNEL = {"vocab_size": 50, "block_sizes": [1, 1], "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 32}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "inputs", "pooling"),
+    [
+        ("CvtForImageClassification", CVT, {"pixel_values": torch.randn(2, 3, 32, 32)}, "mean"),
+        ("FunnelForSequenceClassification", FUNNEL, TOKENS, "cls"),
+        (
+            "LayoutLMv3ForSequenceClassification",
+            LAYOUT,
+            TOKENS | {"bbox": torch.zeros(2, 5, 4, dtype=torch.long), "pixel_values": torch.randn(2, 3, 16, 16)},
+            "cls",
+        ),
+    ],
+)
+@torch.no_grad()
+def test_auto_is_a_pooling_that_runs(name: str, settings: dict[str, Any], inputs: Any, pooling: str) -> None:
+    model = built(name, **settings)
+    rows, width = embed(model, inputs), Embedder(model).width
+    body, outputs = run_body(model, **inputs)
+    assert Embedder(model).pooling == pooling and rows.shape == (2, width)
+    torch.testing.assert_close(rows, POOLERS[pooling](outputs, None), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_patches_that_pad_an_image_of_another_size_are_not_pooled() -> None:
+    model = built("Siglip2VisionModel", **TINY, num_patches=16, patch_size=4, vision_use_head=False)
+    mask = torch.tensor([[1] * 16, [1] * 6 + [0] * 10])
+    images = {"pixel_values": torch.randn(2, 16, 48), "pixel_attention_mask": mask}
+    images["spatial_shapes"] = torch.tensor([[4, 4], [2, 3]])
+    expected = torch.tensor(naive_pool("mean", model(**images).last_hidden_state, mask.tolist()))
+    torch.testing.assert_close(embed(model, images), expected, rtol=1e-5, atol=1e-6)
+    other = images["pixel_values"].masked_fill(mask.unsqueeze(-1) == 0, 9.0)
+    torch.testing.assert_close(embed(model, images | {"pixel_values": other}), expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_the_embedding_of_a_model_with_projection_is_what_it_projects() -> None:
+    pixels = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    vision = built("CLIPVisionModelWithProjection", **TINY_VISION, projection_dim=6)
+    text = built("CLIPTextModelWithProjection", **TINY_TEXT, projection_dim=6, eos_token_id=1)
+    assert torch.equal(embed(vision, pixels), vision(**pixels).image_embeds)
+    assert torch.equal(embed(text, TOKENS), text(**TOKENS).text_embeds)
+    assert Embedder(vision).width == Embedder(text).width == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [
+        ("CLIPModel", "CLIPVisionModelWithProjection for images, CLIPTextModelWithProjection for texts"),
+        ("SiglipModel", "SiglipVisionModel for images, SiglipTextModel for texts"),
+    ],
+)
+def test_a_model_of_images_and_texts_is_an_error_that_names_the_class_to_load(name: str, classes: str) -> None:
+    model = built(name, text_config=TINY_TEXT, vision_config=TINY_VISION)
+    with pytest.raises(ValueError, match=f"{name} reads images and texts together. Load the part .*: {classes}."):
+        _ = Embedder(model).width
+
+
+@torch.no_grad()
+def test_a_map_with_its_channels_last_is_pooled_over_its_positions() -> None:
+    settings = {
+        "hidden_size": 8,
+        "blocks_per_stage": [1, 1],
+        "embed_dim_per_stage": [8, 16],
+        "num_query_pool_stages": 1,
+    }
+    settings |= {"num_attention_heads_per_stage": [1, 1], "window_size_per_stage": [4, 4]}
+    settings |= {"global_attention_blocks": [], "image_size": [32, 32], "num_attention_heads": 1}
+    model = built("Sam2HieraDetModel", **settings)
+    images = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    hidden = model(**images).last_hidden_state
+    assert hidden.shape == (2, 4, 4, 16)
+    torch.testing.assert_close(embed(model, images), hidden.mean((1, 2)))
+
+
+def test_one_embedding_for_a_batch_is_an_error_that_says_how_many_came() -> None:
+    model = built("PixtralVisionModel", **TINY_VISION, head_dim=8)
+    with pytest.raises(
+        ValueError, match=r"each example needs one .* PixtralVisionModel gives \(1, 16\) for a batch of 2"
+    ):
+        embed(model, {"pixel_values": torch.randn(2, 3, 16, 16), "image_sizes": torch.tensor([[16, 16]] * 2)})
+
+
+def test_the_width_of_an_encoder_and_decoder_of_two_configs_is_measured() -> None:
+    module = {**TINY_TEXT, "head_dim": 8, "num_key_value_heads": 2}
+    model = built(
+        "T5GemmaForSequenceClassification", encoder=module, decoder=module | {"hidden_size": 16}, num_labels=2
+    )
+    assert Embedder(model).width == 16
