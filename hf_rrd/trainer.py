@@ -319,7 +319,7 @@ class RelationalDistillationTrainer(Trainer):
         check_weights(self.model, f"{folder} is not written")
         with explained_write_errors(folder):
             if self.args.should_save:
-                invalidate(folder)
+                invalidate(folder, rotates=(self.args.save_total_limit or 0) > 0)
             super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
