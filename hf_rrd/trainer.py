@@ -55,7 +55,7 @@ from hf_rrd.training.inputs import check_inputs
 from hf_rrd.training.setup import check_data, prepared, teacher_for
 from hf_rrd.training.sources import check_sources
 from hf_rrd.training.streams import WholeSteps, warn_of_new_pass, with_reading_ahead
-from hf_rrd.training.task import ask_student, has_labels, predictions_of
+from hf_rrd.training.task import TaskLoss, ask_student, has_labels, predictions_of
 from hf_rrd.training.terms import TermLog
 
 logger = logging.get_logger(__name__)
@@ -77,9 +77,9 @@ class RelationalDistillationTrainer(Trainer):
         eval_dataset: The same. Without a teacher's outputs an evaluation reports the task alone.
         processing_class: The student's tokenizer or processor, saved beside it.
         model_init, compute_loss_func, compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs,
-            preprocess_logits_for_metrics: As in `Trainer`. `compute_loss_func` gives the task loss, as a mean over
-            the batch: it gets `num_items_in_batch=None`. An optimizer in `optimizers` gets the student's projection
-            into its first group.
+            preprocess_logits_for_metrics: As in `Trainer`. `compute_loss_func` gives the task loss: a sum divided
+            by `num_items_in_batch`, or a mean over the micro-batch. An optimizer in `optimizers` gets the student's
+            projection into its first group.
         teacher: A transformers model, or a Hub name or folder of one; None where the data set has its outputs. It is
             frozen and set to evaluation mode.
         teacher_processing_class: The teacher's tokenizer or processor, for the default collator.
@@ -165,8 +165,9 @@ class RelationalDistillationTrainer(Trainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        # Each of our terms is a mean over the micro-batch, whatever a model does with the count of labels: the Trainer
-        # has to divide by the accumulation steps. transformers 5.0 does not where there is a `compute_loss_func`.
+        self._task = TaskLoss(self.accelerator, self.model_accepts_loss_kwargs, compute_loss_func, self.model)
+        # Whatever a model does with the count of labels, the Trainer has to divide by the accumulation steps.
+        # transformers 5.0 does not where there is a `compute_loss_func`.
         self.model_accepts_loss_kwargs = False
         self._trainer_divides = compute_loss_func is None or hasattr(Trainer, "loss_is_scaled_for_ga")
         self.loss_is_scaled_for_ga = False
@@ -196,29 +197,31 @@ class RelationalDistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The weighted sum of the terms, each a mean over the micro-batch: `num_items_in_batch` is not used."""
+        """The weighted sum of the terms; in training the micro-batch's part of the optimizer step's."""
         with self.accelerator.autocast():
             teacher = self._teacher.read(inputs, required=model.training)
         self._finite.note_teacher(self.state.global_step + int(model.training), *teacher)
         plain = student_inputs(inputs, self._student_columns, self._teacher.columns)
         self.distillation.wear()
-        task_loss = super().compute_loss if self.args.task_weight > 0 else None
-        how = (self.label_names, self.distillation.head is not None, task_loss, self.compute_loss_func is None)
-        student = ask_student(model, plain, *how)
+        examples = find_batch_size(inputs) or 1
+        step = (self._step or StepExamples(self.accelerator, [examples])) if model.training else None
+        task_loss = self._task.of_step(super().compute_loss, step, num_items_in_batch)
+        how = (self.label_names, self.distillation.head is not None, self.compute_loss_func is None)
+        student = ask_student(model, plain, task_loss if self.args.task_weight > 0 else None, *how)
         with named_errors("comparing student and teacher", inputs):
             terms = self.distillation.terms(student, teacher, inputs, model.training)
-        loss, examples = self.distillation.total(terms), find_batch_size(inputs) or 1
-        if model.training:
-            step = self._step or StepExamples(self.accelerator, [examples])
+        if step is not None:
+            # A micro-batch counts by its examples. The Trainer divides each by their number, as if they were alike.
             share = step.share(examples)
+            terms = self._task.parts(terms, plain, student.outputs, step, share)
             self._terms.add(terms, share)
+            loss = self.distillation.total(terms) * (step.micro_batches if self._trainer_divides else 1)
             if self._step is None:  # nobody counted: `training_step` was called by hand
                 self.distillation.update_bank(step.gather)
             if self.accelerator.scaler is None:  # which skips the steps of a float16 training that overflow
                 self._finite.note(self.state.global_step + 1, "the loss", loss)
-            # A micro-batch counts by its examples. The Trainer divides each by their number, as if they were alike.
-            loss = loss * (share * (step.micro_batches if self._trainer_divides else 1))
         else:
+            loss = self.distillation.total(terms)
             self._terms.add_evaluated(terms, examples, self.accelerator.gather_for_metrics)
             self._embeddings.add(student.pooled, teacher.embedding, self.accelerator.gather_for_metrics)
         return (loss, student.outputs) if return_outputs else loss
@@ -251,14 +254,15 @@ class RelationalDistillationTrainer(Trainer):
         calibrate(self.distillation, self.train_dataset, *how)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
-        """The micro-batches of one optimizer step; counts their examples."""
+        """The micro-batches of one optimizer step; counts their examples and labels."""
         if 0 < self.state.max_steps <= self.state.global_step:  # a run that is resumed at its end
             self.control.should_training_stop = True
             return [], None
         with named_errors("reading `train_dataset`"):
             batches, num_items = self._steps.read(epoch_iterator, num_batches, super().get_batch_samples, device)
         if batches:  # a stream is asked on at its end
-            self._step = StepExamples(self.accelerator, [examples_in(batch) for batch in batches])
+            examples, labels = [examples_in(batch) for batch in batches], map(self._task.labels_in, batches)
+            self._step = StepExamples(self.accelerator, examples, list(labels))
         return batches, num_items
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

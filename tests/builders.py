@@ -6,7 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from hf_rrd import RelationalDistillationConfig, RelationalDistillationTrainer
 from tests.processes import be_process as be_process
@@ -51,6 +58,14 @@ def tiny_bert(width: int = 16, layers: int = 2, seed: int = 0, classes: int = CL
     )
 
 
+def tiny_gpt2(width: int = 16, seed: int = 0) -> Any:
+    """A GPT-2 over 50 tokens."""
+    torch.manual_seed(seed)
+    sizes = {"n_embd": width, "n_layer": 1, "n_head": 2, "n_positions": 32, "vocab_size": 50}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(**sizes, **dropout, bos_token_id=1, eos_token_id=1))
+
+
 class Images(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Random images with labels."""
 
@@ -87,6 +102,17 @@ class Texts(torch.utils.data.Dataset[dict[str, Tensor]]):
             "attention_mask": self.mask[index],
             "labels": self.labels[index],
         }
+
+
+class Tokens(Texts):
+    """Texts with a label for each token, of which 1 to 9 count."""
+
+    def __init__(self, count: int = 24, classes: int = 50) -> None:
+        super().__init__(count)
+        generator = torch.Generator().manual_seed(1)
+        labels = torch.randint(0, classes, (count, 9), generator=generator)
+        kept = torch.randint(1, 10, (count, 1), generator=generator)
+        self.labels = labels.masked_fill(torch.arange(9) < 9 - kept, -100)
 
 
 def config(output_dir: str | Path, **changes: Any) -> RelationalDistillationConfig:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from tests.builders import Images, tiny_vit, trainer
+from tests.builders import Images, Tokens, tiny_gpt2, tiny_vit, trainer
 from tests.processes import be_process
 
 GLOBAL_BATCH = 16
@@ -76,6 +76,15 @@ SCENARIOS: dict[str, tuple[dict[str, Any], int]] = {
         2,
     ),
     "a bank in half precision": ({"teacher": tiny_vit(width=24, seed=1).bfloat16()}, 2),
+    "a loss of tokens": (
+        {
+            "model": tiny_gpt2(),
+            "teacher": tiny_gpt2(width=24, seed=1),
+            "train_dataset": Tokens(64),
+            "eval_dataset": Tokens(19),
+        },
+        4,
+    ),
     "no bank": ({"bank_size": 0, "gradient_accumulation_steps": 1}, 2),
 }
 

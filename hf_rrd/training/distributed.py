@@ -1,7 +1,7 @@
 """Several processes: who has how many examples, everybody's rows, and a teacher that is shared out among them."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,27 +20,32 @@ from hf_rrd.training.distillation import Distillation
 
 
 class StepExamples:
-    """How many examples an optimizer step has, on this process and on all of them.
+    """How many examples an optimizer step has, on this process and on all of them, and how many labels in all.
 
     The processes tell each other how many are in each of their micro-batches when the step begins, and the numbers are
     on the host by the time it ends: nobody waits for the device.
     """
 
-    def __init__(self, accelerator: Accelerator, micro_batches: list[int]) -> None:
+    def __init__(
+        self, accelerator: Accelerator, micro_batches: list[int], labels: Sequence[Tensor | None] = (None,)
+    ) -> None:
         self.accelerator = accelerator
         self.micro_batches = len(micro_batches)
         self.processes = accelerator.num_processes
         self.total: int | Tensor = sum(micro_batches)  # of all processes; on the device where there are several
+        self.labels = None if None in labels else torch.stack([each for each in labels if each is not None]).sum()
         self._counts = torch.tensor(micro_batches).unsqueeze(0)  # (processes, micro-batches), on the host
         self._copied: torch.cuda.Event | None = None
         if self.processes > 1:
             # Filled one by one: a copy to the device would wait for it.
             own = [torch.full((1,), count, device=accelerator.device) for count in micro_batches]
-            counts = accelerator.gather(torch.cat(own)).view(self.processes, -1)
+            own += [torch.zeros_like(own[0]) if self.labels is None else self.labels.view(1).to(own[0].device)]
+            gathered = accelerator.gather(torch.cat(own)).view(self.processes, -1)
+            counts, self.labels = gathered[:, :-1], None if self.labels is None else gathered[:, -1].sum()
             self.total = counts.sum()
             self._counts = counts
             if counts.is_cuda:
-                self._counts = torch.empty_like(counts, device="cpu", pin_memory=True)
+                self._counts = torch.empty(counts.shape, dtype=counts.dtype, pin_memory=True)
                 self._counts.copy_(counts, non_blocking=True)
                 self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 self._copied.record()

@@ -1,41 +1,137 @@
 """The student's own task: its labels, its loss, and what a forward of the student is asked for."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.trainer_pt_utils import nested_detach
 
 from hf_rrd.errors import named_errors
+from hf_rrd.models.body import unwrapped
 from hf_rrd.models.head import WITH_EMBEDDING, StudentOutputs, split_embedding
-from hf_rrd.training.data import check_batch_labels
+from hf_rrd.training.data import check_batch_labels, preserved_randomness
+
+COUNT = "num_items_in_batch"  # the name of the count of a step's labels, as transformers has it
+
+
+class TaskLoss:
+    """The task's part of an optimizer step, which is a mean over the step's labels however its batch is cut.
+
+    A loss that uses the step's count of labels gives its part of that mean. Any other gives the mean of its
+    micro-batch. Which of them it is shows once, in two forwards with other counts: many forwards take a count that
+    their loss then ignores.
+
+    Args:
+        accelerator: Of the trainer.
+        in_forward: Whether the student's forward may be given the count.
+        func: The user's `compute_loss_func`, or None.
+        student: Whose loss it is.
+    """
+
+    def __init__(self, accelerator: Accelerator, in_forward: bool, func: Any, student: nn.Module) -> None:
+        self.accelerator, self.in_forward, self.func = accelerator, in_forward, func
+        self.uses_count = None if in_forward or func is not None else False
+        config = getattr(unwrapped(student), "config", None)
+        self._shifts = LOSS_MAPPING.get(getattr(unwrapped(student), "loss_type", None)) is ForCausalLMLoss
+        self._shifts &= not getattr(config, "is_encoder_decoder", False)
+
+    def labels_in(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """How many labels of a batch the loss is about, as a scalar; None where that is not known."""
+        labels = batch.get("shift_labels", batch.get("labels"))
+        if not isinstance(labels, Tensor):
+            return None
+        # A causal language model's loss has nothing to predict the first token from.
+        return (labels[..., 1:] if self._shifts and "shift_labels" not in batch else labels).ne(-100).sum()
+
+    def of_step(self, compute_loss: Callable[..., Any], step: Any, count: Any) -> Callable[..., Any]:
+        """From student and inputs to loss and outputs, by the Trainer's `compute_loss`.
+
+        In training with the step's count of labels if the loss uses it; without a step as the Trainer has it.
+        """
+        if step is None:
+            return partial(compute_loss, return_outputs=True, num_items_in_batch=count)
+        return partial(self._in_training, compute_loss, count=step.labels if count is None else count)
+
+    def _in_training(self, compute_loss: Callable[..., Any], model: nn.Module, inputs: Any, count: Any) -> Any:
+        if self.uses_count is None and count is not None:
+            self.uses_count = self._uses(compute_loss, model, inputs, count)
+        return self._computed(compute_loss, model, inputs, None if self.uses_count is False else count)
+
+    def _computed(self, compute_loss: Callable[..., Any], model: nn.Module, inputs: Any, count: Any) -> Any:
+        given = {COUNT: count} if self.in_forward and count is not None else {}
+        return compute_loss(model, inputs | given, return_outputs=True, num_items_in_batch=count)
+
+    @torch.no_grad()
+    def _uses(self, compute_loss: Callable[..., Any], model: nn.Module, inputs: Any, count: Any) -> bool | None:
+        """What the processes agree on; None while there is no label to tell by."""
+        losses = []
+        model.eval()
+        try:
+            for each in (count, 2 * count):
+                with preserved_randomness():
+                    losses.append(float(self._computed(compute_loss, model, inputs, each)[0].mean()))
+        except (TypeError, AttributeError):  # a forward that cannot do with this keyword; a loss of None
+            losses = [1.0, 1.0]
+        finally:
+            model.train()
+        one, half = losses
+        known = one == one and one != 0
+        votes = torch.tensor([abs(one - half) > 1e-3 * abs(one), known], device=self.accelerator.device)
+        uses, knows = self.accelerator.reduce(votes.float(), "sum").tolist()
+        return bool(uses) if knows else None
+
+    def parts(
+        self, terms: dict[str, Tensor], inputs: Mapping[str, Any], outputs: Any, step: Any, share: Any
+    ) -> dict[str, Tensor]:
+        """A micro-batch's part of each term of the step: of the task by its labels, of the others `share`.
+
+        Gradients are averaged over the processes, so all shares of a step together are as many as these.
+        """
+        shares = {"task_loss": self._share(inputs, outputs, step, share)}
+        return {name: term.mean() * shares.get(name, share) for name, term in terms.items()}
+
+    def _share(self, inputs: Mapping[str, Any], outputs: Any, step: Any, otherwise: Any) -> Any:
+        labels, logits = inputs.get("labels"), outputs.get("logits") if isinstance(outputs, dict) else None
+        if self.uses_count is not False and step.labels is not None:
+            return 1 if self.func is not None else step.processes  # the Trainer itself does so with a function's
+        if self.func is not None or step.labels is None or not isinstance(labels, Tensor) or logits is None:
+            return otherwise
+        means_over_labels = labels.shape == logits.shape[:-1] and not labels.is_floating_point()
+        return self.labels_in(inputs) * step.processes / step.labels if means_over_labels else otherwise
 
 
 def ask_student(
     model: nn.Module,
     inputs: dict[str, Any],
+    task_loss: Callable[..., Any] | None,
     label_names: list[str],
     embedding: bool,
-    task_loss: Callable[..., Any] | None,
     needs_labels: bool,
 ) -> StudentOutputs:
     """One forward of the student.
 
     Args:
         model, inputs: The student, and its part of the batch.
+        task_loss: From student and inputs to the task's loss and the outputs; None where the task has no weight.
         label_names: Its columns that are labels; without a task loss they stay away.
         embedding: Whether the student has a head, whose embedding is wanted.
-        task_loss: The Trainer's `compute_loss`; None where the task has no weight.
         needs_labels: Whether the task loss is the model's own.
     """
     asked = inputs | {WITH_EMBEDDING: True} if embedding else inputs
     if task_loss is not None and needs_labels:
         check_batch_labels(inputs, label_names)
     with named_errors("the student", inputs):
-        if task_loss is not None:
-            loss, outputs = task_loss(model, asked, return_outputs=True)
-        else:
+        if task_loss is None:
             loss, outputs = None, model(**{name: value for name, value in asked.items() if name not in label_names})
+        else:
+            loss, outputs = task_loss(model, asked)
+    if task_loss is not None and not isinstance(loss, Tensor):
+        whose = "the student's own loss" if needs_labels else "what `compute_loss_func` returns"
+        raise ValueError(f"{whose} must be a tensor, got {loss!r}. Set task_weight=0 to train without it.")
     return StudentOutputs(loss, *split_embedding(outputs))
 
 

@@ -37,13 +37,13 @@ class TermLog:
         """Forget an earlier training."""
         self.window, self.lines_near_one = {}, 0
 
-    def add(self, terms: dict[str, Tensor], share: float | Tensor) -> None:
-        """Add a micro-batch's terms, of each example or their mean, and its share of the optimizer step.
+    def add(self, parts: dict[str, Tensor], share: float | Tensor) -> None:
+        """Add a micro-batch's part of each term of an optimizer step, and its share of the step.
 
         The shares of a step add up to 1, in the mean over the processes.
         """
-        for name, term in terms.items():
-            self._sum(name, term.detach().float().mean() * share)
+        for name, part in parts.items():
+            self._sum(name, part.detach().float())
         self._sum("steps", torch.as_tensor(share, dtype=torch.float32))
 
     def _sum(self, name: str, value: Tensor) -> None:

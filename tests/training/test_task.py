@@ -1,0 +1,201 @@
+"""The task's part of a step: over labels where the loss is, whatever the cut of the batch."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForTokenClassification,
+    Trainer,
+    TrainingArguments,
+)
+
+from hf_rrd import RelationalDistillationTrainer
+from tests.builders import CLASSES, Images, Texts, Tokens, log_of, tiny_bert, tiny_gpt2, tiny_vit, trainer
+
+TINY = {"vocab_size": 50, "max_position_embeddings": 32}
+
+
+def tiny_tokens(build: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return build(BertConfig(**TINY, **sizes, **dropout, num_labels=CLASSES))
+
+
+class SomeLabels(Images):
+    """Images of which every third has a label: some micro-batches have none."""
+
+    def __init__(self, count: int = 24) -> None:
+        super().__init__(count)
+        assert self.labels is not None
+        self.labels[torch.arange(count) % 3 > 0] = -100
+
+
+def summed(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """As transformers' documentation has it."""
+    logits = outputs["logits"].flatten(0, -2)
+    return F.cross_entropy(logits, labels.flatten(), reduction="sum") / num_items_in_batch
+
+
+STUDENTS: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any]]] = {
+    "causal LM": (tiny_gpt2, Tokens, {}),
+    "masked LM, whose loss ignores the count": (lambda: tiny_tokens(BertForMaskedLM), Tokens, {}),
+    "tokens, whose loss ignores the count": (
+        lambda: tiny_tokens(BertForTokenClassification),
+        lambda: Tokens(classes=CLASSES),
+        {},
+    ),
+    "smoothed": (tiny_gpt2, Tokens, {"label_smoothing_factor": 0.1}),
+    "compute_loss_func of tokens": (tiny_gpt2, Tokens, {"compute_loss_func": summed}),
+    "compute_loss_func of images": (tiny_vit, Images, {"compute_loss_func": summed}),
+    "images": (tiny_vit, lambda: Images(24), {}),
+    "images with few labels": (tiny_vit, SomeLabels, {}),
+    "texts, whose loss ignores the count": (tiny_bert, lambda: Texts(24), {}),
+    "one logit": (
+        lambda: tiny_vit(classes=1),
+        lambda: FloatLabels(),
+        {"teacher": tiny_vit(width=24, seed=1)},
+    ),
+}
+
+
+class FloatLabels(Images):
+    """Images, each with a number to predict."""
+
+    def __init__(self) -> None:
+        super().__init__(24)
+        assert self.labels is not None
+        self.labels = self.labels.float()
+
+
+def runs_of(
+    kind: str, folder: Path, cuts: tuple[int, ...], whole: int = 8, **more: Any
+) -> list[RelationalDistillationTrainer]:
+    build, dataset, settings = STUDENTS[kind]
+    teacher = tiny_vit(width=24, seed=1) if isinstance(dataset(), Images) else tiny_bert(width=24, seed=1)
+    runs = []
+    for size in cuts:
+        cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": whole // size}
+        given = {"model": build(), "train_dataset": dataset(), "teacher": teacher, "learning_rate": 0.1}
+        given |= {"optim": "sgd", "max_grad_norm": 0.0, "teacher_temperature": 0.1, "student_temperature": 0.5}
+        run = trainer(folder, **(given | settings | cut | more))
+        run.train()
+        runs.append(run)
+    return runs
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_loss_and_gradient_do_not_depend_on_the_cut_of_the_batch(kind: str, tmp_path: Path) -> None:
+    whole, single, some = runs_of(kind, tmp_path, (8, 1, 4))
+    for cut in (single, some):
+        for name in ("loss", "task_loss", "relational_loss", "grad_norm"):
+            assert log_of(cut, name) == pytest.approx(log_of(whole, name), abs=1e-6, rel=1e-6), name
+        rows = [torch.cat([weight.detach().flatten() for weight in run.model.parameters()]) for run in (whole, cut)]
+        torch.testing.assert_close(rows[1], rows[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["causal LM", "masked LM, whose loss ignores the count", "images with few labels"])
+def test_the_task_loss_of_a_step_is_the_mean_over_its_labels(kind: str, tmp_path: Path) -> None:
+    build, dataset, _ = STUDENTS[kind]
+    whole, single = runs_of(kind, tmp_path, (24, 1), whole=24, max_steps=1)
+    batch = {name: torch.stack([example[name] for example in dataset()]) for name in dataset()[0]}
+    with torch.no_grad():
+        expected = build().eval()(**batch).loss.item()
+    for run in (whole, single):
+        assert log_of(run, "task_loss") == [pytest.approx(expected, abs=1e-6)]
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_with_the_task_alone_a_step_of_several_micro_batches_is_the_plain_trainers_to_the_bit(
+    accumulation: int, tmp_path: Path
+) -> None:
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulation, "max_steps": 3}
+    run = trainer(tmp_path, model=tiny_vit(dropout=0.3), teacher=None, relational_weight=0.0, **settings)
+    run.train()
+    assert run._task.uses_count
+    args = TrainingArguments(
+        str(tmp_path), use_cpu=True, save_strategy="no", report_to=[], learning_rate=1e-2, seed=7, **settings
+    )
+    plain = Trainer(tiny_vit(dropout=0.3), args, train_dataset=Images())
+    plain.train()
+    for ours, theirs in zip(run.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0 if accumulation == 1 else 1e-7)
+
+
+def test_only_a_loss_that_uses_the_count_is_given_it(tmp_path: Path) -> None:
+    for kind, uses in (
+        ("causal LM", True),
+        ("masked LM, whose loss ignores the count", False),
+        ("images", True),
+        ("texts, whose loss ignores the count", False),
+        ("compute_loss_func of tokens", True),
+        ("one logit", False),
+    ):
+        (run,) = runs_of(kind, tmp_path, (4,), max_steps=1)
+        assert run._task.uses_count is uses, kind
+
+
+class Picky(BertForMaskedLM):
+    """Takes any keyword, and cannot do with the count."""
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **given: Any) -> Any:
+        if given:
+            raise TypeError(f"unexpected {sorted(given)}")
+        return super().forward(input_ids, attention_mask, labels=labels)
+
+
+def test_a_forward_that_cannot_do_with_the_count_trains_without(tmp_path: Path) -> None:
+    runs = [
+        trainer(tmp_path, model=tiny_tokens(build), teacher=tiny_bert(width=24), train_dataset=Tokens())
+        for build in (Picky, BertForMaskedLM)
+    ]
+    for run in runs:
+        run.train()
+    assert log_of(runs[0]) == log_of(runs[1])
+
+
+class Normed(torch.nn.Module):
+    """A student with statistics of its batches, and a loss that takes the count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.classifier = torch.nn.BatchNorm1d(768), torch.nn.Linear(768, CLASSES)
+
+    def forward(self, pixel_values: Tensor, labels: Tensor, **given: Any) -> Any:
+        logits = self.classifier(self.norm(pixel_values.flatten(1)))
+        return {
+            "loss": summed({"logits": logits}, labels, given.get("num_items_in_batch", len(labels))),
+            "logits": logits,
+        }
+
+
+def test_finding_out_leaves_statistics_and_randomness_alone(tmp_path: Path) -> None:
+    run = trainer(tmp_path, model=Normed(), relational_weight=0.0, kd_weight=1.0, max_steps=3)
+    run.train()
+    assert run._task.uses_count and run.model.norm.num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("given", [None, 1.5])
+def test_a_loss_that_is_no_tensor_is_an_error(given: Any, tmp_path: Path) -> None:
+    run = trainer(tmp_path, compute_loss_func=lambda outputs, labels, num_items_in_batch=None: given)
+    message = f"what `compute_loss_func` returns must be a tensor, got {given}. Set task_weight=0 to train without it."
+    with pytest.raises(ValueError) as error:
+        run.train()
+    assert str(error.value) == message
+
+    class Lossless(Normed):
+        def forward(self, pixel_values: Tensor, labels: Tensor) -> Any:
+            return {"loss": given, "logits": self.classifier(pixel_values.flatten(1))}
+
+    run = trainer(tmp_path, model=Lossless(), relational_weight=0.0, kd_weight=1.0, eval_dataset=Images(8))
+    for call in (run.train, run.evaluate):
+        with pytest.raises(ValueError, match=f"the student's own loss must be a tensor, got {given}"):
+            call()
