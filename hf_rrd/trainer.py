@@ -51,7 +51,7 @@ from hf_rrd.training.distillation import Distillation
 from hf_rrd.training.distributed import StepExamples, calibrate, mean_over_processes, mend_wrap_policy, place_teacher
 from hf_rrd.training.finite import FiniteCheck, check_weights
 from hf_rrd.training.identity import check_identity, resuming, settings_of, teacher_identity
-from hf_rrd.training.inputs import check_inputs
+from hf_rrd.training.inputs import check_inputs, check_teachers_input
 from hf_rrd.training.setup import check_data, prepared, teacher_for
 from hf_rrd.training.sources import check_sources
 from hf_rrd.training.streams import WholeSteps, warn_of_new_pass, with_reading_ahead
@@ -128,14 +128,14 @@ class RelationalDistillationTrainer(Trainer):
         args = RelationalDistillationConfig(output_dir="tmp_trainer") if args is None else args
         if not isinstance(args, RelationalDistillationConfig):
             raise TypeError(f"`args` must be a RelationalDistillationConfig, got {type(args).__name__}.")
-        if isinstance(model, str):
+        if not isinstance(model, nn.Module | None):
             raise TypeError(f"`model` must be a model, got {model!r}. Load it with from_pretrained.")
         train_dataset = with_reading_ahead(train_dataset, args.dataloader_num_workers)
         preview = Preview(train_dataset)
         check_data(preview, eval_dataset, model, args, data_collator)
         self._teacher = teacher_for(teacher, args, preview, model)
         sets = previews_of(preview, eval_dataset)
-        check_inputs(sets, model, self._teacher, args, data_collator, (processing_class, teacher_processing_class))
+        check_inputs(sets, model, self._teacher, args, data_collator, [processing_class, teacher_processing_class])
         self.distillation = Distillation(args, self._teacher)
         self._terms = TermLog(args)
         self._finite = FiniteCheck(self._terms.not_finite)
@@ -323,7 +323,7 @@ class RelationalDistillationTrainer(Trainer):
         check_weights(self.model, f"{folder} is not written")
         with explained_write_errors(folder):
             if self.args.should_save:
-                invalidate(folder, rotates=(self.args.save_total_limit or 0) > 0)
+                invalidate(folder)
             super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -375,6 +375,9 @@ class RelationalDistillationTrainer(Trainer):
         """
         dataset = chosen_dataset(dataset, self.eval_dataset, self._is_sharded)
         if self.is_world_process_zero():
+            if teacher is None and self.teacher is not None:
+                collator = None if isinstance(self.data_collator, DataCollatorForDistillation) else self.data_collator
+                check_teachers_input({"dataset": Preview(dataset)}, None, self._teacher, self.args, collator)
             teacher = self.teacher if teacher is None else teacher_of_report(teacher, self.args)
             how = (self.data_collator, self._signature_columns, self.label_names or ["labels"], self.args)
             self._facts.report = compare_in_run(self._unwrapped_student(), teacher, dataset, *how)

@@ -236,6 +236,8 @@ def test_a_bank_that_could_teach_nothing_is_refused(tmp_path: Path, changes: dic
 def test_a_name_in_place_of_the_student_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="`model` must be a model, got 'bert-base'.*from_pretrained"):
         trainer(tmp_path, model="bert-base")
+    with pytest.raises(TypeError, match="`model` must be a model, got <class .*from_pretrained"):
+        trainer(tmp_path, model=type(tiny_vit()))
 
 
 def test_a_hyperparameter_search_may_keep_its_objective_on_the_trainer(tmp_path: Path) -> None:

@@ -254,9 +254,6 @@ def load_teacher(teacher: Any, kwargs: Any = None, argument: str = "teacher") ->
     if not isinstance(teacher, str | os.PathLike):
         raise TypeError(f"`{argument}` must be a model, a Hub name or a folder, got a {type(teacher).__name__}.")
     kwargs = kwargs or {}
-    is_path = isinstance(teacher, os.PathLike) or teacher.startswith((".", "/", "~"))
-    if is_path and not os.path.isdir(teacher):  # transformers would look it up on the Hub
-        raise ValueError(f"`{argument}` {str(teacher)!r} cannot be loaded. There is no such folder.")
     try:
         return _loaded(teacher, kwargs)
     except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -142,7 +143,8 @@ def flaw_in(checkpoint: str | os.PathLike[str]) -> str | None:
         return "there is no such folder"
     try:
         step = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         step = None
     if not isinstance(step, int) or step < 0:
         return f"it has no readable {TRAINER_STATE_NAME}"
@@ -162,18 +164,18 @@ def flaw_in(checkpoint: str | os.PathLike[str]) -> str | None:
     return None
 
 
-def invalidate(checkpoint: str, rotates: bool = False) -> None:
+def invalidate(checkpoint: str) -> None:
     """Make room for a checkpoint: mark an old one as incomplete, and clear away what killed writes left half done.
 
-    Where `save_total_limit` deletes checkpoints, others that are incomplete get another name: under their own they
-    could count among the newest, and whole ones would be deleted in their favour. The last one found is kept.
+    Other folders that are incomplete get another name. Under their own they would count among the newest checkpoints,
+    and `save_total_limit` would delete whole ones in their favour. One is kept, the last that was found.
     """
     folder = Path(checkpoint)
     (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
     for path in [*folder.glob(f".{SIDECAR}*.tmp"), *folder.glob(".tmp*")]:  # ours, safetensors'
         if path.is_file():
             path.unlink()
-    for path in _checkpoints_in(folder.parent) if rotates else []:
+    for path in _checkpoints_in(folder.parent):
         flaw = None if path == folder else flaw_in(path)
         if flaw is not None:
             for earlier in folder.parent.glob(f"{SET_ASIDE}{PREFIX_CHECKPOINT_DIR}-*"):

@@ -134,8 +134,9 @@ class Preview:
         """The first example, without any of a set that has none, or none that is a dict of columns."""
         if self.dataset is None or isinstance(self.dataset, Mapping):
             return {}
-        example = next(iter(sample_of(self.dataset, 1)), None) if not is_map_style(self.dataset) else self.dataset[0]
-        return example if isinstance(example, Mapping) else {}
+        with named_errors("reading the first example of `train_dataset` or `eval_dataset`"):
+            one = self.dataset[0] if is_map_style(self.dataset) else next(iter(sample_of(self.dataset, 1)), None)
+        return one if isinstance(one, Mapping) else {}
 
     @cached_property
     def columns(self) -> set[str] | None:
@@ -149,6 +150,12 @@ class Preview:
     def is_transformed(self) -> bool:
         """Whether a transform makes the examples of a `datasets.Dataset` as they are read, with columns of its own."""
         return isinstance(self.dataset, Dataset) and self.dataset.format["type"] == "custom"
+
+    @property
+    def strings(self) -> dict[str, str]:
+        """What is a string in the first example, of a set that can be read before the run."""
+        example = self.example if is_map_style(self.dataset) else {}
+        return {name: value for name, value in example.items() if isinstance(value, str)}
 
     @property
     def names(self) -> set[str] | None:
@@ -188,22 +195,13 @@ class Preview:
         return getattr(getattr(label, "feature", label), "names", None)
 
     def check_labels(self, label_names: list[str]) -> None:
-        """Raise a ValueError where the set is known to have none of the labels that the task needs, or strings."""
+        """Raise a ValueError where the set is known to have none of the labels that the task loss needs."""
         names = {*label_names, "label", "label_ids"}
-        if self.columns is None:
-            return
-        found = sorted(self.columns & names)
-        if not found:
+        if self.columns is not None and not self.columns & names:
             raise ValueError(
                 f"`task_weight` is above 0, so the training set needs labels: none of {sorted(names)} is among its "
                 f"columns {sorted(self.columns)}. Add them, or set task_weight=0 to train without labels."
             )
-        for name in found if is_map_style(self.dataset) else ():
-            if isinstance(value := self.example.get(name), str):
-                raise ValueError(
-                    f"`{name}` must have the numbers of the classes, got {value!r}. Number them, as "
-                    f"dataset.class_encode_column({name!r}) does, or set task_weight=0 to train without labels."
-                )
 
 
 def previews_of(training_set: Preview, eval_dataset: Any) -> dict[str, Preview]:
@@ -221,18 +219,20 @@ def is_map_style(dataset: Any) -> bool:
 
 def check_dataset(name: str, dataset: Any) -> None:
     """Raise a ValueError for what is no data set of examples, for an empty one, or for one such among several."""
-    parts = dataset.values() if isinstance(dataset, Mapping) else ()
+    parts, package = dataset.values() if isinstance(dataset, Mapping) else (), type(dataset).__module__.split(".")[0]
     advice = ""
     if isinstance(dataset, str | os.PathLike):
-        advice = f"Load it: datasets.load_dataset({str(dataset)!r}, split='train')"
-    elif type(dataset).__module__.partition(".")[0] in ("pandas", "polars", "pyarrow"):
-        advice = "Make it a data set: datasets.Dataset.from_pandas, from_polars, or datasets.Dataset(table)"
-    elif isinstance(dataset, torch.utils.data.DataLoader):
-        advice = "Pass its data set, `loader.dataset`, and its collate_fn as `data_collator`"
-    elif any(_is_column(part) for part in parts):
-        advice = "Make a dict of columns a data set: datasets.Dataset.from_dict"
+        advice = f"datasets.load_dataset({str(dataset)!r}, split='train') loads one"
+    elif package in ("pandas", "polars", "pyarrow"):
+        advice = "datasets.Dataset.from_pandas, Dataset.from_polars and Dataset(table) make one"
+    elif isinstance(dataset, np.ndarray | Tensor) or any(_is_column(part) for part in parts):
+        advice = "datasets.Dataset.from_dict makes one of columns"
     elif isinstance(dataset, Mapping) and name in ("train_dataset", "dataset"):
         advice = f"Pass one of its parts, {list(dataset)}, such as data['train']; `eval_dataset` takes several"
+    elif isinstance(dataset, torch.utils.data.DataLoader):
+        advice = "Pass its `dataset`, and its `collate_fn` as `data_collator`"
+    elif dataset is not None and not (hasattr(dataset, "__getitem__") or hasattr(dataset, "__iter__")):
+        advice = "A list of dicts is one"
     if advice:
         raise ValueError(f"`{name}` must be a data set of examples, got a {type(dataset).__name__}. {advice}.")
     if isinstance(dataset, Mapping):

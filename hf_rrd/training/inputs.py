@@ -11,88 +11,85 @@ from transformers.utils import cached_file, logging
 from hf_rrd.models.body import main_input_of, unwrapped
 from hf_rrd.models.columns import forward_columns, is_label, own_columns
 from hf_rrd.models.teacher import Teacher
-from hf_rrd.training.data import DataCollatorForDistillation, Preview, preserved_randomness
+from hf_rrd.training.data import Preview, is_map_style, preserved_randomness
 
 logger = logging.get_logger(__name__)
 
+Sets = Mapping[str, Preview]  # the training set and those of an evaluation, by the names of their arguments
 
-def check_inputs(
-    sets: Mapping[str, Preview],
-    student: nn.Module | None,
-    teacher: Teacher,
-    args: Any,
-    data_collator: Any,
-    processors: tuple[Any, Any],
-) -> None:
+
+def check_inputs(sets: Sets, student: Any, teacher: Teacher, args: Any, collator: Any, processors: list[Any]) -> None:
     """Raise a ValueError for data without a model's input, or where the teacher would read another's.
 
-    Args:
-        sets: The training set and those of an evaluation, by the names of their arguments.
-        student, teacher, args: Of the run.
-        data_collator: The user's, or None.
-        processors: `processing_class` and `teacher_processing_class`.
+    `collator` is the user's, or None, and `processors` are `processing_class` and `teacher_processing_class`.
     """
-    own = processors
-    if isinstance(data_collator, DataCollatorForDistillation):
-        own = data_collator.processors
-    elif data_collator is not None:
-        own = (processors[0] or getattr(data_collator, "tokenizer", None), None)
-    if processors[1] is not None and processors[1] is not own[1]:
+    own, others = getattr(collator, "processors", processors)
+    if collator is not None and processors[1] not in (None, getattr(collator, "processors", [None])[-1]):
         raise ValueError(
             "`teacher_processing_class` is for the default collator, and there is a `data_collator`, which would not "
             "use it. Pass data_collator=DataCollatorForDistillation(data_collator, teacher_processing_class)."
         )
+    for name, processor in zip(("processing_class", "teacher_processing_class"), (own, others), strict=True):
+        if isinstance(processor, str):
+            raise ValueError(f"`{name}` must be a tokenizer or a processor, got {processor!r}: load it.")
+    if student is not None:
+        for name, preview in sets.items():
+            _check_student(name, preview, student, args, collator)
     if teacher.model is not None:
-        teacher.before_sharing = partial(check_shared_input, student, teacher, *own)
-    for name, preview in sets.items():
-        if student is not None:
-            _check_student(name, preview, student, args, data_collator)
-        if teacher.model is None or preview.has("teacher_embedding"):
-            continue
-        if data_collator is None and preview.names is not None:
-            teacher.inputs_from(dict.fromkeys(preview.names), f"`{name}`")
-        elif data_collator is not None:
-            teacher.own = teacher.own or own_columns(preview.names or (), teacher.columns) or None
-            batch = _batch_of_one(preview, student, teacher, args, data_collator)
-            if batch:
-                teacher.inputs_from(batch, f"what `data_collator` makes of `{name}`")
+        own = own or getattr(collator, "tokenizer", None)
+        teacher.before_sharing = partial(check_shared_input, student, teacher, own, others)
+        check_teachers_input(sets, student, teacher, args, collator)
 
 
-def _check_student(name: str, preview: Preview, student: nn.Module, args: Any, data_collator: Any) -> None:
-    """Raise a ValueError for a data set that is known to have no input of the student, such as one of raw text."""
+def _check_student(name: str, preview: Preview, student: nn.Module, args: Any, collator: Any) -> None:
+    """Raise a ValueError for a data set that is known to have no input of the student, or labels that are strings."""
     accepted, columns = forward_columns(student), preview.names
-    collates_all = data_collator is not None and (preview.is_transformed or not args.remove_unused_columns)
-    if accepted is None or columns is None or collates_all:
+    for label in {"label", "label_ids", *filter(is_label, accepted or ())} & preview.strings.keys():
+        if args.task_weight > 0 and collator is None:
+            raise ValueError(
+                f"`{label}` of `{name}` must have the numbers of classes, got {preview.strings[label]!r}. Number them "
+                f"as dataset.class_encode_column({label!r}) does, or set task_weight=0 to train without labels."
+            )
+    makes_them = collator is not None and (preview.is_transformed or not args.remove_unused_columns)
+    if accepted is None or columns is None or makes_them:
         return
     if not any(column in accepted and not is_label(column) for column in columns):
-        texts = [column for column, value in preview.example.items() if isinstance(value, str)]
+        main_input, texts = main_input_of(unwrapped(student)), list(preview.strings)
         advice = "Make one by map or with_transform, with a processor"
-        if data_collator is not None:
+        if collator is not None:
             advice = "Set remove_unused_columns=False, if `data_collator` makes one"
-        elif texts:
+        elif texts and main_input == "input_ids":
             advice = f"Tokenize it first: dataset.map(lambda batch: tokenizer(batch[{texts[0]!r}]), batched=True)"
-        which = f"{type(unwrapped(student)).__name__}, which reads `{main_input_of(unwrapped(student))}`"
+        which = f"{type(unwrapped(student)).__name__}, which reads `{main_input}`"
         raise ValueError(f"`{name}` has the columns {sorted(columns)}, and none is an input of {which}. {advice}.")
 
 
-def _batch_of_one(preview: Preview, student: Any, teacher: Teacher, args: Any, data_collator: Any) -> Any:
+def check_teachers_input(sets: Sets, student: Any, teacher: Teacher, args: Any, collator: Any) -> None:
+    """Raise a ValueError for data whose teacher would read another's input than elsewhere, or none."""
+    for name, preview in sets.items():
+        if preview.has("teacher_embedding"):
+            continue
+        if collator is None and preview.names is not None:
+            teacher.inputs_from(dict.fromkeys(preview.names), f"`{name}`")
+        elif collator is not None:
+            teacher.own = teacher.own or own_columns(preview.names or (), teacher.columns) or None
+            batch = _batch_of_one(preview, student, teacher, args, collator)
+            if isinstance(batch, Mapping):
+                teacher.inputs_from(batch, f"what `data_collator` makes of `{name}`")
+
+
+def _batch_of_one(preview: Preview, student: Any, teacher: Teacher, args: Any, collator: Any) -> Any:
     """What a collator makes of a map-style set's first example; None where that is not known before the run."""
     accepted = None if student is None else forward_columns(student)
-    example = preview.example if preview.names is not None else {}
+    example = preview.example if is_map_style(preview.dataset) else {}
     if args.remove_unused_columns and not preview.is_transformed and accepted is not None:
         read = {*accepted, *teacher.signature_columns, *(args.label_names or ())}
         example = {name: value for name, value in example.items() if name in read or is_label(name)}
-    if not example:
-        return None
     try:
         with preserved_randomness():
-            batch = data_collator([dict(example)])
+            return collator([dict(example)]) if example else None
     except Exception:  # of its own: the first batch will say why
         return None
-    return batch if isinstance(batch, Mapping) else None
-
-
-# ---- An input that both read ----
 
 
 def check_shared_input(student: nn.Module | None, teacher: Teacher, own: Any, others: Any) -> None:
@@ -100,8 +97,8 @@ def check_shared_input(student: nn.Module | None, teacher: Teacher, own: Any, ot
 
     Of models that have none here the tokenizers are looked for where their weights came from, on this machine.
     """
-    assert teacher.model is not None
-    if main_input_of(teacher.body) == "input_ids":
+    models, of_tokens = (student, teacher.model), main_input_of(teacher.body) == "input_ids"
+    if of_tokens:
         own, others = own or _tokenizer_of(student), others or _tokenizer_of(teacher.model)
     if own is not None and others is not None:
         if _read_alike(own, others):
@@ -112,9 +109,8 @@ def check_shared_input(student: nn.Module | None, teacher: Teacher, own: Any, ot
             "batch: {f'teacher_{name}': value for name, value in teacher_tokenizer(batch['text']).items()}, "
             "batched=True), and pass it as `teacher_processing_class`."
         )
-    configs = [getattr(unwrapped(model), "config", None) for model in (student, teacher.model)]
-    mine, theirs = (getattr(config, "vocab_size", None) for config in configs)
-    if main_input_of(teacher.body) == "input_ids" and None not in (mine, theirs) and mine != theirs:
+    mine, theirs = (getattr(getattr(unwrapped(model), "config", None), "vocab_size", None) for model in models)
+    if of_tokens and None not in (mine, theirs) and mine != theirs:
         logger.warning(
             "The teacher reads the student's `input_ids`, but their vocabularies differ "
             f"({theirs} and {mine} tokens). With another tokenizer, give the teacher a column `teacher_input_ids`."

@@ -128,7 +128,7 @@ def test_the_last_checkpoint_is_the_one_of_the_highest_number(tmp_path: Path) ->
     "state",
     [
         *(None, "", '{"global_step": 11, "log_his', "\x00" * 20, "[" * 200_000, "[]", "{}", '{"max_steps": 3}'),
-        *('{"global_step": "11"}', '{"global_step": -1}'),
+        *('{"global_step": "11"}', '{"global_step": -1}', '{"global_step": 11, "unknown": 1}'),
     ],
 )
 def test_a_checkpoint_whose_state_is_absent_or_cut_off_is_passed_over(tmp_path: Path, state: str | None) -> None:
@@ -173,13 +173,11 @@ def test_incomplete_checkpoints_beside_the_one_that_is_written_are_set_aside_and
         make_checkpoint(tmp_path, f"checkpoint-{name}", state)
     (tmp_path / "checkpoint-20" / "model.safetensors").write_bytes(b"half")
     invalidate(str(tmp_path / "checkpoint-15"))
-    assert len(list(tmp_path.glob("checkpoint-*"))) == 5
-    invalidate(str(tmp_path / "checkpoint-15"), rotates=True)
     names = ["checkpoint-10", "checkpoint-15", "checkpoint-best", "incomplete-checkpoint-20"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert (tmp_path / "incomplete-checkpoint-20" / "model.safetensors").read_bytes() == b"half"
     make_checkpoint(tmp_path, "checkpoint-20", None)
-    invalidate(str(tmp_path / "checkpoint-15"), rotates=True)
+    invalidate(str(tmp_path / "checkpoint-15"))
     assert not (tmp_path / "incomplete-checkpoint-20" / "model.safetensors").exists()
 
 

@@ -159,7 +159,10 @@ def lose_the_way(folder: Path) -> None:
     ("loss", "message"),
     [
         (lose_folder, "checkpoint-2, is not loaded, there is no such folder: the last weights stay"),
-        (lose_weights, "checkpoint-2, is not loaded, its file model.safetensors has gone"),
+        (
+            lose_weights,
+            "its file model.safetensors has gone, it was 35120 bytes long: it is now incomplete-checkpoint-2",
+        ),
         (lose_the_way, "run/checkpoint-2, is not loaded, there is no such folder"),
     ],
 )

@@ -270,11 +270,13 @@ LOADER: Any = torch.utils.data.DataLoader(Images(2))
 @pytest.mark.parametrize(
     ("name", "dataset", "message"),
     [
-        ("train_dataset", "imdb", r"got a str\. Load it: datasets\.load_dataset\('imdb', split='train'\)"),
+        ("train_dataset", "imdb", r"got a str\. datasets\.load_dataset\('imdb', split='train'\)"),
         ("train_dataset", FRAME, r"got a DataFrame\. .*from_pandas"),
+        ("train_dataset", torch.zeros(2, 3), r"got a Tensor\. datasets\.Dataset\.from_dict"),
+        ("train_dataset", 3, r"got a int\. A list of dicts is one"),
         ("eval_dataset", FRAME, r"got a DataFrame\. .*from_pandas"),
         ("eval_dataset['a']", FRAME, r"got a DataFrame\. .*from_pandas"),
-        ("train_dataset", LOADER, r"got a DataLoader\. Pass its data set, `loader\.dataset`"),
+        ("train_dataset", LOADER, r"got a DataLoader\. Pass its `dataset`, and"),
         ("train_dataset", {"x": [1, 2], "label": [0, 1]}, r"got a dict\. .*datasets\.Dataset\.from_dict"),
         ("eval_dataset", {"x": ["a", "b"], "label": [0, 1]}, r"got a dict\. .*datasets\.Dataset\.from_dict"),
         ("train_dataset", {"x": np.zeros((2, 2)), "y": torch.ones(2)}, r"got a dict\. .*datasets\.Dataset\.from_dict"),
@@ -290,14 +292,6 @@ def test_what_is_no_data_set_of_examples_is_refused_with_how_to_make_one(
 ) -> None:
     with pytest.raises(ValueError, match=rf"`{re.escape(name)}` must be a data set of examples, {message}"):
         check_dataset(name, dataset)
-
-
-@pytest.mark.parametrize("dataset", [arrow(x=[1], label=["good"]), [{"x": 1, "label": "good"}]])
-def test_labels_that_are_strings_are_refused_with_how_to_number_them(dataset: Any) -> None:
-    with pytest.raises(
-        ValueError, match=r"`label` must have the numbers .* got 'good'.*class_encode_column\('label'\)"
-    ):
-        Preview(dataset).check_labels(["labels"])
 
 
 def test_ragged_columns_without_a_processor_are_an_error_that_names_the_remedy() -> None:

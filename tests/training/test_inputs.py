@@ -9,7 +9,7 @@ import datasets
 import pytest
 import torch
 from torch import Tensor
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast, ViTImageProcessorPil, default_data_collator
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast, ViTImageProcessor, default_data_collator
 from transformers import logging as transformers_logging
 
 from hf_rrd import DataCollatorForDistillation
@@ -89,6 +89,12 @@ def test_a_collator_that_drops_the_teachers_columns_is_refused_at_once(kind: Any
     trainer(tmp_path, train_dataset=kind(16), data_collator=DataCollatorForDistillation(students_columns)).train()
 
 
+def test_a_stream_is_not_read_to_ask_the_collator(tmp_path: Path) -> None:
+    run = trainer(tmp_path, train_dataset=arrow(ForBoth(16)).to_iterable_dataset(), data_collator=students_columns)
+    with pytest.raises(ValueError, match=r"the batch has \['labels', 'pixel_values'\] .* \['teacher_pixel_values'\]"):
+        run.train()
+
+
 def test_a_collator_that_cannot_be_asked_before_is_refused_at_its_first_batch(tmp_path: Path) -> None:
     def no_single(examples: list[Any]) -> dict[str, Tensor]:
         assert len(examples) > 1
@@ -166,8 +172,8 @@ def test_two_tokenizers_of_one_vocabulary_share_their_columns(teachers: Any, tmp
 
 
 def test_two_image_processors_share_their_columns_only_if_they_do_the_same(tmp_path: Path) -> None:
-    same, other = ViTImageProcessorPil(), ViTImageProcessorPil(image_mean=[0.1, 0.2, 0.3])
-    given = {"train_dataset": Images(16), "processing_class": ViTImageProcessorPil()}
+    same, other = ViTImageProcessor(), ViTImageProcessor(image_mean=[0.1, 0.2, 0.3])
+    given = {"train_dataset": Images(16), "processing_class": ViTImageProcessor()}
     trainer(tmp_path, teacher_processing_class=same, **given)
     with pytest.raises(ValueError, match="different processors"):
         trainer(tmp_path, teacher_processing_class=other, **given)
@@ -256,3 +262,39 @@ def test_a_transform_reads_its_columns_though_unused_ones_are_removed(tmp_path: 
         logs.append([*log_of(run), run.evaluate()["eval_loss"]])
     assert logs[0] == logs[1]
     assert len(logs[0]) == 4
+
+
+@pytest.mark.parametrize("as_arrow", [False, True])
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+def test_labels_that_are_strings_are_refused_with_how_to_number_them(
+    name: str, as_arrow: bool, tmp_path: Path
+) -> None:
+    images = Images(8)
+    examples = [{"pixel_values": images.pixels[index].tolist(), "labels": "cat"} for index in range(8)]
+    dataset = datasets.Dataset.from_list(examples) if as_arrow else examples
+    message = rf"`labels` of `{name}` must have the numbers .* got 'cat'.*class_encode_column\('labels'\)"
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **({"train_dataset": Images(8)} | {name: dataset}))
+    trainer(tmp_path, task_weight=0.0, **({"train_dataset": Images(8)} | {name: dataset})).train()
+
+
+@pytest.mark.parametrize("name", ["processing_class", "teacher_processing_class"])
+def test_the_name_of_a_processor_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` must be a tokenizer or a processor, got 'bert-base'"):
+        trainer(tmp_path, **{name: "bert-base"})
+
+
+def test_a_report_on_data_without_the_teachers_columns_is_refused(tmp_path: Path) -> None:
+    run = trainer(tmp_path, train_dataset=ForBoth(16), eval_dataset=ForBoth(8))
+    with pytest.raises(ValueError, match=r"`dataset` has \['labels', 'pixel_values'\] .* \['teacher_pixel_values'\]"):
+        run.report(Images(8))
+    run.report()
+
+
+def test_an_example_that_cannot_be_read_is_an_error_that_says_so(tmp_path: Path) -> None:
+    class Lost(Images):
+        def __getitem__(self, index: int) -> Any:
+            raise KeyError("file")
+
+    with pytest.raises(ValueError, match="reading the first example of `train_dataset` .* failed. KeyError: 'file'"):
+        trainer(tmp_path, train_dataset=Lost(8))
