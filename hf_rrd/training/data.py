@@ -214,7 +214,8 @@ def previews_of(training_set: Preview, eval_dataset: Any) -> dict[str, Preview]:
 
 def is_map_style(dataset: Any) -> bool:
     """Whether a data set has a length and examples by number."""
-    return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    is_stream = isinstance(dataset, torch.utils.data.IterableDataset)  # which inherits a `__getitem__` that raises
+    return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not is_stream
 
 
 def check_dataset(name: str, dataset: Any) -> None:

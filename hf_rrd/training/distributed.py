@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from hf_rrd.errors import named_errors
 from hf_rrd.models.teacher import Teacher
-from hf_rrd.training.data import cached_embeddings, has_cached_embeddings, is_map_style
+from hf_rrd.training.data import cached_embeddings, has_cached_embeddings
 from hf_rrd.training.distillation import Distillation
 
 
@@ -111,7 +111,7 @@ def _length(dataset: Any) -> Any:
         return None
     if isinstance(dataset, Mapping):
         return {str(name): _length(part) for name, part in dataset.items()}
-    return len(dataset) if is_map_style(dataset) else "unknown"
+    return len(dataset) if hasattr(dataset, "__len__") else "unknown"
 
 
 @contextmanager

@@ -55,6 +55,13 @@ class ReadAhead(torch.utils.data.IterableDataset[Any]):
         return read
 
 
+class SizedReadAhead(ReadAhead):
+    """The same of a stream with a length."""
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+
 def _following(iterator: Iterator[Any], count: int) -> list[Any]:
     """The next examples, at most `count`; `iter` is not called again, by which some streams begin anew."""
     examples = []
@@ -70,7 +77,9 @@ def with_reading_ahead(dataset: Any, workers: int) -> Any:
     """A stream of torch's as one that can be read before its first pass; any other data set as it is."""
     kinds = (IterableDataset, torch.utils.data.IterDataPipe)  # which can be read again, and which a loader knows
     is_stream = isinstance(dataset, torch.utils.data.IterableDataset) and not isinstance(dataset, kinds)
-    return ReadAhead(dataset) if is_stream and workers <= 1 and not hasattr(dataset, "__len__") else dataset
+    if not is_stream or workers > 1:
+        return dataset
+    return SizedReadAhead(dataset) if hasattr(dataset, "__len__") else ReadAhead(dataset)
 
 
 class WholeSteps:

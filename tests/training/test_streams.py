@@ -145,6 +145,23 @@ def test_a_stream_shows_what_it_has_and_no_length_and_others_stay_as_they_are() 
     assert with_reading_ahead(stream, 2) is stream
 
 
+class Sized(Stream):
+    """A stream that says how long it is."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@pytest.mark.parametrize(("workers", "steps"), [(0, 5), (2, 2)])
+def test_a_stream_with_a_length_trains_as_one_without(tmp_path: Path, workers: int, steps: int) -> None:
+    settings: dict[str, Any] = {"max_steps": steps, "gradient_accumulation_steps": 2, "calibration_examples": 20}
+    settings |= {"dataloader_num_workers": workers}
+    sized, other = (trainer(tmp_path, train_dataset=data, **settings) for data in (Sized(32), Stream(32)))
+    sized.train()
+    other.train()
+    assert log_of(sized) == log_of(other)
+
+
 class Prepared(torch.utils.data.IterableDataset[dict[str, Tensor]]):
     """24 images, with a teacher's embedding or without, that can be read once or again."""
 
