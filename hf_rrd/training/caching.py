@@ -26,7 +26,7 @@ from hf_rrd.training.data import note_logits, sample_of
 from hf_rrd.training.hashing import hash_of
 from hf_rrd.training.identity import weights_hash
 from hf_rrd.training.projection import TeacherProjection
-from hf_rrd.training.reading import Columns, Reader, agree, check_repeatable, fingerprint_of, outputs_of, spread
+from hf_rrd.training.reading import Columns, Reader, agree, fingerprint_of, outputs_of, spread
 from hf_rrd.training.sources import source_of
 
 SHARD_EXAMPLES = 8192
@@ -195,7 +195,6 @@ def _projection(dataset: Any, reader: Reader, kind: str, dim: int | None, root: 
     if isinstance(sample, IterableDataset):
         sample = Dataset.from_list(list(sample))
     measuring = replace(reader, with_logits=False, dtype="float32")
-    check_repeatable(sample, measuring)
     (name,) = broadcast_object_list([hash_of(fingerprint_of(sample, measuring), kind, dim)[:16]])
     path = root / f"projection-{name}.safetensors"
     if reader.state.is_main_process and not _is_current(path, sample, measuring):
@@ -224,7 +223,6 @@ def _is_current(path: Path, sample: Dataset, measuring: Reader) -> bool:
 
 def _cached(dataset: Dataset, reader: Reader, root: Path) -> Dataset:
     """A map-style data set with the columns, from files that are there or are written now."""
-    check_repeatable(dataset, reader)
     folder = root / fingerprint_of(dataset, reader)
     starts = range(0, len(dataset), SHARD_EXAMPLES)
     shards = [range(start, min(start + SHARD_EXAMPLES, len(dataset))) for start in starts]

@@ -256,6 +256,26 @@ def test_the_students_own_view_may_differ_each_time(tmp_path: Path) -> None:
     torch.testing.assert_close(cached, rows_of(images(), teacher_vit(), tmp_path))
 
 
+class Counting(Scale):
+    """A transform that counts its calls."""
+
+    calls = 0
+
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, Any]:
+        """Count, too."""
+        self.calls += 1
+        return super().__call__(batch)
+
+
+def test_what_a_transform_counts_is_no_part_of_what_it_does(tmp_path: Path) -> None:
+    data, teacher = images().with_transform(Counting()), teacher_vit()
+    first, reader = rows_of(data, teacher, tmp_path), Forwards(teacher)
+    assert torch.equal(rows_of(data, teacher, tmp_path), first) and reader.examples == PROBED
+    data.format["format_kwargs"]["transform"].factor = 2.0
+    second = rows_of(data, teacher, tmp_path)
+    assert torch.equal(second, rows_of(data, teacher, tmp_path / "fresh")) and not torch.equal(first, second)
+
+
 def test_caching_leaves_the_programs_random_numbers_alone(tmp_path: Path) -> None:
     data, teacher, before = images(40).with_transform(Scale()), teacher_vit(), torch.get_rng_state()
     for _ in range(2):  # without a cache, and with one
