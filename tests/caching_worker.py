@@ -23,14 +23,18 @@ def images() -> datasets.Dataset:
     return datasets.Dataset.from_dict({"pixel_values": data.pixels.tolist(), "labels": data.labels.tolist()})
 
 
-def run(rank: int, processes: int, port: int, folder: str, forwards: "Synchronized[int]") -> None:
-    """Cache into a folder, counting the teacher's forwards, and write the whole data set beside it."""
+def run(rank: int, processes: int, port: int, folder: str, forwards: "Synchronized[int]", scale: float = 1.0) -> None:
+    """Cache into a folder, counting the teacher's forwards, and write the whole data set beside it.
+
+    A hook scales what the teacher's encoder gives.
+    """
     be_process(rank, processes, port)
     torch.set_num_threads(1)
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     caching.SHARD_EXAMPLES, reading.PROBED_EXAMPLES = SHARD, BATCH
     teacher = tiny_vit(width=24, seed=1)
+    teacher.vit.layernorm.register_forward_hook(lambda module, args, output: output * scale)
 
     def count(*_: object) -> None:
         with forwards.get_lock():

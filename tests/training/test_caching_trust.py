@@ -19,7 +19,9 @@ from transformers import Wav2Vec2FeatureExtractor
 
 from hf_rrd import cache_teacher_outputs, with_views
 from hf_rrd.training import caching, reading
+from tests import caching_worker
 from tests.builders import tiny_bert
+from tests.processes import context, free_port
 from tests.training.test_caching import PROBED, WIDTH, Forwards, column, images, teacher_vit, texts
 from tests.training.test_checkpoint_faults import files_of_at_most
 from tests.training.test_data import tokenizer
@@ -164,6 +166,24 @@ def test_outputs_that_are_made_anew_are_announced(tmp_path: Path, monkeypatch: p
     hook(teacher)
     rows_of(images(), teacher, tmp_path)
     assert len(said) == 1 and "other outputs than this teacher gives for these examples: they are made anew" in said[0]
+
+
+@pytest.mark.slow
+def test_two_processes_make_all_anew_that_is_not_their_teachers(tmp_path: Path) -> None:
+    rows = []
+    for scale in (1.0, 1.0, 2.0):
+        port, counts = free_port(), [context().Value("i", 0) for _ in range(2)]
+        arguments = [(rank, 2, port, str(tmp_path), counts[rank], scale) for rank in range(2)]
+        children = [context().Process(target=caching_worker.run, args=each) for each in arguments]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(timeout=120)
+        assert [child.exitcode for child in children] == [0, 0]
+        rows.append([column(Dataset.from_parquet(str(tmp_path / f"{rank}.parquet"))) for rank in range(2)])
+        assert [count.value for count in counts] == [[12, 11], [1, 1], [13, 12]][len(rows) - 1]
+    assert all(torch.equal(*each) for each in rows) and torch.equal(rows[0][0], rows[1][0])
+    torch.testing.assert_close(rows[2][0], 2 * rows[0][0], rtol=1e-3, atol=1e-3)
 
 
 def test_a_projection_of_a_changed_teacher_is_measured_anew(tmp_path: Path) -> None:
