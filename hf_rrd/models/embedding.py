@@ -110,7 +110,8 @@ class Embedder:
             return int(self.body.in_features)
         (outputs, blank), name = _blank_outputs(self.body), type(self.body).__name__
         if outputs is None:
-            width = getattr(self.body.config, "hidden_size", None)
+            timm = getattr(self.body, "timm_model", None)
+            width = getattr(timm, "head_hidden_size", None) or getattr(self.body.config, "hidden_size", None)
             if isinstance(width, int) and isinstance(self.pooling, str):
                 return width
             where = "in its config as `hidden_size`, and a blank input could not be run to measure it"

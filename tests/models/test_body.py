@@ -1,14 +1,19 @@
 """Where the body of a model is."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import transformers
-from torch import nn
-from transformers import BertConfig, BertModel, BertPreTrainedModel, ViTModel
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel, BertPreTrainedModel, PreTrainedConfig, PreTrainedModel, ViTModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
 from hf_rrd import embed
 from hf_rrd.models.body import body_of, is_classifier, is_headless
-from tests.builders import tiny_bert, tiny_vit
+from hf_rrd.models.embedding import Embedder
+from tests.builders import CLASSES, Images, tiny_bert, tiny_vit, trainer
 
 
 def test_the_body_is_the_part_that_gives_hidden_states_and_a_headless_model_its_own() -> None:
@@ -95,3 +100,97 @@ def test_classes_of_ones_own_have_the_body_of_what_they_are_made_from() -> None:
     own, classifier = OwnBert(config), OwnClassifier(config)
     assert body_of(own) is own
     assert body_of(classifier) is classifier.encoder
+
+
+# ---- timm, which transformers wraps ----
+
+
+class Backbone(nn.Module):
+    """What timm's models have, as far as transformers and this package call it."""
+
+    def __init__(self, classes: int, layers: type[nn.Module] | None = nn.Linear) -> None:
+        super().__init__()
+        self.stem, self.head_hidden_size = nn.Conv2d(3, 16, 8, 8), 16
+        self.head: Any = nn.Linear(16, classes) if layers is nn.Linear else (nn.Linear(16, classes),) * 2
+
+    def get_classifier(self) -> Any:
+        return self.head
+
+    def forward_features(self, pixels: Tensor) -> Tensor:
+        return self.stem(pixels).permute(0, 2, 3, 1)  # (batch, height, width, dim), as a Swin of timm has it
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        return features.mean((1, 2))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.head(self.forward_head(self.forward_features(pixels)))
+
+
+class TimmWrapperForImageClassification(PreTrainedModel):  # the name is what it is known by
+    config_class, main_input_name, base_model_prefix = PreTrainedConfig, "pixel_values", "timm_model"
+
+    def __init__(self, config: PreTrainedConfig, layers: Any = nn.Linear) -> None:
+        super().__init__(config)
+        self.timm_model = Backbone(config.num_labels, layers)
+        self.post_init()
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> ImageClassifierOutput:
+        logits = self.timm_model(pixel_values)
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+class TimmWrapperModel(TimmWrapperForImageClassification):
+    def forward(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
+        features = self.timm_model.forward_features(pixel_values)
+        return BaseModelOutputWithPooling(features, self.timm_model.forward_head(features))
+
+
+@pytest.mark.parametrize("model_class", [TimmWrapperForImageClassification, TimmWrapperModel])
+def test_a_timm_model_is_compared_by_what_its_classifier_reads(model_class: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, images = model_class(PreTrainedConfig(num_labels=CLASSES)).eval(), Images(8)
+    expected = model.timm_model.forward_head(model.timm_model.forward_features(images.pixels))
+    assert torch.equal(embed(model, {"pixel_values": images.pixels}), expected)
+    has_head = model_class is TimmWrapperForImageClassification
+    weights = {"task_weight": float(has_head), "kd_weight": float(has_head)}
+    as_student = trainer(tmp_path, model=model, alignment_examples=8, **weights)
+    as_student.train()
+    assert as_student.evaluate(images)["eval_alignment_cka"] < 1
+    as_teacher = trainer(
+        tmp_path, teacher=model_class(PreTrainedConfig(num_labels=CLASSES)), kd_weight=float(has_head)
+    )
+    as_teacher.train()
+    assert as_teacher._teacher.width == 16 and as_teacher.report(images).facts["alignment"]["cka"] < 1
+
+
+def test_a_timm_classifier_of_several_layers_is_an_error_that_says_what_to_load() -> None:
+    model = TimmWrapperForImageClassification(PreTrainedConfig(num_labels=2, architecture="deit"), layers=None)
+    with pytest.raises(
+        ValueError, match=r"one linear classifier, timm's deit has another \(tuple\). Use AutoModel, which"
+    ):
+        body_of(model)
+
+
+TIMM = {  # and the real ones, where timm is installed
+    "resnet10t": {},
+    "mobilenetv3_small_050": {},
+    "vit_tiny_patch16_224": {"img_size": 32, "depth": 1},
+    "swin_tiny_patch4_window7_224": {"img_size": 32, "window_size": 2, "depths": (1, 1, 1, 1)},
+}
+
+
+@pytest.mark.parametrize("architecture", TIMM)
+def test_a_timm_classifier_has_the_embedding_of_the_same_model_without_its_head(architecture: str) -> None:
+    pytest.importorskip("timm")
+    torch.manual_seed(0)
+    config = transformers.TimmWrapperConfig(architecture=architecture, model_args=TIMM[architecture], num_labels=3)
+    classifier = transformers.TimmWrapperForImageClassification(config).eval()
+    headless = transformers.TimmWrapperModel(config).eval()
+    headless.load_state_dict({k: v for k, v in classifier.state_dict().items() if k in headless.state_dict()})
+    inputs = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    with torch.no_grad():
+        rows = embed(classifier, inputs)
+        torch.testing.assert_close(rows, headless(**inputs).pooler_output)
+        torch.testing.assert_close(embed(headless, inputs), rows)
+    assert Embedder(classifier).width == Embedder(headless).width == rows.shape[1]
