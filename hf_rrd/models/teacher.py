@@ -258,7 +258,9 @@ def load_teacher(teacher: Any, kwargs: Any = None, argument: str = "teacher") ->
         return _loaded(teacher, kwargs)
     except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         given = f" with `teacher_model_init_kwargs` {sorted(kwargs)}" if kwargs else ""
-        raise ValueError(f"`{argument}` {str(teacher)!r} cannot be loaded{given}. {error}") from error
+        has_adapters = os.path.isfile(os.path.join(teacher, "adapter_config.json"))
+        advice = " It holds adapters: load it with peft, and pass the model." if has_adapters else ""
+        raise ValueError(f"`{argument}` {str(teacher)!r} cannot be loaded{given}. {error}{advice}") from error
 
 
 def _loaded(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Any:

@@ -147,8 +147,7 @@ def compare_models(
     for name, rows in logits.items():
         if quality := _quality(rows, tensors.get("labels")):
             facts[name] = facts.get(name, {}) | quality
-    kind = getattr(getattr(unwrapped(models["student"]), "config", None), "problem_type", None)
-    if len(logits) == 2 and kind not in ("regression", "multi_label_classification"):
+    if len(logits) == 2 and _chooses_one(models["student"], _labels_of(batches[0], label_names)):
         facts["agreement"] = (logits["student"].argmax(1) == logits["teacher"].argmax(1)).float().mean().item()
     facts |= _alignment(tensors, alignment_examples)
     facts |= {"examples": len(dataset), "environment": environment_of(models["student"])}
@@ -172,7 +171,7 @@ def _outputs(loader: Any, models: dict[str, Any], poolings: dict[str, Any], labe
             with named_errors(f"the {name}", batch):
                 outputs = _observe(models[name], poolings[name], inputs)
             found |= {f"{name}_{key}": value for key, value in outputs.items()}
-        labels = next((batch[name] for name in label_names if name in batch), None)
+        labels = _labels_of(batch, label_names)
         if isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point():
             parts.setdefault("labels", []).append(labels.masked_fill(labels < 0, NO_LABEL).cpu())  # GLUE's tests: -1
         for name, value in found.items():
@@ -190,6 +189,17 @@ def _observe(model: nn.Module, pooling: Any, inputs: dict[str, Any]) -> dict[str
         return {"logits": model(**inputs).get("logits")}
     embedding, outputs = embed(model, inputs, pooling, return_outputs=True)
     return {"logits": outputs.get("logits"), "embedding": embedding}
+
+
+def _labels_of(batch: Any, label_names: Iterable[str]) -> Any:
+    return next((batch[name] for name in label_names if name in batch), None)
+
+
+def _chooses_one(student: nn.Module, labels: Any) -> bool:
+    """Whether a classifier gives each example one class, as far as its config or its labels say."""
+    kind = getattr(getattr(unwrapped(student), "config", None), "problem_type", None)
+    is_float = isinstance(labels, Tensor) and labels.is_floating_point()
+    return kind == "single_label_classification" or not (is_float or kind)
 
 
 def _comparable_logits(tensors: dict[str, Tensor], *names: Names) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import datasets
 import peft
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import (
     GPT2Config,
@@ -206,3 +207,11 @@ def test_a_teacher_from_inside_peft_teaches_with_its_adapters(tmp_path: Path) ->
         run = trainer(tmp_path, teacher=teacher)
         run.train()
         assert run.state.global_step == 3
+
+
+def test_a_folder_of_adapters_says_how_to_load_it(tmp_path: Path) -> None:
+    get_peft_model(tiny_vit(), LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"cannot be loaded\. .* It holds adapters: load it with peft, and pass the m"
+    ):
+        load_teacher(tmp_path)
