@@ -39,10 +39,8 @@ def layout_of(model: Any) -> str | None:
     for each in type(unwrapped(model)).__mro__:
         layout = next((layout for layout, names in LAYOUTS.items() if re.search(names, each.__name__)), None)
         if layout is not None:
-            decodes = layout == "next words" and getattr(
-                getattr(unwrapped(model), "config", None), "is_encoder_decoder", False
-            )
-            return "target words" if decodes else layout
+            decodes = getattr(_config_of(model), "is_encoder_decoder", False)
+            return "target words" if layout == "next words" and decodes else layout
     return None
 
 
@@ -59,7 +57,7 @@ def logits_of(outputs: Any) -> Tensor | None:
 
 def names_of(model: Any) -> Names:
     """The names of a model's classes, as its config has them, or None."""
-    names = getattr(getattr(unwrapped(model), "config", None), "id2label", None)
+    names = getattr(_config_of(model), "id2label", None)
     return [str(names[number]) for number in sorted(names)] if names else None
 
 
@@ -73,19 +71,16 @@ def class_order(own: Names, others: Names, of_data: Names = None) -> list[int] |
         ValueError: Both have names, and these are not the same, or one is there twice.
     """
     mine, theirs = _plain(own), _plain(others)
-    if mine == theirs and mine:
-        return list(range(len(mine)))
     place = {name: number for number, name in enumerate(theirs)}
+    if mine and mine == theirs:
+        return list(range(len(mine)))
     if mine and len(mine) == len(theirs) == len(place) and place.keys() == set(mine):
         return [place[name] for name in mine]
     if _only_count(mine) or _only_count(theirs):
-        known = of_data is not None and set(_plain(of_data)) == set(theirs)
-        return class_order(of_data, others) if known else None
-    teachers, students = (
-        f"{names[:8]}{' and so on' if len(names) > 8 else ''}" for names in (others or [], own or [])
-    )
+        return class_order(of_data, others) if of_data and set(_plain(of_data)) == set(theirs) else None
+    short = [f"{names[:8]}{' and so on' if len(names) > 8 else ''}" for names in (others or [], own or [])]
     raise ValueError(
-        f"the teacher names its classes {teachers}, the student {students}: these cannot be matched. If they mean the "
+        f"the teacher names its classes {short[0]}, the student {short[1]}: these cannot be matched. If they mean the "
         "same, in one order, give both configs one `id2label`; otherwise set kd_weight=0."
     )
 
@@ -98,8 +93,12 @@ def _only_count(names: list[str]) -> bool:
     return all(name in (f"label {number}", str(number)) for number, name in enumerate(names))
 
 
-def _refusal(problem: str, instead: str = "S") -> ValueError:
-    return ValueError(f"`kd_weight` is above 0, and {problem}. {instead}et kd_weight=0.")
+def _config_of(model: Any) -> Any:
+    return getattr(unwrapped(model), "config", None)
+
+
+def _refusal(problem: str, instead: str = "Set") -> ValueError:
+    return ValueError(f"`kd_weight` is above 0, and {problem}. {instead} kd_weight=0.")
 
 
 class LogitPair:
@@ -119,27 +118,25 @@ class LogitPair:
     def __init__(
         self, student: nn.Module, teacher: nn.Module | None, cached: Mapping[str, Any], of_data: Names, own_loss: bool
     ) -> None:
-        self.student, self.own_loss = unwrapped(student), own_loss
-        self._configs = [getattr(self.student, "config", None), getattr(unwrapped(teacher), "config", None)]
-        self._cached_problem_type = cached.get("problem_type")
-        self._order: Tensor | None = None  # where each of the student's classes is among the teacher's
+        models = [unwrapped(student)] if teacher is None else [unwrapped(student), unwrapped(teacher)]
+        self.student, self.own_loss = models[0], own_loss
+        self._configs, self._cached = [*map(_config_of, models)], cached
         self._same_tokens = False  # until that is seen
-        models = [self.student] if teacher is None else [self.student, unwrapped(teacher)]
         for side, model in zip(("student", "teacher"), models, strict=False):
             name = type(model).__name__
             if is_headless(model):
-                load = "Load it with an AutoModelFor... class, or s"
+                load = "Load it with an AutoModelFor... class, or set"
                 raise _refusal(f"the {side} needs logits: {name} has no head", load)
             if layout_of(model) is None and type(model).__module__.startswith("transformers."):
                 raise _refusal(f"the {side}'s outputs, of {name}, have no classes in a common order to compare")
-        layouts = [layout for layout in map(layout_of, models) if layout is not None]
+        layouts, sizes = ([each for each in map(of, models) if each is not None] for of in (layout_of, _size_of))
         if len(set(layouts)) == 2:
             raise _refusal(f"the student's logits are of {layouts[0]}, the teacher's of {layouts[1]}")
-        self.layout = layouts[0] if layouts else None
-        sizes = [size for size in map(_size_of, models) if size is not None]
         if len(set(sizes)) == 2:
             raise _refusal(f"both sides need the same classes: the teacher has {sizes[1]}, the student {sizes[0]}")
+        self.layout: Any = layouts[0] if layouts else None
         self._given_problem_type()
+        self._order: Tensor | None = None  # where each of the student's classes is among the teacher's
         if self.layout in NAMED:
             self._match(names_of(student), cached.get("classes") or names_of(teacher), of_data)
 
@@ -161,9 +158,9 @@ class LogitPair:
         the logits are not of the same shape, or of one that has no meaning.
         """
         layout = self.layout or _layout_in(student, inputs)
-        shapes = f"{tuple(student.shape)} of the student and {tuple(teacher.shape)} of the teacher"
         if {student.dim(), teacher.dim()} != {DIMENSIONS.get(layout, 3)}:
-            raise _refusal(f"logits of {layout} must have {DIMENSIONS.get(layout, 3)} dimensions, got {shapes}")
+            came = f"got {tuple(student.shape)} of the student and {tuple(teacher.shape)} of the teacher"
+            raise _refusal(f"logits of {layout} must have {DIMENSIONS.get(layout, 3)} dimensions, {came}")
         if layout == "pixels":
             if teacher.shape[2:] != student.shape[2:]:
                 teacher = F.interpolate(teacher.float(), student.shape[2:], mode="bilinear", align_corners=False)
@@ -172,15 +169,20 @@ class LogitPair:
             self._order = self._order.to(teacher.device)
             teacher = teacher.index_select(-1, self._order)
         problem_type, counted = self._problem_type(layout, student, inputs), self._counted(layout, student, inputs)
-        among = counted.unsqueeze(1) if layout == "spans" and counted is not None else None
-        terms = logit_terms(student, teacher, temperature, problem_type, among)  # (batch, ...)
-        if layout == "spans" or counted is None:
+        if layout == "spans":
+            among = None if counted is None else counted.unsqueeze(1)  # the softmax is over what counts
+            return logit_terms(student, teacher, temperature, candidates=among).mean(1)
+        terms = logit_terms(student, teacher, temperature, problem_type)  # (batch, ...)
+        if counted is None:
             return terms.reshape(len(terms), -1).mean(1)
         return terms.masked_fill(~counted, 0).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
 
     def _given_problem_type(self) -> str | None:
         """As the configs have it: there a model of transformers writes how it reads its first labels."""
-        given = [*(getattr(config, "problem_type", None) for config in self._configs), self._cached_problem_type]
+        given = [
+            *(getattr(config, "problem_type", None) for config in self._configs),
+            self._cached.get("problem_type"),
+        ]
         kinds = [kind for kind in given if kind is not None]
         if len(set(kinds)) > 1:
             raise _refusal(f"the student's `problem_type` is {kinds[0]!r}, the teacher's {kinds[-1]!r}")
@@ -195,7 +197,7 @@ class LogitPair:
         if layout != "classes" or getattr(inputs.get("labels"), "shape", None) != logits.shape:
             return ONE
         if not self.own_loss or self._configs[0] is None:
-            how = f"Set the student's config.problem_type, to {SEVERAL!r} or to {ONE!r}, or s"
+            how = f"Set the student's config.problem_type, to {SEVERAL!r} or to {ONE!r}, or set"
             raise _refusal("float labels may be several labels at once, or probabilities of one", how)
         return SEVERAL
 
@@ -210,20 +212,20 @@ class LogitPair:
             nearest = F.interpolate(labels.unsqueeze(1).float(), logits.shape[1:3]).squeeze(1)
             return (nearest >= 0) & (nearest != getattr(self._configs[0], "semantic_loss_ignore_index", 255))
         if layout == "target words" and "decoder_input_ids" not in inputs:
-            add = "Add `decoder_input_ids`, as DataCollatorForSeq2Seq(tokenizer, model=student) does, or s"
+            add = "Add `decoder_input_ids`, as DataCollatorForSeq2Seq(tokenizer, model=student) does, or set"
             raise _refusal("the teacher has to read what the student is to write", add)
-        shape = (len(logits), logits.shape[2 if layout == "spans" else 1])
-        counted = []
+        shape, counted = (len(logits), logits.shape[2 if layout == "spans" else 1]), []
         if layout in TEXTS and isinstance(labels, Tensor) and labels.shape == shape:
             # The logits at a token are those of the next one.
             labels = F.pad(labels[:, 1:], (0, 1), value=-100) if layout == "next words" else labels
             counted.append(labels != -100)
-        mask = inputs.get("decoder_attention_mask" if layout == "target words" else "attention_mask")
+        name = "decoder_attention_mask" if layout == "target words" else "attention_mask"
+        mask, other = inputs.get(name), inputs.get(TEACHER_PREFIX + name)
         if isinstance(mask, Tensor) and mask.dim() == 2:
             if layout in ("frames", "letters"):
                 mask = _in_frames(self.student, mask, shape[1])
             elif not self._same_tokens:  # two tokenizers: in texts padded to one length no shape shows it
-                other, self._same_tokens = inputs.get(f"{TEACHER_PREFIX}attention_mask"), True
+                self._same_tokens = True
                 if isinstance(other, Tensor) and not torch.equal(other != 0, mask != 0):
                     raise _refusal("student and teacher read other tokens, so their logits have no common order")
             if mask.shape == shape:
@@ -235,10 +237,10 @@ class LogitPair:
 
 def _size_of(model: Any) -> int | None:
     """How many classes the config tells, where the logits are known to be of these."""
-    layout, config = layout_of(model), getattr(model, "config", None)
+    layout, config = layout_of(model), _config_of(model)
     if layout in (None, "spans", "choices") or config is None:
         return None
-    size = config.num_labels if layout in NAMED else getattr(config.get_text_config(), "vocab_size", None)
+    size = config.num_labels if layout in NAMED else getattr(config.get_text_config(decoder=True), "vocab_size", None)
     return size if isinstance(size, int) else None
 
 

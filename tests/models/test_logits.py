@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    BeitConfig,
+    BeitForSemanticSegmentation,
     BertConfig,
     BertForMaskedLM,
     BertForMultipleChoice,
@@ -21,6 +23,10 @@ from transformers import (
     BertForTokenClassification,
     BertModel,
     ConvNextConfig,
+    Data2VecVisionConfig,
+    Data2VecVisionForSemanticSegmentation,
+    DPTConfig,
+    DPTForSemanticSegmentation,
     GPT2Config,
     GPT2ForTokenClassification,
     GPT2LMHeadModel,
@@ -97,16 +103,17 @@ def both_logits(student: Any, teacher: Any, **inputs: Any) -> tuple[Tensor, Tens
     return found[0], found[1]
 
 
-def two(make: Callable[[], Any]) -> tuple[Any, Any]:
+def two(make: Callable[[], Any], by: float = 0.5) -> tuple[Any, Any]:
     """A student and a teacher of one kind, with weights so large that their logits differ by some units."""
-    return shaken(make(), 1), shaken(make(), 2)
+    torch.manual_seed(0)
+    return shaken(make(), 1, by), shaken(make(), 2, by)
 
 
 @torch.no_grad()
-def shaken(model: Any, seed: int) -> Any:
+def shaken(model: Any, seed: int, by: float = 0.5) -> Any:
     generator = torch.Generator().manual_seed(seed)
     for weight in model.parameters():
-        weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.5)
+        weight.add_(torch.randn(weight.shape, generator=generator), alpha=by)
     return model
 
 
@@ -342,9 +349,31 @@ def tiny_upernet() -> Any:
     )
 
 
-@pytest.mark.parametrize("make", [tiny_segformer, tiny_upernet])
-def test_of_a_segmentation_the_softmax_is_over_the_classes_of_a_pixel_that_has_one(make: Any) -> None:
-    student, teacher = two(make)
+def tiny_beit(model: Any = BeitForSemanticSegmentation, config: Any = BeitConfig) -> Any:
+    size = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 16}
+    return model(config(**size, image_size=32, patch_size=4, num_labels=3, out_indices=[0, 1, 2, 3]))
+
+
+def tiny_data2vec() -> Any:
+    return tiny_beit(Data2VecVisionForSemanticSegmentation, Data2VecVisionConfig)
+
+
+def tiny_dpt() -> Any:
+    size = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 16}
+    neck: dict[str, Any] = {
+        "backbone_out_indices": [0, 1, 2, 3],
+        "neck_hidden_sizes": [8] * 4,
+        "fusion_hidden_size": 8,
+    }
+    return DPTForSemanticSegmentation(DPTConfig(**size, **neck, image_size=32, patch_size=8, num_labels=3))
+
+
+@pytest.mark.parametrize(
+    ("make", "by"),
+    [(tiny_segformer, 0.5), (tiny_upernet, 0.5), (tiny_beit, 0.15), (tiny_data2vec, 0.15), (tiny_dpt, 0.2)],
+)
+def test_of_a_segmentation_the_softmax_is_over_the_classes_of_a_pixel_that_has_one(make: Any, by: float) -> None:
+    student, teacher = two(make, by)
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     mine, theirs = (logits.movedim(1, -1) for logits in both_logits(student, teacher, pixel_values=pixels))
     batch: dict[str, Tensor] = {"pixel_values": pixels}
@@ -359,7 +388,7 @@ def test_of_a_segmentation_the_softmax_is_over_the_classes_of_a_pixel_that_has_o
 
 
 def test_the_maps_of_a_teacher_are_brought_to_the_students_size() -> None:
-    student, teacher = shaken(tiny_segformer(), 1), shaken(tiny_upernet(), 2)
+    student, teacher = two(tiny_segformer)[0], two(tiny_upernet)[1]
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     mine, theirs = both_logits(student, teacher, pixel_values=pixels)
     assert mine.shape == (2, 3, 16, 16) and theirs.shape == (2, 3, 32, 32)
