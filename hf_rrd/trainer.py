@@ -171,6 +171,7 @@ class RelationalDistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self._trainer_divides = compute_loss_func is None or hasattr(Trainer, "loss_is_scaled_for_ga")
         self.loss_is_scaled_for_ga = False
+        self.current_gradient_accumulation_steps = 1  # outside of train(), for a `training_step` called by hand
         self._student_columns = forward_columns(self.model)
         self._set_signature_columns_if_needed()
         raw = [name for each in sets.values() if each.is_transformed for name in each.dataset.column_names]
@@ -215,7 +216,8 @@ class RelationalDistillationTrainer(Trainer):
             share = step.share(examples)
             terms = self._task.parts(terms, plain, student.outputs, step, share)
             self._terms.add(terms, share)
-            loss = self.distillation.total(terms) * (step.micro_batches if self._trainer_divides else 1)
+            undone = self.current_gradient_accumulation_steps if self._trainer_divides else 1
+            loss = self.distillation.total(terms) * undone
             if self._step is None:  # nobody counted: `training_step` was called by hand
                 self.distillation.update_bank(step.gather)
             if self.accelerator.scaler is None:  # which skips the steps of a float16 training that overflow

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from hf_rrd.files import written_whole
 
@@ -157,11 +158,20 @@ def flaw_in(checkpoint: str | os.PathLike[str]) -> str | None:
             if path.is_absolute() or ".." in path.parts:
                 return f"its {SIDECAR} is damaged (it names the file {name!r})"
             found = (folder / path).stat().st_size if (folder / path).is_file() else None
+            if found is None and fnmatch(name, "model*.safetensors") and _has_weights(folder):
+                continue  # they have been cut into other shards since
             if found != size:
                 return f"its file {name} has {'gone' if found is None else f'{found} bytes'}, it was {size} bytes long"
-    except (SafetensorError, ValueError, AttributeError, OSError, RecursionError) as error:
+    except (SafetensorError, ValueError, LookupError, AttributeError, OSError, RecursionError) as error:
         return f"its {SIDECAR} is damaged ({error})"
     return None
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether all files of a student's weights are there, one or the shards that an index names."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else ()
+    return all((folder / PurePosixPath(name).name).is_file() for name in {*named} or {SAFE_WEIGHTS_NAME})
 
 
 def invalidate(checkpoint: str) -> None:

@@ -30,7 +30,6 @@ class StepExamples:
         self, accelerator: Accelerator, micro_batches: list[int], labels: Sequence[Tensor | None] = (None,)
     ) -> None:
         self.accelerator = accelerator
-        self.micro_batches = len(micro_batches)
         self.processes = accelerator.num_processes
         self.total: int | Tensor = sum(micro_batches)  # of all processes; on the device where there are several
         self.labels = None if None in labels else torch.stack([each for each in labels if each is not None]).sum()

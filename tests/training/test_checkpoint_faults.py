@@ -123,6 +123,26 @@ def test_a_file_lost_or_cut_later_is_noticed_and_named(interrupted: Path, file: 
     assert last_complete_checkpoint(str(interrupted)) == str(interrupted / "checkpoint-2")
 
 
+def test_weights_that_were_cut_into_shards_are_resumed_from_and_a_lost_shard_is_noticed(
+    interrupted: Path, undisturbed: tuple[Path, dict[str, Tensor]]
+) -> None:
+    checkpoint = interrupted / "checkpoint-4"
+    weights = load_file(checkpoint / "model.safetensors")
+    places = {name: f"model-0000{1 + place % 2}-of-00002.safetensors" for place, name in enumerate(weights)}
+    for shard in sorted(set(places.values())):
+        part = {name: weights[name] for name in weights if places[name] == shard}
+        save_file(part, checkpoint / shard, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 0}, "weight_map": places}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    (checkpoint / "model.safetensors").unlink()
+    run = run_in(interrupted)
+    run.train(resume_from_checkpoint=str(checkpoint))
+    assert_same(left_of(run), undisturbed[1])
+    (checkpoint / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match="its file model.safetensors has gone"):
+        run_in(interrupted).train(resume_from_checkpoint=str(checkpoint))
+
+
 def test_a_text_that_was_edited_is_nobody_s_business(interrupted: Path) -> None:
     checkpoint = interrupted / "checkpoint-4"
     (checkpoint / "config.json").write_text((checkpoint / "config.json").read_text() + "\n")

@@ -199,3 +199,32 @@ def test_a_loss_that_is_no_tensor_is_an_error(given: Any, tmp_path: Path) -> Non
     for call in (run.train, run.evaluate):
         with pytest.raises(ValueError, match=f"the student's own loss must be a tensor, got {given}"):
             call()
+
+
+@pytest.mark.parametrize("func", [None, summed])
+def test_a_training_step_by_hand_is_that_of_one_micro_batch_before_and_after_a_training(
+    func: Any, tmp_path: Path
+) -> None:
+    run = trainer(
+        tmp_path,
+        model=tiny_gpt2(),
+        teacher=tiny_gpt2(width=24, seed=1),
+        train_dataset=Tokens(),
+        relational_weight=0.0,
+        kd_weight=1.0,
+        compute_loss_func=func,
+        gradient_accumulation_steps=3,
+        learning_rate=0.0,
+        max_steps=1,
+    )
+    batch = {name: torch.stack([example[name] for example in Tokens(8)]) for name in Tokens(8)[0]}
+    run.create_optimizer()
+    with torch.no_grad():
+        outputs = run.model(**batch)
+        task = outputs.loss if func is None else func(outputs, batch["labels"], batch["labels"].ne(-100).sum())
+        kd = run.distillation.kd_terms(outputs.logits, run.teacher(**batch).logits, batch)["kd_loss"].mean()
+    for _ in range(2):
+        count = None if func is None else batch["labels"].ne(-100).sum()
+        loss = run.training_step(run.model, dict(batch), count)
+        assert loss.item() == pytest.approx((task + kd).item(), abs=1e-5)
+        run.train()
