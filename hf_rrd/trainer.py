@@ -51,7 +51,7 @@ from hf_rrd.training.distillation import Distillation
 from hf_rrd.training.distributed import StepExamples, calibrate, mean_over_processes, mend_wrap_policy, place_teacher
 from hf_rrd.training.finite import FiniteCheck, check_weights
 from hf_rrd.training.identity import check_identity, resuming, settings_of, teacher_identity
-from hf_rrd.training.inputs import check_inputs, check_teachers_input
+from hf_rrd.training.inputs import check_inputs, check_reports_input
 from hf_rrd.training.setup import check_data, prepared, teacher_for
 from hf_rrd.training.sources import check_sources
 from hf_rrd.training.streams import WholeSteps, warn_of_new_pass, with_reading_ahead
@@ -377,9 +377,8 @@ class RelationalDistillationTrainer(Trainer):
         """
         dataset = chosen_dataset(dataset, self.eval_dataset, self._is_sharded)
         if self.is_world_process_zero():
-            if teacher is None and self.teacher is not None:
-                collator = None if isinstance(self.data_collator, DataCollatorForDistillation) else self.data_collator
-                check_teachers_input({"dataset": Preview(dataset)}, None, self._teacher, self.args, collator)
+            if teacher is None:
+                check_reports_input(dataset, self._teacher, self.args, self.data_collator)
             teacher = self.teacher if teacher is None else teacher_of_report(teacher, self.args)
             how = (self.data_collator, self._signature_columns, self.label_names or ["labels"], self.args)
             self._facts.report = compare_in_run(self._unwrapped_student(), teacher, dataset, *how)

@@ -11,7 +11,13 @@ from transformers.utils import cached_file, logging
 from hf_rrd.models.body import main_input_of, unwrapped
 from hf_rrd.models.columns import forward_columns, is_label, own_columns
 from hf_rrd.models.teacher import Teacher
-from hf_rrd.training.data import Preview, is_map_style, preserved_randomness
+from hf_rrd.training.data import (
+    DataCollatorForDistillation,
+    Preview,
+    check_dataset,
+    is_map_style,
+    preserved_randomness,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -38,7 +44,7 @@ def check_inputs(sets: Sets, student: Any, teacher: Teacher, args: Any, collator
     if teacher.model is not None:
         own = own or getattr(collator, "tokenizer", None)
         teacher.before_sharing = partial(check_shared_input, student, teacher, own, others)
-        check_teachers_input(sets, student, teacher, args, collator)
+        _check_teacher(sets, student, teacher, args, collator)
 
 
 def _check_student(name: str, preview: Preview, student: nn.Module, args: Any, collator: Any) -> None:
@@ -64,7 +70,7 @@ def _check_student(name: str, preview: Preview, student: nn.Module, args: Any, c
         raise ValueError(f"`{name}` has the columns {sorted(columns)}, and none is an input of {which}. {advice}.")
 
 
-def check_teachers_input(sets: Sets, student: Any, teacher: Teacher, args: Any, collator: Any) -> None:
+def _check_teacher(sets: Sets, student: Any, teacher: Teacher, args: Any, collator: Any) -> None:
     """Raise a ValueError for data whose teacher would read another's input than elsewhere, or none."""
     for name, preview in sets.items():
         if preview.has("teacher_embedding"):
@@ -76,6 +82,14 @@ def check_teachers_input(sets: Sets, student: Any, teacher: Teacher, args: Any, 
             batch = _batch_of_one(preview, student, teacher, args, collator)
             if isinstance(batch, Mapping):
                 teacher.inputs_from(batch, f"what `data_collator` makes of `{name}`")
+
+
+def check_reports_input(dataset: Any, teacher: Teacher, args: Any, collator: Any) -> None:
+    """Raise a ValueError for a data set to report on whose teacher would read another's input than in training."""
+    check_dataset("dataset", dataset)
+    if teacher.model is not None and is_map_style(dataset) and len(dataset) > 0:
+        own = None if isinstance(collator, DataCollatorForDistillation) else collator
+        _check_teacher({"dataset": Preview(dataset)}, None, teacher, args, own)
 
 
 def _batch_of_one(preview: Preview, student: Any, teacher: Teacher, args: Any, collator: Any) -> Any:
