@@ -472,7 +472,7 @@ class _Phases(TrainerCallback):
         trainer.distillation.start(student, trainer.train_dataset)
         check_optimizer(student, trainer.optimizer)
         trainer._terms.start_training()
-        trainer._steps = WholeSteps()
+        trainer._steps = WholeSteps(trainer.train_dataset)
         trainer._finite.start()
         if trainer._resumed_from is None:
             trainer._calibrate()

@@ -85,10 +85,12 @@ def with_reading_ahead(dataset: Any, workers: int) -> Any:
 class WholeSteps:
     """Micro-batches by the optimizer step. Too few at the end of a stream's pass wait for those of the next pass.
 
-    The Trainer would give them no step of their own: their gradients would be added to those of the next one.
+    The Trainer gives them a step of their own where the data set has a length. Otherwise it would add their gradients
+    to those of the next step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dataset: Any = None) -> None:
+        self._closes = hasattr(dataset, "__len__")
         self.waiting: list[Any] = []
         self._ended: Any = None
 
@@ -99,7 +101,7 @@ class WholeSteps:
         if iterator is self._ended:  # a Trainer asks on until its steps are over
             return [], None
         batches, num_items = take(chain(self.waiting, iterator), count, device)
-        is_whole = len(batches) == count
+        is_whole = len(batches) == count or self._closes
         self.waiting, self._ended = ([], None) if is_whole else (batches, iterator)
         return (batches, num_items) if is_whole else ([], None)
 

@@ -1,5 +1,6 @@
 """Runs that are resumed at their end, in the midst of a stream or of augmented data, or with other settings."""
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,11 @@ from tests.training.test_streams import Stream
 def files_of(folder: Path) -> dict[str, tuple[int, int]]:
     """Size and time of all files under a folder."""
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+loads_random_state = pytest.mark.skipif(
+    version("transformers").startswith("5.0."), reason="Trainer forgets the random state there where a pass has ended"
+)
 
 
 ENDS: dict[str, dict[str, Any]] = {
@@ -46,6 +52,15 @@ def test_a_run_that_has_ended_is_resumed_without_a_step_or_a_file_more(tmp_path:
         assert files_of(tmp_path) == before
 
 
+def test_a_pass_that_ends_within_a_step_is_resumed_within_it(tmp_path: Path) -> None:
+    saved: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "max_steps": 5}
+    runs = [trainer(tmp_path, train_dataset=Images(40), gradient_accumulation_steps=2, **saved) for _ in range(2)]
+    runs[0].train()
+    runs[1].train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))  # of 3 steps, the last of a single batch
+    weights = zip(*(run.model.parameters() for run in runs), strict=True)
+    assert all(torch.equal(left, right) for left, right in weights)
+
+
 def test_a_run_that_had_ended_goes_on_where_more_steps_are_asked_for(tmp_path: Path) -> None:
     saved: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
     whole = trainer(tmp_path / "whole", max_steps=5, **saved)
@@ -77,7 +92,7 @@ class Augmented(Images):
         pytest.param(Augmented(own_seed=False), 6, True, id="augmented at random, at the end of an epoch"),
         pytest.param(Augmented(own_seed=False), 2, False, id="augmented at random, within an epoch"),
         pytest.param(Stream(96), 2, True, id="a stream in its first pass"),
-        pytest.param(Stream(48), 6, True, id="a stream at the end of its first pass"),
+        pytest.param(Stream(48), 6, True, id="a stream at the end of its first pass", marks=loads_random_state),
         pytest.param(Stream(24), 4, False, id="a stream past its first pass"),
     ],
 )
