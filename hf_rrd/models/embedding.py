@@ -93,6 +93,8 @@ class Embedder:
         pooler = POOLERS[self.pooling] if isinstance(self.pooling, str) else self.pooling
         pooled: Tensor = pooler(outputs, mask)
         pooled = pooled if choices is None else pooled.view(*choices, -1).mean(1)
+        if mask is None and _is_packed(inputs):
+            raise ValueError(f"`{self._argument}` does not fit: {PACKED}.")
         main, shape = inputs.get(main_input_of(self.body)), getattr(pooled, "shape", None)
         if isinstance(main, Tensor) and shape and len(shape) == 2 and len(main) != shape[0]:
             came = f"{type(self.body).__name__} gives {tuple(shape)} for a batch of {len(main)}"
@@ -133,6 +135,17 @@ class Embedder:
 def _mask_of(inputs: dict[str, Any]) -> Tensor | None:
     """Which tokens of a batch, or patches of images of several sizes, are no padding; None where all are."""
     return next((inputs[name] for name in ("attention_mask", "pixel_attention_mask") if name in inputs), None)
+
+
+PACKED = "the texts of a batch are packed into one row, and each needs its own embedding. Pad them instead"
+
+
+def _is_packed(inputs: dict[str, Any]) -> bool:
+    """Whether a batch is one row of several texts, as `DataCollatorWithFlattening` makes it."""
+    places = inputs.get("position_ids")
+    if isinstance(places, Tensor) and places.dim() == 2 and not torch.compiler.is_compiling():
+        return bool((places.diff(dim=1) < 0).any())
+    return "cu_seq_lens_q" in inputs or "seq_idx" in inputs
 
 
 _CHANNELS_LAST = ("sam2_vision_model", "sam2_hiera_det_model")  # of their maps: (batch, height, width, dim)

@@ -295,9 +295,16 @@ def cached_embeddings(dataset: Dataset | IterableDataset) -> Tensor:
     """All of the column `teacher_embedding`, (examples, width), whatever else the examples have."""
     rows = dataset.select_columns("teacher_embedding").with_format("torch")
     with named_errors("reading the column `teacher_embedding`"):
-        if isinstance(rows, Dataset):
-            return rows["teacher_embedding"][:].float()
-        return torch.stack([row["teacher_embedding"] for row in rows]).float()
+        column = (
+            rows["teacher_embedding"][:] if isinstance(rows, Dataset) else [row["teacher_embedding"] for row in rows]
+        )
+        if isinstance(column, Tensor):
+            return column.float()
+        widths = {str(tuple(row.shape) if isinstance(row, Tensor) else row) for row in column}
+        if len(widths) > 1 or "None" in widths:
+            came = ", ".join(sorted(widths)[:4])
+            raise ValueError(f"each example needs a row of one width, got the shapes {came}. Leave the others out.")
+        return torch.stack(column).float()
 
 
 def with_cached_arrays(dataset: Any) -> Any:

@@ -3,9 +3,11 @@
 from typing import Any
 
 from torch import nn
+from transformers import DataCollatorWithFlattening
 from transformers.utils import find_labels
 
 from hf_rrd.models.body import unwrapped
+from hf_rrd.models.embedding import PACKED
 from hf_rrd.models.head import check_student, join_optimizer
 from hf_rrd.models.logits import LogitPair
 from hf_rrd.models.teacher import Teacher, check_teacher, load_teacher
@@ -20,6 +22,8 @@ def check_data(training_set: Preview, eval_dataset: Any, student: Any, args: Any
     check_same_lengths("eval_dataset", eval_dataset)
     check_dataset("train_dataset", training_set.dataset)
     check_dataset("eval_dataset", eval_dataset)
+    if args.relational_weight > 0 and isinstance(data_collator, DataCollatorWithFlattening):
+        raise ValueError(f"`data_collator` is a {type(data_collator).__name__}: {PACKED}.")
     names = args.label_names or (None if student is None else find_labels(type(unwrapped(student))))
     if args.task_weight > 0 and training_set.dataset is not None and data_collator is None and names:
         training_set.check_labels(names)

@@ -1,6 +1,7 @@
 """Which pooling suits a model's body, with what width, and a model's embedding by one call."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import (
     BertForMultipleChoice,
+    DataCollatorWithFlattening,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     GPT2Config,
@@ -36,7 +38,7 @@ from hf_rrd.models.body import body_of
 from hf_rrd.models.embedding import Embedder
 from hf_rrd.models.head import WITH_EMBEDDING, attach_head
 from hf_rrd.models.pooling import POOLERS
-from tests.builders import Images, Texts, tiny_bert, tiny_vit
+from tests.builders import Images, Texts, tiny_bert, tiny_vit, trainer
 from tests.models.test_pooling import MASKS, naive_pool
 
 
@@ -441,3 +443,17 @@ def test_the_width_of_an_encoder_and_decoder_of_two_configs_is_measured() -> Non
         "T5GemmaForSequenceClassification", encoder=module, decoder=module | {"hidden_size": 16}, num_labels=2
     )
     assert Embedder(model).width == 16
+
+
+def test_texts_packed_into_one_row_are_an_error_at_construction_or_with_the_first_batch(tmp_path: Path) -> None:
+    examples = [{"input_ids": [2, 3, 4], "labels": 0}, {"input_ids": [5, 6], "labels": 1}]
+    packed = DataCollatorWithFlattening()
+    message = "the texts of a batch are packed into one row, and each needs its own embedding. Pad them instead."
+    with pytest.raises(ValueError, match=f"`data_collator` is a DataCollatorWithFlattening: {message}"):
+        trainer(tmp_path, model=tiny_bert(), teacher=tiny_bert(24), train_dataset=examples, data_collator=packed)
+    inputs = dict(packed([{"input_ids": example["input_ids"]} for example in examples]))
+    del inputs["labels"]
+    with pytest.raises(ValueError, match=message):
+        embed(tiny_gpt2().transformer, inputs)
+    inputs["position_ids"] = torch.arange(5).unsqueeze(0)
+    assert embed(tiny_gpt2().transformer, inputs).shape == (1, 16)  # one text

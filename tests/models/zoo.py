@@ -44,6 +44,16 @@ def model_classes() -> Iterator[type[PreTrainedModel]]:
             yield found
 
 
+def body_on_meta(model_class: type[PreTrainedModel], body_of: Any) -> tuple[Any, Any] | None:
+    """A model without memory, from the config as it comes, and its body; None where there is no such config."""
+    try:
+        with torch.device("meta"):
+            model = model_class(model_class.config_class())
+    except Exception:
+        return None
+    return model, body_of(model)
+
+
 def _shrunk(config: PreTrainedConfig, sizes: set[str]) -> dict[str, Any]:
     names = {*inspect.signature(type(config).__init__).parameters, *getattr(config, "__dataclass_fields__", ())}
     given: dict[str, Any] = {}

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from hf_rrd import DataCollatorForDistillation
-from hf_rrd.training.data import Preview, check_dataset, sample_of
+from hf_rrd.training.data import Preview, cached_embeddings, check_dataset, sample_of
 from tests.builders import Images, Texts
 
 
@@ -317,3 +317,13 @@ def test_a_sample_of_a_smaller_set_is_the_whole_set() -> None:
 def test_a_sample_of_a_stream_is_its_beginning() -> None:
     stream = datasets.Dataset.from_dict({"x": list(range(50))}).to_iterable_dataset()
     assert [row["x"] for row in sample_of(stream, 4, 0)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("other", "shapes"), [(None, r"\(6,\), None"), ([1.0] * 5, r"\(5,\), \(6,\)")])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_cached_column_with_rows_of_several_widths_or_none_is_an_error(
+    other: Any, shapes: str, streamed: bool
+) -> None:
+    data: Any = datasets.Dataset.from_dict({"teacher_embedding": [[1.0] * 6, [2.0] * 6, other]})
+    with pytest.raises(ValueError, match=f"each example needs a row of one width, got the shapes {shapes}"):
+        cached_embeddings(data.to_iterable_dataset() if streamed else data)
