@@ -130,6 +130,8 @@ class LogitPair:
             if layout_of(model) is None and type(model).__module__.startswith("transformers."):
                 raise _refusal(f"the {side}'s outputs, of {name}, have no classes in a common order to compare")
         layouts, sizes = ([each for each in map(of, models) if each is not None] for of in (layout_of, _size_of))
+        if teacher is None and cached.get("classes"):
+            sizes.append(len(cached["classes"]))
         if len(set(layouts)) == 2:
             raise _refusal(f"the student's logits are of {layouts[0]}, the teacher's of {layouts[1]}")
         if len(set(sizes)) == 2:
@@ -139,6 +141,8 @@ class LogitPair:
         self._order: Tensor | None = None  # where each of the student's classes is among the teacher's
         if self.layout in NAMED:
             self._match(names_of(student), cached.get("classes") or names_of(teacher), of_data)
+        elif self.layout == "letters":  # of which the inputs, samples of sound, do not tell
+            logger.warning_once("`kd_weight`: both sides are taken to number letters alike, by an equal `vocab.json`.")
 
     def _match(self, own: Names, others: Names, of_data: Names) -> None:
         order = class_order(own, others, of_data)

@@ -221,6 +221,12 @@ def test_that_one_order_was_assumed_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     assert line.startswith("`kd_weight`: the classes of the teacher have no names: both sides are taken")
 
 
+def test_cached_logits_of_other_classes_are_refused_at_construction() -> None:
+    cached = {"classes": [f"LABEL_{number}" for number in range(7)], "problem_type": None}
+    with pytest.raises(ValueError, match="same classes: the teacher has 7, the student 4"):
+        pair_of(tiny_vit(), cached=cached)
+
+
 def test_logits_that_are_no_named_classes_have_no_order(monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = two(lambda: BertForMultipleChoice(bert_config()))
     named(student, ["a", "b"]), named(teacher, ["c", "d"])
@@ -400,11 +406,15 @@ def test_the_maps_of_a_teacher_are_brought_to_the_students_size() -> None:
 @pytest.mark.parametrize(
     ("model", "config"), [(Wav2Vec2ForCTC, Wav2Vec2Config), (HubertForCTC, HubertConfig)], ids=["wav2vec2", "hubert"]
 )
-def test_of_speech_those_frames_count_that_hear_samples_of_the_example(model: Any, config: Any) -> None:
+def test_of_speech_those_frames_count_that_hear_samples_of_the_example(
+    model: Any, config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     ears: dict[str, Any] = {"conv_dim": [8, 8], "conv_stride": [5, 2], "conv_kernel": [10, 3]}
     ears |= {"num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
     student, teacher = two(lambda: model(config(**size, **ears, vocab_size=6, feat_extract_norm="layer")))
+    (line,) = said(monkeypatch, lambda: pair_of(student, teacher))
+    assert line == "`kd_weight`: both sides are taken to number letters alike, by an equal `vocab.json`."
     mask = torch.ones(2, 400, dtype=torch.long)
     mask[1, 200:] = 0
     sound = torch.randn(2, 400, generator=torch.Generator().manual_seed(0)) * mask
