@@ -262,7 +262,7 @@ def _kept(folder: Path, rows: range) -> Dataset | None:
     """The outputs of some rows as they were written; None where there are none, or not all of them."""
     try:
         part = Dataset.from_file(str(_file_of(folder, rows)))
-    except (OSError, ValueError):  # which is what pyarrow raises of a file that was cut short
+    except Exception:  # there is no file, or something else is in it
         return None
     return part if len(part) == len(rows) else None
 

@@ -165,12 +165,8 @@ def fingerprint_of(dataset: Dataset, reader: Reader) -> str:
         if pa.types.is_struct(column.type) and {"bytes", "path"} <= {field.name for field in column.type}:
             paths = pc.struct_field(column, "path").filter(pc.is_null(pc.struct_field(column, "bytes")))
             files += [_state_of(path) for path in paths.to_pylist()]
-    code = (dataset.format["format_kwargs"].get("transform"), reader.collate)
-    before = hash_of(code)
-    _check_repeatable(dataset, reader)
-    if hash_of(code) != before:  # it counts or remembers what it read, which is no part of what it does
-        before = ""
-    return hash_of(dataset._fingerprint, before, np.array(files, dtype=np.int64), reader.fingerprint())[:16]
+    about = (_code_of(dataset, reader), np.array(files, dtype=np.int64), reader.fingerprint())
+    return hash_of(dataset._fingerprint, *about)[:16]
 
 
 def _state_of(path: str | None) -> tuple[int, int]:
@@ -182,17 +178,20 @@ def _state_of(path: str | None) -> tuple[int, int]:
         return 0, 0
 
 
-def _check_repeatable(dataset: Dataset, reader: Reader) -> None:
-    if dataset.format["type"] != "custom" and reader.collate is None:
-        return
-    some = dataset.select(spread(len(dataset)))
-    once, again = (hash_of(list(_batches(some, range(len(some)), replace(reader, num_workers=0)))) for _ in range(2))
-    if once != again:
+def _code_of(dataset: Dataset, reader: Reader) -> str:
+    """A hash of the transform and the collator, in the state that using them leaves; "" of what differs each time."""
+    code = (dataset.format["format_kwargs"].get("transform"), reader.collate)
+    if code == (None, None):
+        return ""
+    some, alone = dataset.select(spread(len(dataset))), replace(reader, num_workers=0)
+    once, again = ((hash_of(list(_batches(some, range(len(some)), alone))), hash_of(code)) for _ in range(2))
+    if once[0] != again[0]:
         raise ValueError(
             "an example that was read twice gave the teacher two different inputs: the transform or the "
             "`data_collator` draws random numbers. The student would see another view than the one whose outputs are "
             "cached. Use with_views, and draw from `view_seed` alone, or train with the teacher itself."
         )
+    return once[1] if once[1] == again[1] else ""  # it counts or remembers what it read
 
 
 def agree(fresh: Columns, kept: Mapping[str, Any], reader: Reader) -> bool:
