@@ -69,8 +69,8 @@ def plot_losses(log_history: Sequence[Mapping[str, Any]]) -> "Figure":
     terms = [term for term in LOGGED if any(term == logged for _, logged in series)]
     if not terms:
         raise ValueError(
-            f"`log_history` must have a line with a `step` and a loss, got {len(log_history) or 'no'} lines, none "
-            "with both. Draw after training, with `logging_steps` no larger than the number of steps."
+            f"`log_history` must have a line with a `step` and a loss, got {len(log_history)} lines, none of them "
+            "such. Draw after training, with `logging_steps` no larger than the number of steps."
         )
     cells = terms if len(terms) % 2 == 0 else [terms[0], *terms]  # of an odd number the first has a row for itself
     rows: Any = [cells[start : start + 2] for start in range(0, len(cells), 2)]

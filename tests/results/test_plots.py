@@ -309,7 +309,7 @@ def test_a_loss_that_is_not_finite_leaves_a_gap() -> None:
 
 @pytest.mark.parametrize("history", [[], [{"loss": 1.0}], [{"train_loss": 1.0, "step": 3}], [{"step": 3}]])
 def test_a_log_without_a_loss_at_a_step_is_an_error(history: Any) -> None:
-    with pytest.raises(ValueError, match=f"got {len(history) or 'no'} lines, none with both. Draw after training"):
+    with pytest.raises(ValueError, match=f"got {len(history)} lines, none of them such. Draw after training"):
         plot_losses(history)
 
 
