@@ -1,7 +1,6 @@
 """The facts of a run, gathered while it goes."""
 
 import math
-import os
 from numbers import Real
 from typing import Any
 
@@ -14,6 +13,7 @@ from hf_rrd.results.card import write_card
 from hf_rrd.results.facts import CardFacts, DataFacts, Metric, hub_name, last_losses, source_of
 from hf_rrd.results.measure import size_of
 from hf_rrd.results.report import DistillationReport
+from hf_rrd.training.checkpoint import flaw_in
 from hf_rrd.training.terms import LOGGED
 
 Names = str | list[str] | None
@@ -49,7 +49,7 @@ class FactsCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note the step that the student is of, if its best checkpoint was there to be loaded."""
-        if args.load_best_model_at_end and os.path.isdir(state.best_model_checkpoint or ""):
+        if args.load_best_model_at_end and flaw_in(state.best_model_checkpoint or "") is None:
             self.best_step = state.best_global_step
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:

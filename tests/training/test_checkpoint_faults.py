@@ -195,6 +195,7 @@ def test_a_best_checkpoint_that_is_lost_is_a_warning_and_the_last_weights_stay(
     run.train()
     assert run.state.global_step == 6
     assert message in caplog.text
+    assert run._facts.best_step is None, "the card is of the last step"
     assert_same(run.model.state_dict(), {name: lost.last_weights[name] for name in run.model.state_dict()})
 
 
