@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from tokenizers import Tokenizer
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 from transformers.utils import cached_file, logging
 
 from hf_rrd.models.body import main_input_of, unwrapped
@@ -145,7 +145,8 @@ def _read_alike(own: Any, others: Any) -> bool:
 
 def _tokenizer_of(model: nn.Module | None) -> Any:
     name = getattr(getattr(unwrapped(model), "config", None), "_name_or_path", None)
-    try:  # AutoTokenizer would make one of special tokens alone where there is none
-        return Tokenizer.from_file(cached_file(name, "tokenizer.json", local_files_only=True)) if name else None
+    try:  # AutoTokenizer would make one of special tokens alone where there is no file
+        file = cached_file(name, "tokenizer.json", local_files_only=True) if name else None
+        return None if file is None else PreTrainedTokenizerFast(tokenizer_file=file)
     except Exception:
         return None
