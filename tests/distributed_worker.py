@@ -58,18 +58,25 @@ SCENARIOS: dict[str, tuple[dict[str, Any], int]] = {
             "train_dataset": Images(44),
             "eval_dataset": Images(32, seed=5),  # the Trainer's own evaluation needs as many batches on each
             "gradient_accumulation_steps": 1,
+            "bank_size": 32,  # less than the set, which would be the bank
             **_batches(even_batches=False),
         },
         2,
     ),
     "the last batch is dropped": (
-        {"train_dataset": Images(44), "eval_dataset": Images(64, seed=5), "dataloader_drop_last": True},
+        {
+            **{"train_dataset": Images(44), "eval_dataset": Images(64, seed=5), "dataloader_drop_last": True},
+            "bank_size": 32,
+        },
         4,
     ),
     "batches are dispatched": (_batches(dispatch_batches=True), 4),
     "a stream is dispatched": ({"train_dataset": Stream()}, 2),
     "a stream is read by each": ({"train_dataset": Stream(), **_batches(dispatch_batches=False)}, 2),
-    "a stream whose pass ends within a step": ({"train_dataset": Short(40), "calibration_examples": 40}, 2),
+    "a stream whose pass ends within a step": (
+        {"train_dataset": Short(40), "calibration_examples": 40, "bank_size": 32},
+        2,
+    ),
     "a stream of the library datasets": ({"train_dataset": streamed_images()}, 2),
     "a stream of the library datasets, read by each": (
         {"train_dataset": streamed_images(), "calibration_examples": 45, **_batches(dispatch_batches=False)},
