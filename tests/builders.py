@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    BertForTokenClassification,
     GPT2Config,
     GPT2LMHeadModel,
     ViTConfig,
@@ -64,6 +65,14 @@ def tiny_gpt2(width: int = 16, seed: int = 0) -> Any:
     sizes = {"n_embd": width, "n_layer": 1, "n_head": 2, "n_positions": 32, "vocab_size": 50}
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     return GPT2LMHeadModel(GPT2Config(**sizes, **dropout, bos_token_id=1, eos_token_id=1))
+
+
+def tiny_tokens(build: Any = BertForTokenClassification, width: int = 16, seed: int = 0) -> Any:
+    """A BERT that gives logits for each of 50 tokens."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return build(BertConfig(vocab_size=50, max_position_embeddings=32, **sizes, **dropout, num_labels=CLASSES))
 
 
 class Images(torch.utils.data.Dataset[dict[str, Tensor]]):

@@ -8,12 +8,13 @@ from typing import Any
 
 import datasets
 import torch
+import torch.nn.functional as F
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from tests.builders import Images, Tokens, tiny_gpt2, tiny_vit, trainer
+from tests.builders import CLASSES, Images, Tokens, tiny_gpt2, tiny_tokens, tiny_vit, trainer
 from tests.processes import be_process
 
 GLOBAL_BATCH = 16
@@ -50,6 +51,18 @@ def _batches(**settings: bool) -> dict[str, Any]:
     return {"accelerator_config": settings}
 
 
+def divided(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """A task loss as transformers' documentation has it."""
+    return F.cross_entropy(outputs["logits"].flatten(0, 1), labels.flatten(), reduction="sum") / num_items_in_batch
+
+
+TOKENS: dict[str, Any] = {
+    "model": tiny_gpt2(),
+    "teacher": tiny_gpt2(width=24, seed=1),
+    "train_dataset": Tokens(64),
+    "eval_dataset": Tokens(19),
+}
+
 # Of each: changes to what `settings_of` gives, and the greatest number of processes that can run it.
 SCENARIOS: dict[str, tuple[dict[str, Any], int]] = {
     "plain": ({}, 4),
@@ -83,14 +96,16 @@ SCENARIOS: dict[str, tuple[dict[str, Any], int]] = {
         2,
     ),
     "a bank in half precision": ({"teacher": tiny_vit(width=24, seed=1).bfloat16()}, 2),
-    "a loss of tokens": (
+    "a loss of tokens": (TOKENS, 4),
+    "a function that divides by the count of labels": ({**TOKENS, "compute_loss_func": divided}, 2),
+    "a loss of tokens that ignores their count": (
         {
-            "model": tiny_gpt2(),
-            "teacher": tiny_gpt2(width=24, seed=1),
-            "train_dataset": Tokens(64),
-            "eval_dataset": Tokens(19),
+            "model": tiny_tokens(),
+            "teacher": tiny_tokens(width=24, seed=1),
+            "train_dataset": Tokens(64, CLASSES),
+            "eval_dataset": Tokens(19, CLASSES),
         },
-        4,
+        2,
     ),
     "no bank": ({"bank_size": 0, "gradient_accumulation_steps": 1}, 2),
 }

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
-    BertConfig,
     BertForMaskedLM,
     BertForTokenClassification,
     Trainer,
@@ -17,16 +16,7 @@ from transformers import (
 )
 
 from hf_rrd import RelationalDistillationTrainer
-from tests.builders import CLASSES, Images, Texts, Tokens, log_of, tiny_bert, tiny_gpt2, tiny_vit, trainer
-
-TINY = {"vocab_size": 50, "max_position_embeddings": 32}
-
-
-def tiny_tokens(build: Any) -> Any:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return build(BertConfig(**TINY, **sizes, **dropout, num_labels=CLASSES))
+from tests.builders import CLASSES, Images, Texts, Tokens, log_of, tiny_bert, tiny_gpt2, tiny_tokens, tiny_vit, trainer
 
 
 class SomeLabels(Images):
