@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from datasets.utils._dill import Pickler
 
-_PACKAGES = {os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+_PYTHON = os.path.join(os.path.realpath(sysconfig.get_path("stdlib")), "")
 _CACHED: Any = type(lru_cache(len))
 _RANDOM = (random.Random, np.random.RandomState, np.random.Generator, torch.Generator)
 
@@ -29,7 +29,10 @@ def hash_of(*things: Any) -> str:
     digest = hashlib.sha256()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of dill, about what it could not load again
-        _Pickler(_Sink(digest), recurse=True).dump(things)
+        pickler = _Pickler(_Sink(digest), recurse=True)
+        pickler.dump(things)
+        for own in pickler.found:  # which grows meanwhile: one after the other, whatever calls whatever
+            pickler.dump(_function(own) if isinstance(own, FunctionType) else _class(own))
     return digest.hexdigest()
 
 
@@ -60,14 +63,15 @@ class _Pickler(Pickler):
             return obj.co_code, obj.co_consts, obj.co_names
         if not isinstance(obj, FunctionType | type) or not _is_own(obj):
             return obj
-        if id(obj) in self._met:  # it refers to itself
-            return obj.__qualname__
-        self._met[id(obj)] = obj
-        return _function(obj) if isinstance(obj, FunctionType) else _class(obj)
+        number = next((number for number, own in enumerate(self.found) if own is obj), len(self.found))
+        if number == len(self.found):
+            self.found.append(obj)
+        return "own", number
 
     @cached_property
-    def _met(self) -> dict[int, Any]:
-        return {}
+    def found(self) -> list[Any]:
+        """Functions and classes whose code counts."""
+        return []
 
 
 def _function(function: FunctionType) -> Any:
@@ -100,4 +104,6 @@ def _is_own(thing: Any) -> bool:
         file = getattr(sys.modules.get(name), "__file__", None)
     if name == "__main__" or file is None:
         return name not in sys.builtin_module_names
-    return name.partition(".")[0] != "hf_rrd" and not any(map(os.path.realpath(file).startswith, _PACKAGES))
+    file = os.path.realpath(file)
+    installed = file.startswith(_PYTHON) or {"site-packages", "dist-packages"} & set(file.split(os.sep))
+    return not installed and name.partition(".")[0] != "hf_rrd"

@@ -63,11 +63,11 @@ THINGS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def loaded(above: str = ABOVE, below: str = BELOW) -> Any:
+def loaded(above: str = ABOVE, below: str = BELOW, folder: str = "/home/somebody") -> Any:
     """Two modules of somebody's own."""
     for name, source in (("below", below), ("above", above)):
         module = ModuleType(name)
-        module.__file__ = f"/home/somebody/{name}.py"
+        module.__file__ = f"{folder}/{name}.py"
         sys.modules[name] = module
         exec(compile(source, module.__file__, "exec"), module.__dict__)
     return sys.modules["above"]
@@ -116,6 +116,25 @@ def test_a_module_further_down_counts_as_far_as_it_is_used() -> None:
     for old, new, changed in (("= 1", "= 2", FUNCTIONS), ("x * 2", "x * 3", {"late"})):
         after = hashes(below=BELOW.replace(old, new))
         assert {name for name in THINGS if before[name] != after[name]} == changed
+
+
+@pytest.mark.parametrize(
+    "folder", ["/home/somebody/.local/lib/python3/site-packages", "/usr/lib/python3/dist-packages"]
+)
+def test_an_installed_module_counts_by_the_names_in_it(folder: str) -> None:
+    before = hashes(folder=folder)
+    after = hashes(folder=folder, above=ABOVE.replace("SIZE = 3", "SIZE = 4").replace("scale = 2", "scale = 3"))
+    assert before == after
+
+
+def test_a_long_chain_of_calls_has_the_same_hash_at_any_depth_of_the_stack() -> None:
+    source = "def f0(x): return x\n" + "".join(f"def f{n}(x): return f{n - 1}(x)\n" for n in range(1, 500))
+
+    def hashed_below(depth: int, above: str) -> str:
+        return hashed_below(depth - 1, above) if depth else hash_of(loaded(above=above).f499)
+
+    assert hashed_below(0, source) == hashed_below(300, source)
+    assert hashed_below(0, source) != hashed_below(0, source.replace("f0(x): return x", "f0(x): return -x"))
 
 
 def test_globals_and_attributes_count_as_they_are_now() -> None:
