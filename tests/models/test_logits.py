@@ -547,6 +547,12 @@ def test_cached_logits_know_the_problem_type_of_their_teacher() -> None:
     assert found.tolist() == pytest.approx([several(mine[i], theirs[i]) for i in range(3)], rel=1e-4, abs=1e-5)
 
 
+def test_float_labels_that_no_model_reads_are_several_labels_as_it_would_read_them() -> None:
+    mine, theirs, labels = torch.randn(3, 4), torch.randn(3, 4), torch.ones(3, 4)
+    found = pair_of(tiny_vit(), tiny_vit(seed=1)).terms(mine, theirs, {"labels": labels}, TEMPERATURE)
+    assert found.tolist() == pytest.approx([several(mine[i], theirs[i]) for i in range(3)], rel=1e-4)
+
+
 def test_float_labels_that_may_be_probabilities_want_a_word() -> None:
     labels, logits = torch.rand(3, 4), torch.randn(3, 4)
     teacher = tiny_vit(seed=1)
