@@ -109,11 +109,11 @@ def _batch_of_one(preview: Preview, student: Any, teacher: Teacher, args: Any, c
 def check_shared_input(student: nn.Module | None, teacher: Teacher, own: Any, others: Any) -> None:
     """Raise a ValueError where the teacher cannot read the student's input, by their processors; or warn of a doubt.
 
-    Of models that have none here the tokenizers are looked for where their weights came from, on this machine.
+    A teacher's tokenizer that is not given is looked for where its weights came from, on this machine.
     """
     models, of_tokens = (student, teacher.model), main_input_of(teacher.body) == "input_ids"
-    if of_tokens:
-        own, others = own or _tokenizer_of(student), others or _tokenizer_of(teacher.model)
+    if of_tokens and own is not None and others is None:
+        others = _tokenizer_of(teacher.model)
     if own is not None and others is not None:
         if _read_alike(own, others):
             return

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast, ViTImageProcessor, default_data_collator
 from transformers import logging as transformers_logging
 
-from hf_rrd import DataCollatorForDistillation
+from hf_rrd import DataCollatorForDistillation, cache_teacher_outputs, with_views
 from hf_rrd.models.teacher import Teacher
 from hf_rrd.training.data import Preview
 from hf_rrd.training.inputs import check_inputs
@@ -262,6 +262,23 @@ def test_a_transform_reads_its_columns_though_unused_ones_are_removed(tmp_path: 
         logs.append([*log_of(run), run.evaluate()["eval_loss"]])
     assert logs[0] == logs[1]
     assert len(logs[0]) == 4
+
+
+def test_cached_views_train_though_unused_columns_are_removed(tmp_path: Path) -> None:
+    def augment(batch: dict[str, list[Any]]) -> dict[str, Any]:
+        generators = [torch.Generator().manual_seed(seed) for seed in batch["view_seed"]]
+        noise = torch.stack([torch.randn(3, 16, 16, generator=generator) for generator in generators])
+        return {"pixel_values": torch.tensor(batch["image"]) + noise, "labels": batch["class"]}
+
+    images = arrow(Images(8)).with_format(None).rename_columns({"pixel_values": "image", "labels": "class"})
+    views = with_views(images, 2).with_transform(augment)
+    cached = cache_teacher_outputs(views, tiny_vit(width=24, seed=1), dtype="float32", cache_dir=tmp_path / "cache")
+    online = trainer(tmp_path, train_dataset=views)
+    offline = trainer(tmp_path, train_dataset=cached, teacher=None)
+    for run in (online, offline):
+        assert run.args.remove_unused_columns
+        run.train()
+    assert log_of(offline) == pytest.approx(log_of(online), rel=1e-6)
 
 
 @pytest.mark.parametrize("as_arrow", [False, True])
