@@ -1,7 +1,7 @@
 """Streams: what is read of one before its first pass, and passes that end within an optimizer step."""
 
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -34,52 +34,29 @@ class ReadAhead(torch.utils.data.IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         read, opened, self._read, self._open = self._read, self._open, [], []
         yield from read
-        if not opened:
-            yield from self.stream
-        while opened and (example := _following(opened[0], 1)):
-            yield from example
+        yield from opened[0] if opened else self.stream
 
     def take(self, count: int) -> list[Any]:
         """The first examples, at most `count`."""
         if self._open:
-            self._read += _following(self._open[0], count - len(self._read))
+            self._read += islice(self._open[0], max(0, count - len(self._read)))
             return self._read[:count]
         with preserved_randomness():
             first = iter(self.stream)
-            read = _following(first, count)
+            read = list(islice(first, count))
         with preserved_randomness():
             second = iter(self.stream)
-            again = _following(second, 1)
+            again = list(islice(second, 1))
         if [Hasher.hash(example) for example in again] != [Hasher.hash(example) for example in read[:1]]:
             self._read, self._open = read + again, [first, second]
         return read
-
-
-class SizedReadAhead(ReadAhead):
-    """The same of a stream with a length."""
-
-    def __len__(self) -> int:
-        return len(self.stream)
-
-
-def _following(iterator: Iterator[Any], count: int) -> list[Any]:
-    """The next examples, at most `count`; `iter` is not called again, by which some streams begin anew."""
-    examples = []
-    for _ in range(count):
-        try:
-            examples.append(next(iterator))
-        except StopIteration:
-            break
-    return examples
 
 
 def with_reading_ahead(dataset: Any, workers: int) -> Any:
     """A stream of torch's as one that can be read before its first pass; any other data set as it is."""
     kinds = (IterableDataset, torch.utils.data.IterDataPipe)  # which can be read again, and which a loader knows
     is_stream = isinstance(dataset, torch.utils.data.IterableDataset) and not isinstance(dataset, kinds)
-    if not is_stream or workers > 1:
-        return dataset
-    return SizedReadAhead(dataset) if hasattr(dataset, "__len__") else ReadAhead(dataset)
+    return ReadAhead(dataset) if is_stream and workers <= 1 and not hasattr(dataset, "__len__") else dataset
 
 
 class WholeSteps:
