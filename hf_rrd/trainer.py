@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import Trainer
 from transformers.trainer_pt_utils import find_batch_size
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, number_of_arguments
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalLoopOutput,
+    HubStrategy,
+    default_compute_objective,
+    number_of_arguments,
+)
 from transformers.utils import logging
 
 from hf_rrd.config import RelationalDistillationConfig
@@ -56,7 +62,7 @@ from hf_rrd.training.setup import check_data, prepared, teacher_for
 from hf_rrd.training.sources import check_sources
 from hf_rrd.training.streams import WholeSteps, warn_of_new_pass, with_reading_ahead
 from hf_rrd.training.task import TaskLoss, ask_student, has_labels, predictions_of
-from hf_rrd.training.terms import TermLog
+from hf_rrd.training.terms import TermLog, objective_without_terms
 
 logger = logging.get_logger(__name__)
 
@@ -471,6 +477,8 @@ class _Phases(TrainerCallback):
         student = trainer._unwrapped_student()
         trainer.distillation.start(student, trainer.train_dataset)
         check_optimizer(student, trainer.optimizer)
+        if getattr(trainer, "compute_objective", None) is default_compute_objective:  # a hyperparameter search's
+            trainer.compute_objective = objective_without_terms
         trainer._terms.start_training()
         trainer._steps = WholeSteps(trainer.train_dataset)
         trainer._finite.start()

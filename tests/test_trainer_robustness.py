@@ -16,6 +16,7 @@ from transformers import (
     OPTForCausalLM,
     TrainerCallback,
 )
+from transformers.trainer_utils import default_compute_objective
 
 from hf_rrd import detach_head
 from hf_rrd.models.head import HEAD
@@ -238,6 +239,18 @@ def test_a_name_in_place_of_the_student_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, model="bert-base")
     with pytest.raises(TypeError, match="`model` must be a model, got <class .*from_pretrained"):
         trainer(tmp_path, model=type(tiny_vit()))
+
+
+@pytest.mark.parametrize("scores", [False, True])
+def test_the_default_objective_of_a_hyperparameter_search_is_the_loss_or_the_users_metrics(
+    scores: bool, tmp_path: Path
+) -> None:
+    metrics = {"compute_metrics": lambda prediction: {"score": 0.25, "other": 0.5}} if scores else {}
+    run = trainer(tmp_path, eval_dataset=Images(8), kd_weight=1.0, alignment_examples=8, max_steps=1, **metrics)
+    run.compute_objective = default_compute_objective  # as `hyperparameter_search` sets it
+    run.train()
+    evaluated = run.evaluate()
+    assert run.compute_objective(evaluated) == (0.75 if scores else evaluated["eval_loss"])
 
 
 def test_a_hyperparameter_search_may_keep_its_objective_on_the_trainer(tmp_path: Path) -> None:

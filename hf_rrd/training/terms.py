@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.trainer_utils import default_compute_objective
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -17,6 +18,13 @@ PERPLEXITY = "teacher_perplexity"  # over how many rows of the bank the target i
 
 LOGGED = ("loss", *TERMS, PERPLEXITY)
 """What a log line has of the loss, in that order."""
+
+
+def objective_without_terms(metrics: dict[str, float]) -> float:
+    """transformers' default objective of a hyperparameter search: the loss, or the sum of the user's own metrics."""
+    ours = tuple(f"_{name}" for name in (*TERMS, PERPLEXITY))
+    own = {name: metrics[name] for name in metrics if not name.endswith(ours) and "_alignment_" not in name}
+    return float(default_compute_objective(own))
 
 
 class TermLog:
