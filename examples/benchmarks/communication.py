@@ -100,6 +100,7 @@ def train(rank: int, args: Arguments, port: int, folder: str) -> None:
             output_dir=folder,
             per_device_train_batch_size=args.batch_size,
             gradient_accumulation_steps=2,
+            bank_size=args.batch_size,  # below the number of examples: a bank that has them all takes no new rows
             max_steps=args.steps,
             ddp_find_unused_parameters=False,
             save_strategy="no",
