@@ -106,4 +106,4 @@ def _is_own(thing: Any) -> bool:
         return name not in sys.builtin_module_names
     file = os.path.realpath(file)
     installed = file.startswith(_PYTHON) or {"site-packages", "dist-packages"} & set(file.split(os.sep))
-    return not installed and name.partition(".")[0] != "hf_rrd"
+    return not installed and str(name).partition(".")[0] != "hf_rrd"

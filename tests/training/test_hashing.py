@@ -151,6 +151,12 @@ def test_two_lambdas_are_two_and_one_twice_is_one() -> None:
     assert hash_of(lambda x: x[0]) == hash_of(lambda x: x[0]) != hash_of(lambda x: x[1])
 
 
+def test_a_function_of_no_module_counts_by_its_code() -> None:
+    first, second = (loaded(above=f"def use(x): return x + {number}").use for number in (1, 2))
+    first.__module__ = second.__module__ = None
+    assert hash_of(first) != hash_of(second)
+
+
 def test_what_packages_bring_counts_by_its_name() -> None:
     assert hash_of(torch.nn.Linear) == hash_of(torch.nn.Linear) != hash_of(torch.nn.Conv1d)
     assert hash_of(torch.nn.functional.gelu) != hash_of(torch.nn.functional.relu)
