@@ -30,12 +30,15 @@ def check_sources(identity: dict[str, str], teacher: Teacher, sets: Mapping[str,
     """The main process's identity of the teacher: the others may have no weights yet (FSDP).
 
     A ValueError, on all processes, for cached columns that were made by another teacher than this one, or than others.
+    A teacher beside columns that lack some of what is wanted may be another one: it is there for the rest.
     """
+    wanted = ["teacher_embedding"] * teacher.wants_embedding + ["teacher_logits"] * teacher.wants_logits
     sources = {name: source for name, preview in sets.items() if (source := _noted(preview.dataset))}
     here = {"teacher": source_of(teacher)} if sources and teacher.model is not None else {}
     identity, here = broadcast_object_list([identity, here])
     for name, source in sources.items():
-        first, known = next(iter((here | sources).items()))
+        is_all = all(sets[name].has(column) for column in wanted)
+        first, known = next(iter((here | sources if is_all else sources).items()))
         if _differ(source, known, teacher.wants_embedding):
             raise ValueError(
                 f"the cached columns of `{name}` are of another teacher ({source}) than `{first}` ({known}). Pass the "

@@ -94,6 +94,15 @@ def test_training_and_evaluation_sets_are_of_one_teacher(tmp_path: Path) -> None
         trainer(tmp_path, teacher=teacher_vit(), train_dataset=images(), eval_dataset=other)
 
 
+def test_a_teacher_for_what_the_columns_lack_may_be_another(tmp_path: Path) -> None:
+    cached = cache_teacher_outputs(images(), teacher_vit(seed=2))
+    for column in ("teacher_embedding", "teacher_logits"):
+        part = cached.remove_columns(column)
+        trainer(tmp_path, teacher=teacher_vit(), train_dataset=part, kd_weight=1.0, max_steps=1).train()
+    with pytest.raises(ValueError, match="are of another teacher"):
+        trainer(tmp_path, teacher=teacher_vit(), train_dataset=cached, kd_weight=1.0)
+
+
 def test_columns_of_ones_own_are_taken_as_they_are(tmp_path: Path) -> None:
     own = images().add_column("teacher_embedding", torch.randn(20, 24).tolist())
     trainer(tmp_path, teacher=teacher_vit(), train_dataset=own, eval_dataset=Images(8)).train()
