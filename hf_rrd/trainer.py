@@ -384,7 +384,7 @@ class RelationalDistillationTrainer(Trainer):
         dataset = chosen_dataset(dataset, self.eval_dataset, self._is_sharded)
         if self.is_world_process_zero():
             if teacher is None:
-                check_reports_input(dataset, self._teacher, self.args, self.data_collator)
+                check_reports_input(dataset, self._teacher, self.data_collator)
             teacher = self.teacher if teacher is None else teacher_of_report(teacher, self.args)
             how = (self.data_collator, self._signature_columns, self.label_names or ["labels"], self.args)
             self._facts.report = compare_in_run(self._unwrapped_student(), teacher, dataset, *how)

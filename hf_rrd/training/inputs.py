@@ -29,8 +29,9 @@ def check_inputs(sets: Sets, student: Any, teacher: Teacher, args: Any, collator
 
     `collator` is the user's, or None, and `processors` are `processing_class` and `teacher_processing_class`.
     """
-    own, others = getattr(collator, "processors", processors)
-    if collator is not None and processors[1] not in (None, getattr(collator, "processors", [None])[-1]):
+    is_ours = isinstance(collator, DataCollatorForDistillation)
+    own, others = collator.processors if is_ours else processors
+    if collator is not None and processors[1] is not None and not (is_ours and others is processors[1]):
         raise ValueError(
             "`teacher_processing_class` is for the default collator, and there is a `data_collator`, which would not "
             "use it. Pass data_collator=DataCollatorForDistillation(data_collator, teacher_processing_class)."
@@ -44,7 +45,7 @@ def check_inputs(sets: Sets, student: Any, teacher: Teacher, args: Any, collator
     if teacher.model is not None:
         own = own or getattr(collator, "tokenizer", None)
         teacher.before_sharing = partial(check_shared_input, student, teacher, own, others)
-        _check_teacher(sets, student, teacher, args, collator)
+        _check_teacher(sets, teacher, collator)
 
 
 def _check_student(name: str, preview: Preview, student: nn.Module, args: Any, collator: Any) -> None:
@@ -70,7 +71,7 @@ def _check_student(name: str, preview: Preview, student: nn.Module, args: Any, c
         raise ValueError(f"`{name}` has the columns {sorted(columns)}, and none is an input of {which}. {advice}.")
 
 
-def _check_teacher(sets: Sets, student: Any, teacher: Teacher, args: Any, collator: Any) -> None:
+def _check_teacher(sets: Sets, teacher: Teacher, collator: Any) -> None:
     """Raise a ValueError for data whose teacher would read another's input than elsewhere, or none."""
     for name, preview in sets.items():
         if preview.has("teacher_embedding"):
@@ -79,29 +80,25 @@ def _check_teacher(sets: Sets, student: Any, teacher: Teacher, args: Any, collat
             teacher.inputs_from(dict.fromkeys(preview.names), f"`{name}`")
         elif collator is not None:
             teacher.own = teacher.own or own_columns(preview.names or (), teacher.columns) or None
-            batch = _batch_of_one(preview, student, teacher, args, collator)
+            batch = _batch_of_one(preview, collator)
             if isinstance(batch, Mapping):
                 teacher.inputs_from(batch, f"what `data_collator` makes of `{name}`")
 
 
-def check_reports_input(dataset: Any, teacher: Teacher, args: Any, collator: Any) -> None:
+def check_reports_input(dataset: Any, teacher: Teacher, collator: Any) -> None:
     """Raise a ValueError for a data set to report on whose teacher would read another's input than in training."""
     check_dataset("dataset", dataset)
     if teacher.model is not None and is_map_style(dataset) and len(dataset) > 0:
         own = None if isinstance(collator, DataCollatorForDistillation) else collator
-        _check_teacher({"dataset": Preview(dataset)}, None, teacher, args, own)
+        _check_teacher({"dataset": Preview(dataset)}, teacher, own)
 
 
-def _batch_of_one(preview: Preview, student: Any, teacher: Teacher, args: Any, collator: Any) -> Any:
+def _batch_of_one(preview: Preview, collator: Any) -> Any:
     """What a collator makes of a map-style set's first example; None where that is not known before the run."""
-    accepted = None if student is None else forward_columns(student)
-    example = preview.example if is_map_style(preview.dataset) else {}
-    if args.remove_unused_columns and not preview.is_transformed and accepted is not None:
-        read = {*accepted, *teacher.signature_columns, *(args.label_names or ())}
-        example = {name: value for name, value in example.items() if name in read or is_label(name)}
     try:
         with preserved_randomness():
-            return collator([dict(example)]) if example else None
+            is_known = is_map_style(preview.dataset) and preview.example
+            return collator([dict(preview.example)]) if is_known else None
     except Exception:  # of its own: the first batch will say why
         return None
 

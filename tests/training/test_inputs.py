@@ -308,6 +308,19 @@ def test_a_report_on_data_without_the_teachers_columns_is_refused(tmp_path: Path
     run.report()
 
 
+def test_examples_that_are_objects_are_the_collators_own_affair(tmp_path: Path) -> None:
+    class Example:
+        def __init__(self, index: int) -> None:
+            self.columns = Images(8)[index]
+
+    def collate(examples: list[Any]) -> dict[str, Tensor]:
+        columns = [each.columns for each in examples if isinstance(each, Example)]
+        return students_columns(columns) if columns else {}
+
+    examples = [Example(index) for index in range(8)]
+    trainer(tmp_path, train_dataset=examples, data_collator=collate, remove_unused_columns=False).train()
+
+
 def test_an_example_that_cannot_be_read_is_an_error_that_says_so(tmp_path: Path) -> None:
     class Lost(Images):
         def __getitem__(self, index: int) -> Any:
