@@ -50,6 +50,7 @@ from hf_rrd.training.data import (
     DataCollatorForDistillation,
     Preview,
     examples_in,
+    has_labels,
     previews_of,
     with_cached_arrays,
 )
@@ -61,7 +62,7 @@ from hf_rrd.training.inputs import check_inputs, check_reports_input
 from hf_rrd.training.setup import check_data, prepared, teacher_for
 from hf_rrd.training.sources import check_sources
 from hf_rrd.training.streams import WholeSteps, warn_of_new_pass, with_reading_ahead
-from hf_rrd.training.task import TaskLoss, ask_student, has_labels, predictions_of
+from hf_rrd.training.task import TaskLoss, ask_student, predictions_of
 from hf_rrd.training.terms import TermLog, objective_without_terms
 
 logger = logging.get_logger(__name__)
@@ -171,7 +172,8 @@ class RelationalDistillationTrainer(Trainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        self._task = TaskLoss(self.accelerator, self.model_accepts_loss_kwargs, compute_loss_func, self.model)
+        takes_count = self.model_accepts_loss_kwargs and args.n_gpu <= 1
+        self._task = TaskLoss(self.accelerator, takes_count, compute_loss_func, self.model)
         # Whatever a model does with the count of labels, the Trainer has to divide by the accumulation steps.
         # transformers 5.0 does not where there is a `compute_loss_func`.
         self.model_accepts_loss_kwargs = False

@@ -113,14 +113,6 @@ def head_of(student: nn.Module) -> Any:
     return student._modules.get(HEAD)
 
 
-def join_optimizer(head: RelationalHead, optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer that was made before the head train it, too, with the settings of its first group.
-
-    So the groups are as many as a scheduler of them knows.
-    """
-    optimizer.param_groups[0]["params"].extend(head.parameters())
-
-
 def check_optimizer(student: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Raise a ValueError for an optimizer that trains weights of the student and not those of its head."""
     own = {id(weight) for group in optimizer.param_groups for weight in group["params"]}

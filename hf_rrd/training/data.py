@@ -111,9 +111,14 @@ def examples_in(batch: Any) -> int:
     return count
 
 
+def has_labels(batch: Mapping[str, Any], label_names: list[str]) -> bool:
+    """Whether a batch has any of the labels."""
+    return any(batch.get(name) is not None for name in label_names)
+
+
 def check_batch_labels(batch: Mapping[str, Any], label_names: list[str]) -> None:
     """Raise a ValueError for a batch that has none of the labels which a model needs for its loss."""
-    if label_names and not any(batch.get(name) is not None for name in label_names):
+    if label_names and not has_labels(batch, label_names):
         raise ValueError(
             f"`task_weight` is above 0, so each batch needs labels: none of {label_names} is in it, as numbers. Set "
             "task_weight=0 to train without labels."

@@ -8,7 +8,7 @@ from transformers.utils import find_labels
 
 from hf_rrd.models.body import unwrapped
 from hf_rrd.models.embedding import PACKED
-from hf_rrd.models.head import check_student, join_optimizer
+from hf_rrd.models.head import check_student
 from hf_rrd.models.logits import LogitPair
 from hf_rrd.models.teacher import Teacher, check_teacher, load_teacher
 from hf_rrd.training.data import Preview, check_dataset, noted_logits
@@ -52,7 +52,8 @@ def prepared(
         distillation.logits = LogitPair(student, teacher.model, *known)
     distillation.attach(student)
     if optimizer is not None and distillation.head is not None:
-        join_optimizer(distillation.head, optimizer)
+        # Into the first group: a scheduler that was made with the optimizer knows no more of them.
+        optimizer.param_groups[0]["params"].extend(distillation.head.parameters())
     return student
 
 

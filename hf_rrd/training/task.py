@@ -15,8 +15,6 @@ from hf_rrd.models.body import unwrapped
 from hf_rrd.models.head import WITH_EMBEDDING, StudentOutputs, split_embedding
 from hf_rrd.training.data import check_batch_labels, preserved_randomness
 
-COUNT = "num_items_in_batch"  # the name of the count of a step's labels, as transformers has it
-
 
 class TaskLoss:
     """The task's part of an optimizer step, which is a mean over the step's labels however its batch is cut.
@@ -54,26 +52,28 @@ class TaskLoss:
         """
         if step is None:
             return partial(compute_loss, return_outputs=True, num_items_in_batch=count)
-        return partial(self._in_training, compute_loss, count=step.labels if count is None else count)
+        count = step.labels if count is None else count
 
-    def _in_training(self, compute_loss: Callable[..., Any], model: nn.Module, inputs: Any, count: Any) -> Any:
-        if self.uses_count is None and count is not None:
-            self.uses_count = self._uses(compute_loss, model, inputs, count)
-        return self._computed(compute_loss, model, inputs, None if self.uses_count is False else count)
+        def with_count(model: nn.Module, inputs: dict[str, Any], count: Any) -> Any:
+            given = {} if count is None or not self.in_forward else {"num_items_in_batch": count}
+            return compute_loss(model, inputs | given, return_outputs=True, num_items_in_batch=count)
 
-    def _computed(self, compute_loss: Callable[..., Any], model: nn.Module, inputs: Any, count: Any) -> Any:
-        given = {COUNT: count} if self.in_forward and count is not None else {}
-        return compute_loss(model, inputs | given, return_outputs=True, num_items_in_batch=count)
+        def of_student(model: nn.Module, inputs: dict[str, Any]) -> Any:
+            if self.uses_count is None and count is not None:
+                self.uses_count = self._uses(with_count, model, inputs, count)
+            return with_count(model, inputs, None if self.uses_count is False else count)
+
+        return of_student
 
     @torch.no_grad()
-    def _uses(self, compute_loss: Callable[..., Any], model: nn.Module, inputs: Any, count: Any) -> bool | None:
+    def _uses(self, with_count: Callable[..., Any], model: nn.Module, inputs: Any, count: Any) -> bool | None:
         """What the processes agree on; None while there is no label to tell by."""
         losses = []
         model.eval()
         try:
             for each in (count, 2 * count):
                 with preserved_randomness():
-                    losses.append(float(self._computed(compute_loss, model, inputs, each)[0].mean()))
+                    losses.append(float(with_count(model, inputs, each)[0].mean()))
         except (TypeError, AttributeError):  # a forward that cannot do with this keyword; a loss of None
             losses = [1.0, 1.0]
         finally:
@@ -112,14 +112,9 @@ def ask_student(
     embedding: bool,
     needs_labels: bool,
 ) -> StudentOutputs:
-    """One forward of the student.
+    """One forward of the student, with its embedding where it has a head.
 
-    Args:
-        model, inputs: The student, and its part of the batch.
-        task_loss: From student and inputs to the task's loss and the outputs; None where the task has no weight.
-        label_names: Its columns that are labels; without a task loss they stay away.
-        embedding: Whether the student has a head, whose embedding is wanted.
-        needs_labels: Whether the task loss is the model's own.
+    `task_loss` gives loss and outputs, the student's own where it `needs_labels`; without one the labels stay away.
     """
     asked = inputs | {WITH_EMBEDDING: True} if embedding else inputs
     if task_loss is not None and needs_labels:
@@ -133,11 +128,6 @@ def ask_student(
         whose = "the student's own loss" if needs_labels else "what `compute_loss_func` returns"
         raise ValueError(f"{whose} must be a tensor, got {loss!r}. Set task_weight=0 to train without it.")
     return StudentOutputs(loss, *split_embedding(outputs))
-
-
-def has_labels(inputs: Mapping[str, Any], label_names: list[str]) -> bool:
-    """Whether a batch has any of the labels."""
-    return any(inputs.get(name) is not None for name in label_names)
 
 
 def predictions_of(outputs: Any, model: Any, ignored: list[str] | None) -> Any:
