@@ -1,21 +1,19 @@
 """`RelationalDistillationTrainer`: a `Trainer` whose loss adds what the teacher knows."""
 
 import os
-import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction, PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+from transformers import EvalPrediction, PreTrainedModel
 from transformers.trainer import Trainer
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     EvalLoopOutput,
     HubStrategy,
-    default_compute_objective,
     number_of_arguments,
 )
 from transformers.utils import logging
@@ -23,7 +21,7 @@ from transformers.utils import logging
 from hf_rrd.config import RelationalDistillationConfig
 from hf_rrd.errors import named_errors, refuse_unknown
 from hf_rrd.models.columns import forward_columns, student_inputs
-from hf_rrd.models.head import HEAD, check_optimizer, detach_head
+from hf_rrd.models.head import HEAD, detach_head
 from hf_rrd.results.alignment import EmbeddingLog
 from hf_rrd.results.callback import FactsCallback
 from hf_rrd.results.hub import (
@@ -59,11 +57,12 @@ from hf_rrd.training.distributed import StepExamples, calibrate, mean_over_proce
 from hf_rrd.training.finite import FiniteCheck, check_weights
 from hf_rrd.training.identity import check_identity, resuming, settings_of, teacher_identity
 from hf_rrd.training.inputs import check_inputs, check_reports_input
+from hf_rrd.training.phases import Phases
 from hf_rrd.training.setup import check_data, prepared, teacher_for
 from hf_rrd.training.sources import check_sources
-from hf_rrd.training.streams import WholeSteps, warn_of_new_pass, with_reading_ahead
+from hf_rrd.training.streams import WholeSteps, with_reading_ahead
 from hf_rrd.training.task import TaskLoss, ask_student, predictions_of
-from hf_rrd.training.terms import TermLog, objective_without_terms
+from hf_rrd.training.terms import TermLog
 
 logger = logging.get_logger(__name__)
 
@@ -167,7 +166,7 @@ class RelationalDistillationTrainer(Trainer):
             model_init=model_init and (lambda *trial: prepare(model_init(*trial[: number_of_arguments(model_init)]))),
             compute_loss_func=compute_loss_func,
             compute_metrics=compute_metrics,
-            callbacks=[_Phases(self), *(callbacks or []), self._facts],
+            callbacks=[Phases(self), *(callbacks or []), self._facts],
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
@@ -466,36 +465,3 @@ class RelationalDistillationTrainer(Trainer):
     def _unwrapped_student(self) -> nn.Module:
         student: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         return student
-
-
-class _Phases(TrainerCallback):
-    """What the trainer does as a training begins, and as one of its steps has ended."""
-
-    def __init__(self, trainer: RelationalDistillationTrainer) -> None:
-        self.trainer = weakref.proxy(trainer)  # no circle: the memory is free as soon as the trainer is
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        trainer = self.trainer  # which may begin anew after a step for which the memory did not suffice
-        student = trainer._unwrapped_student()
-        trainer.distillation.start(student, trainer.train_dataset)
-        check_optimizer(student, trainer.optimizer)
-        if getattr(trainer, "compute_objective", None) is default_compute_objective:  # a hyperparameter search's
-            trainer.compute_objective = objective_without_terms
-        trainer._terms.start_training()
-        trainer._steps = WholeSteps(trainer.train_dataset)
-        trainer._finite.start()
-        if trainer._resumed_from is None:
-            trainer._calibrate()
-        else:
-            trainer._restore(trainer._resumed_from)
-            warn_of_new_pass(trainer.train_dataset, trainer.state.epoch)
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        if self.trainer._step is not None:
-            self.trainer.distillation.update_bank(self.trainer._step.gather)
-
-    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        last = [name for line in state.log_history if line.get("step") == state.global_step for name in line]
-        evaluated = any(name.startswith("eval_") for name in last) or not control.should_evaluate
-        if self.trainer._step is None and evaluated:  # a run that was resumed at its end
-            control.should_evaluate = control.should_save = False
