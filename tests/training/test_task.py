@@ -218,3 +218,13 @@ def test_a_training_step_by_hand_is_that_of_one_micro_batch_before_and_after_a_t
         loss = run.training_step(run.model, dict(batch), count)
         assert loss.item() == pytest.approx((task + kd).item(), abs=1e-5)
         run.train()
+
+
+def test_a_function_that_divides_by_the_count_evaluates_to_the_mean_over_labels(tmp_path: Path) -> None:
+    data = Images(16, seed=3)
+    run = trainer(tmp_path, compute_loss_func=summed, eval_dataset=data, max_steps=1)
+    run.train()
+    with torch.no_grad():
+        logits = run.model.eval()(pixel_values=data.pixels).logits
+    expected = F.cross_entropy(logits, data.labels).item()
+    assert run.evaluate()["eval_task_loss"] == pytest.approx(expected, abs=1e-5)
