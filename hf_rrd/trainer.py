@@ -53,7 +53,14 @@ from hf_rrd.training.data import (
     with_cached_arrays,
 )
 from hf_rrd.training.distillation import Distillation
-from hf_rrd.training.distributed import StepExamples, calibrate, mean_over_processes, mend_wrap_policy, place_teacher
+from hf_rrd.training.distributed import (
+    StepExamples,
+    calibrate,
+    mean_over_processes,
+    mend_wrap_policy,
+    place_teacher,
+    train_together,
+)
 from hf_rrd.training.finite import FiniteCheck, check_weights
 from hf_rrd.training.identity import check_identity, resuming, settings_of, teacher_identity
 from hf_rrd.training.inputs import check_inputs, check_reports_input
@@ -184,9 +191,8 @@ class RelationalDistillationTrainer(Trainer):
         raw = [name for each in sets.values() if each.is_transformed for name in each.dataset.column_names]
         self._signature_columns = [*self._signature_columns, *self._teacher.signature_columns, *raw]
         mend_wrap_policy(self.model, self.accelerator)
-        identity = teacher_identity(self._teacher, args.teacher_pooling, preview) | settings_of(
-            self.distillation, train_dataset
-        )
+        identity = settings_of(self.distillation, train_dataset)
+        identity |= teacher_identity(self._teacher, args.teacher_pooling, preview)
         self._identity = check_sources(identity, self._teacher, sets)
         place_teacher(self._teacher, self.accelerator)
         self.distillation.to(self.args.device)
@@ -248,6 +254,7 @@ class RelationalDistillationTrainer(Trainer):
         Afterwards the student is a plain model again; the trainer keeps its head.
         """
         self._resumed_from = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+        train_together(self.model, self.accelerator)
         self.distillation.wear()
         with resuming(self._resumed_from, self._identity):
             output, self._step = super().train(self._resumed_from, trial, ignore_keys_for_eval), None
@@ -312,7 +319,7 @@ class RelationalDistillationTrainer(Trainer):
     ) -> EvalLoopOutput:
         """As in `Trainer`, with the mean of each term among the metrics. The bank stays as it is."""
         self._terms.start_evaluation()
-        self._embeddings.start()
+        self._embeddings = EmbeddingLog(self.args.alignment_examples)
         if not self.distillation.is_calibrated:  # before the first step
             self._calibrate()
         how = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)

@@ -239,7 +239,26 @@ def other_seeds(rank: int, folder: str) -> list[list[float]]:
     return [*found.projection.matrix.tolist(), *found.bank.filled.tolist()]
 
 
+def evaluated_before(rank: int, folder: str) -> list[list[float]]:
+    """The log of two trainings, the second of them after an evaluation, and the students' weights."""
+    found = []
+    for evaluates in (False, True):
+        run = trainer(folder, eval_dataset=Images(16))
+        if evaluates:
+            run.evaluate()
+        run.train()
+        weights = torch.cat([weight.detach().flatten() for weight in run.model.parameters()])
+        found.append([*(line["loss"] for line in run.state.log_history if "loss" in line), *weights.tolist()])
+    return found
+
+
 CASES = {
     case.__name__: case
-    for case in (other_lengths, other_lengths_of_evaluation_sets, other_lengths_of_streams, other_seeds)
+    for case in (
+        other_lengths,
+        other_lengths_of_evaluation_sets,
+        other_lengths_of_streams,
+        other_seeds,
+        evaluated_before,
+    )
 }

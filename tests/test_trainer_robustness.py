@@ -101,6 +101,27 @@ def test_a_term_cannot_be_turned_on_after_construction(tmp_path: Path, name: str
         run.train()
 
 
+@pytest.mark.parametrize(
+    ("name", "before", "now"),
+    [("teacher_pooling", "auto", "mean"), ("teacher_projection", "orthogonal", "pca"), ("projection_dim", 8, 12)],
+)
+def test_what_is_read_when_a_trainer_is_made_cannot_be_searched_with_it(
+    tmp_path: Path, name: str, before: Any, now: Any
+) -> None:
+    settings = {"teacher_projection": "orthogonal", "projection_dim": 8, "calibration_examples": 20} | {name: before}
+    run = trainer(tmp_path, model_init=lambda: tiny_vit(), **settings)
+    setattr(run.args, name, now)  # as a search does, which would compare runs that are all alike
+    with pytest.raises(ValueError, match=f"`{name}` was {before!r} when the trainer was made and is {now!r} now. Mak"):
+        run.train()
+
+
+def test_alignment_is_measured_on_as_many_examples_as_the_settings_say_now(tmp_path: Path) -> None:
+    run = trainer(tmp_path, eval_dataset=Images(20))
+    assert "eval_alignment_cka" not in run.evaluate()
+    run.args.alignment_examples = 12
+    assert "eval_alignment_cka" in run.evaluate()
+
+
 def test_a_term_cannot_be_turned_on_while_training(tmp_path: Path) -> None:
     class Ramp(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -215,9 +215,6 @@ class LogitPair:
                 return None
             nearest = F.interpolate(labels.unsqueeze(1).float(), logits.shape[1:3]).squeeze(1)
             return (nearest >= 0) & (nearest != getattr(self._configs[0], "semantic_loss_ignore_index", 255))
-        if layout == "target words" and "decoder_input_ids" not in inputs:
-            add = "Add `decoder_input_ids`, as DataCollatorForSeq2Seq(tokenizer, model=student) does, or set"
-            raise _refusal("the teacher has to read what the student is to write", add)
         shape, counted = (len(logits), logits.shape[2 if layout == "spans" else 1]), []
         if layout in TEXTS and isinstance(labels, Tensor) and labels.shape == shape:
             # The logits at a token are those of the next one.

@@ -23,7 +23,7 @@ from hf_rrd.models.body import (
 )
 from hf_rrd.models.columns import TEACHER_PREFIX, Accepted, forward_columns, own_columns, teacher_inputs
 from hf_rrd.models.embedding import Embedder, Pooling
-from hf_rrd.models.logits import logits_of
+from hf_rrd.models.logits import layout_of, logits_of
 
 logger = logging.get_logger(__name__)
 
@@ -72,6 +72,7 @@ class Teacher:
         self.columns = forward_columns(model)
         self.body = unwrapped(model)
         self._counts_padding = _counts_padding(self.body)
+        self._writes = wants_logits and layout_of(model) == "target words"
         if getattr(getattr(self.body, "config", None), "mask_ratio", None):
             self.body.config.mask_ratio = 0.0  # a ViTMAE would hide other patches in each forward
         if wants_embedding:
@@ -175,6 +176,11 @@ class Teacher:
             raise ValueError(
                 f"the teacher needs `{main_input}`, and {what} has {sorted(batch)}. Add a column "
                 f"`teacher_{main_input}` with its own input, and set remove_unused_columns=False if it is removed."
+            )
+        if self._writes and not {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys():
+            raise ValueError(  # some would fail, BART would read the source in its place
+                "`kd_weight` is above 0, and the teacher has to read what the student is to write. Add "
+                "`decoder_input_ids`, as DataCollatorForSeq2Seq(tokenizer, model=student) does, or set kd_weight=0."
             )
         if not own and self.before_sharing is not None:
             self.before_sharing()

@@ -63,10 +63,6 @@ class EmbeddingLog:
 
     def __init__(self, examples: int) -> None:
         self.examples = examples
-        self.start()
-
-    def start(self) -> None:
-        """Forget an earlier evaluation."""
         self._student, self._teacher = torch.empty(0), torch.empty(0)  # later (kept, width) each
         self._seen, self._stride = 0, 1
 

@@ -1,5 +1,6 @@
 """Data sets and batches: what is known of a set before it is read, how examples are collated, some of them drawn."""
 
+import json
 import os
 import random
 from collections.abc import Iterator, Mapping
@@ -284,13 +285,23 @@ def has_cached_embeddings(dataset: Any) -> bool:
 
 
 def note_logits(dataset: Any, teacher: Any) -> None:
-    """Keep in a data set's info what its column `teacher_logits` does not say: of which classes, and of what kind."""
+    """Keep what the column `teacher_logits` does not say, of which classes it is and of what kind.
+
+    In the column's feature, which goes where it goes; and in the info of a stream, whose `map` forgets features.
+    """
     about = {"classes": names_of(teacher), "problem_type": getattr(unwrapped(teacher).config, "problem_type", None)}
     dataset.info.download_checksums = {**(dataset.info.download_checksums or {}), "teacher_logits": about}
+    if dataset.info.features is not None:
+        value = dataset.info.features["teacher_logits"].feature
+        value.id = f"{value.id}; {json.dumps(about)}"
 
 
 def noted_logits(dataset: Any) -> Mapping[str, Any]:
-    """What `note_logits` kept: `classes` and `problem_type`; {} without it, as of a data set from the Hub."""
+    """What `note_logits` kept: `classes` and `problem_type`; {} without it."""
+    column = (getattr(dataset, "features", None) or {}).get("teacher_logits")
+    _, _, about = str(getattr(getattr(column, "feature", None), "id", None)).partition("; ")
+    if about:
+        return dict(json.loads(about))
     has_column = "teacher_logits" in (getattr(dataset, "column_names", None) or ["teacher_logits"])
     notes = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
     return notes.get("teacher_logits") or {} if has_column else {}

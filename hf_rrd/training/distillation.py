@@ -22,6 +22,9 @@ from hf_rrd.training.projection import TeacherProjection, check_variety
 RELATIONAL_LOSSES = ("rrd", "infonce", *BATCH_LOSSES)
 """The values of `relational_loss=`: the first two compare with the bank, the others within the micro-batch."""
 
+MADE_WITH = ("teacher_pooling", "teacher_projection", "projection_dim")
+"""Settings that are read when a trainer is made, and not again."""
+
 NO_HEAD = (
     "the student has not the head that the trainer gave to its own: `trainer.model` was replaced. Make a new trainer."
 )
@@ -60,6 +63,7 @@ class Distillation:
         self.seed: int = broadcast_object_list([args.seed])[0]  # each process may have one of its own
         self._fits = False  # the training set, into the bank
         self._learned = {"relational_weight": teacher.wants_embedding, "kd_weight": teacher.wants_logits}
+        self._made_with = {name: getattr(args, name) for name in MADE_WITH} if teacher.wants_embedding else {}
         if teacher.width is not None:
             self.projection = TeacherProjection(teacher.width, args.projection_dim, args.teacher_projection, self.seed)
             self.bank = FeatureBank(self.rows, self.projection.dim, teacher.dtype)
@@ -203,9 +207,15 @@ class Distillation:
         """Begin a training on a data set: an empty bank, and the settings as a search may have changed them.
 
         Raises:
-            ValueError: A setting is out of its range, or the student has not the head that it was given.
+            ValueError: A setting is out of its range, or changed where it cannot be; or the student has not the head
+                that it was given.
         """
         self.args.validate()
+        for name, value in self._made_with.items():
+            if (now := getattr(self.args, name)) != value:
+                raise ValueError(
+                    f"`{name}` was {value!r} when the trainer was made and is {now!r} now. Make a new trainer."
+                )
         if head_of(student) is not self.head:
             raise ValueError(NO_HEAD)
         self.pending.clear()

@@ -192,6 +192,16 @@ def place_teacher(teacher: Teacher, accelerator: Accelerator) -> None:
         teacher.place(accelerator.device)
 
 
+def train_together(model: nn.Module, accelerator: Accelerator) -> None:
+    """Let the processes average their gradients also where an evaluation came before the training.
+
+    It marks the model as prepared, so that no DistributedDataParallel is put around it, and each process would train
+    its own (transformers 5.23 with accelerate 1.15).
+    """
+    if accelerator.distributed_type.startswith("MULTI_"):  # neither FSDP nor DeepSpeed
+        model.__dict__.pop("_is_accelerate_prepared", None)
+
+
 def mend_wrap_policy(model: nn.Module, accelerator: Accelerator) -> None:
     """Leave a model's input embedding out of what FSDP2 wraps; without FSDP2 there is nothing to do.
 

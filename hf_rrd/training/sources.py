@@ -51,7 +51,7 @@ def check_sources(identity: dict[str, str], teacher: Teacher, sets: Mapping[str,
 def _noted(dataset: Any) -> str | None:
     features = getattr(dataset, "features", None) or {}
     values = [getattr(features.get(column), "feature", None) for column in CACHED_COLUMNS]
-    return next((source for value in values if (source := getattr(value, "id", None))), None)
+    return next((source.partition("; ")[0] for value in values if (source := getattr(value, "id", None))), None)
 
 
 def _differ(source: str, other: str, with_embeddings: bool) -> bool:

@@ -12,12 +12,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     GPT2Config,
     GPT2Model,
     LlamaConfig,
     LlamaModel,
     RobertaConfig,
     RobertaModel,
+    T5Config,
+    T5ForConditionalGeneration,
     ViTForImageClassification,
     ViTMAEConfig,
     ViTMAEForPreTraining,
@@ -207,6 +211,28 @@ def test_a_teacher_from_inside_peft_teaches_with_its_adapters(tmp_path: Path) ->
         run = trainer(tmp_path, teacher=teacher)
         run.train()
         assert run.state.global_step == 3
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_logits_of_a_text_need_that_text_as_the_teachers_decoder_input(family: str, tmp_path: Path) -> None:
+    def model() -> Any:
+        if family == "t5":
+            return T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1))
+        size = {"d_model": 8, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "max_position_embeddings": 32}
+        heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        return BartForConditionalGeneration(
+            BartConfig(vocab_size=20, encoder_layers=1, decoder_layers=1, **heads, **size)
+        )
+
+    tokens = torch.tensor([5, 6, 7])
+    rows = [{"input_ids": tokens, "labels": tokens} for _ in range(8)]
+    said = r"the teacher has to read what the student is to write\. Add `decoder_input_ids`, as DataCollatorForSeq2Seq"
+    with pytest.raises(ValueError, match=said):  # by the labels BART makes none: it would read the source
+        trainer(tmp_path, model=model(), teacher=model(), train_dataset=rows, kd_weight=1.0, relational_weight=0.0)
+    rows = [row | {"decoder_input_ids": tokens} for row in rows]
+    run = trainer(tmp_path, model=model(), teacher=model(), train_dataset=rows, kd_weight=1.0, relational_weight=0.0)
+    run.train()
+    assert run.state.global_step == 3
 
 
 def test_a_folder_of_adapters_says_how_to_load_it(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from transformers import AutoModel, BertForMaskedLM, BertModel, DataCollatorWith
 from hf_rrd import DataCollatorForDistillation, cache_teacher_outputs, with_views
 from hf_rrd.training import caching, reading
 from hf_rrd.training.caching import weights_hash
+from hf_rrd.training.data import noted_logits
 from tests import caching_worker
 from tests.builders import Images, log_of, tiny_bert, tiny_vit, trainer
 from tests.caching_worker import BATCH, EXAMPLES, SHARD
@@ -480,3 +481,23 @@ def test_views_of_several_splits_are_refused() -> None:
         ValueError, match=r"got a DatasetDict\. .* only the training set .*with_views\(data\['train'\], 4\)"
     ):
         with_views(datasets.DatasetDict(train=images(2)), 2)  # type: ignore[arg-type]
+
+
+def test_cached_logits_know_their_classes_wherever_the_data_set_goes(tmp_path: Path) -> None:
+    names, student = {0: "owl", 1: "cat", 2: "pig", 3: "dog"}, tiny_vit()
+    teacher = teacher_vit()
+    teacher.config.id2label, student.config.id2label = names, dict(enumerate(sorted(names.values())))
+    made = cache_teacher_outputs(images(), teacher, dtype="float32")
+    made.save_to_disk(tmp_path / "disk")
+    made.to_parquet(tmp_path / "data.parquet")  # which a push to the Hub writes, too
+    ways = {
+        "stream": made.to_iterable_dataset(),
+        "mapped stream": cache_teacher_outputs(images().to_iterable_dataset(), teacher).map(lambda row: row),
+        "disk": datasets.load_from_disk(tmp_path / "disk"),
+        "parquet": Dataset.from_parquet(str(tmp_path / "data.parquet")),
+        "joined": datasets.concatenate_datasets([made, made.map(lambda row: row, num_proc=2)]),
+    }
+    for way, data in ways.items():
+        assert noted_logits(data) == {"classes": list(names.values()), "problem_type": None}, way
+        pair = trainer(tmp_path, model=student, teacher=None, train_dataset=data, kd_weight=1.0).distillation.logits
+        assert pair is not None and pair._order is not None and pair._order.tolist() == [1, 3, 0, 2], way

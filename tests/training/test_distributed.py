@@ -106,3 +106,9 @@ def test_data_of_another_length_on_one_process_is_an_error_on_all(tmp_path: Path
 def test_processes_with_seeds_of_their_own_share_projection_and_bank(tmp_path: Path) -> None:
     first, second = found_by_two(tmp_path, "other_seeds")
     assert first == second
+
+
+def test_processes_train_one_student_also_after_an_evaluation(tmp_path: Path) -> None:
+    first, second = found_by_two(tmp_path, "evaluated_before")
+    assert first == second
+    assert first[0] == first[1]
