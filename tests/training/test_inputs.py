@@ -9,7 +9,13 @@ import datasets
 import pytest
 import torch
 from torch import Tensor
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast, ViTImageProcessor, default_data_collator
+from transformers import (
+    BeitImageProcessor,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerFast,
+    ViTImageProcessor,
+    default_data_collator,
+)
 from transformers import logging as transformers_logging
 
 from hf_rrd import DataCollatorForDistillation, cache_teacher_outputs, with_views
@@ -172,11 +178,20 @@ def test_two_tokenizers_of_one_vocabulary_share_their_columns(teachers: Any, tmp
 
 
 def test_two_image_processors_share_their_columns_only_if_they_do_the_same(tmp_path: Path) -> None:
-    same, other = ViTImageProcessor(), ViTImageProcessor(image_mean=[0.1, 0.2, 0.3])
+    square, halves = {"height": 224, "width": 224}, {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     given = {"train_dataset": Images(16), "processing_class": ViTImageProcessor()}
-    trainer(tmp_path, teacher_processing_class=same, **given)
-    with pytest.raises(ValueError, match="different processors"):
-        trainer(tmp_path, teacher_processing_class=other, **given)
+    for same in (
+        ViTImageProcessor(),
+        BeitImageProcessor(size=square, do_center_crop=False, resample=2, **halves),  # with settings of its own
+    ):
+        trainer(tmp_path, teacher_processing_class=same, **given)
+    for other in (
+        ViTImageProcessor(image_mean=[0.1, 0.2, 0.3]),
+        ViTImageProcessor(size={"height": 256, "width": 256}),
+        BeitImageProcessor(size={"height": 256, "width": 256}, crop_size=square, do_center_crop=True, **halves),
+    ):
+        with pytest.raises(ValueError, match="different processors"):
+            trainer(tmp_path, teacher_processing_class=other, **given)
 
 
 @pytest.mark.parametrize("collator", [None, DataCollatorWithPadding(STUDENT)])
