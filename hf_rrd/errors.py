@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -35,6 +36,9 @@ def named_errors(what: str, data: Any = None) -> Iterator[None]:
         advice = ""
         if "(`teacher_" in str(error):  # a tokenizer's, whose collator was asked to pad what is not for it
             advice = " The teacher's columns are for a DataCollatorForDistillation(data_collator, teacher_tokenizer)."
+        elif isinstance(data, Mapping) and "labels" in data and re.search("[Tt]arget|can't be cast to", str(error)):
+            kinds = "integers below `num_labels`, or, of several at once, floats of the shape (batch, num_labels)"
+            advice = f" (A classifier's `labels` are {kinds}.)"
         raise BatchError(f"{what} failed{on}. {type(error).__name__}: {error}{advice}") from error
 
 

@@ -66,7 +66,7 @@ from hf_rrd.training.identity import check_identity, resuming, settings_of, teac
 from hf_rrd.training.inputs import check_inputs, check_reports_input
 from hf_rrd.training.phases import Phases
 from hf_rrd.training.setup import check_data, prepared, teacher_for
-from hf_rrd.training.sources import check_sources
+from hf_rrd.training.sources import check_source, check_sources
 from hf_rrd.training.streams import WholeSteps, with_reading_ahead
 from hf_rrd.training.task import TaskLoss, ask_student, predictions_of
 from hf_rrd.training.terms import TermLog
@@ -318,6 +318,7 @@ class RelationalDistillationTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """As in `Trainer`, with the mean of each term among the metrics. The bank stays as it is."""
+        check_source("dataset", Preview(getattr(dataloader, "dataset", None)), self._teacher)
         self._terms.start_evaluation()
         self._embeddings = EmbeddingLog(self.args.alignment_examples)
         if not self.distillation.is_calibrated:  # before the first step
@@ -327,7 +328,7 @@ class RelationalDistillationTrainer(Trainer):
             output = super().evaluation_loop(*how)
         self._finite.raise_if_found()
         alignment = {f"alignment_{name}": value for name, value in self._embeddings.alignment().items()}
-        for name, value in (self._terms.evaluated() | alignment).items():
+        for name, value in (self._terms.evaluated(description) | alignment).items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
 

@@ -302,6 +302,44 @@ def test_an_error_of_the_student_names_the_columns_of_the_data_alone(tmp_path: P
         trainer(tmp_path, train_dataset=examples).train()
 
 
+@pytest.mark.parametrize(
+    ("label", "problem_type"),
+    [(1.0, None), (CLASSES, None), ([1] * CLASSES, None), ([1] * CLASSES, "multi_label_classification")],
+)
+def test_labels_of_another_kind_than_the_loss_reads_are_an_error_that_says_which(
+    label: Any, problem_type: str | None, tmp_path: Path
+) -> None:
+    examples = [{**Images(8)[index], "labels": label} for index in range(8)]
+    student = tiny_vit()
+    student.config.problem_type = problem_type
+    kinds = r"integers below `num_labels`, or, of several at once, floats of the shape \(batch, num_labels\)"
+    with pytest.raises(ValueError, match=rf"`labels` \(8.*\(A classifier's `labels` are {kinds}\.\)$"):
+        trainer(tmp_path, model=student, train_dataset=examples).train()
+
+
+def test_a_list_of_data_sets(tmp_path: Path) -> None:
+    parts = [datasets.Dataset.from_list([{**Images(4)[0], "labels": 0}])] * 2
+    joins = r"got a list\. datasets\.concatenate_datasets joins them"
+    with pytest.raises(ValueError, match=rf"`eval_dataset` must .* {joins}; several sets .* into a dict, by name\."):
+        trainer(tmp_path, eval_dataset=parts)
+    with pytest.raises(ValueError, match=rf"`train_dataset` must .* {joins}\."):
+        trainer(tmp_path, train_dataset=parts)
+
+
+def test_a_transform_that_drops_the_cached_columns(tmp_path: Path) -> None:
+    images = Images(4)
+    rows = datasets.Dataset.from_list([{"number": index, "teacher_embedding": [1.0] * 24} for index in range(4)])
+    made = rows.with_transform(lambda batch: {name: [images[i][name] for i in batch["number"]] for name in images[0]})
+    message = r"transform of `train_dataset` drops .* as in cache_teacher_outputs\(dataset\.with_transform"
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, teacher=None, train_dataset=made)
+
+
+def test_a_teacher_in_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere' cannot be loaded\. There is no such folder\.$"):
+        trainer(tmp_path, teacher=tmp_path / "nowhere")
+
+
 def test_a_tokenizers_collator_on_the_teachers_columns_is_pointed_to_ours(tmp_path: Path) -> None:
     words = tokenizer("[PAD]", "[UNK]", "a", "good", "film")
     sides = [(words(text), words(f"a {text}")) for text in ("film", "good film")]

@@ -28,6 +28,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers import logging as transformers_logging
 from transformers.modeling_outputs import ImageClassifierOutput
 
 import hf_rrd.models.logits
@@ -671,6 +672,22 @@ def test_prediction_works_without_labels(settings: dict[str, Any], tmp_path: Pat
     output = run.predict(Images(13, seed=1, labels=False))
     assert output.predictions.shape == (13, CLASSES) and output.label_ids is None
     np.testing.assert_array_equal(output.predictions, labelled.predictions)
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_an_evaluation_that_lacks_its_labels_says_why_it_has_no_loss(
+    labels: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = trainer(tmp_path, eval_dataset=Images(8, labels=labels), alignment_examples=8)
+    transformers_logging.enable_propagation()
+    try:
+        metrics = run.evaluate()
+        run.predict(Images(8, labels=False))
+    finally:
+        transformers_logging.disable_propagation()
+    assert ("eval_loss" in metrics) == ("eval_alignment_cka" in metrics) == labels
+    said = [each for each in caplog.messages if each.startswith("An evaluation without labels, with `task_weight`")]
+    assert len(said) == (not labels)
 
 
 # ---- The head ----

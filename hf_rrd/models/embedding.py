@@ -56,6 +56,9 @@ def embed(
         made = "a tokenizer or a processor gives it with return_tensors='pt'"
         raise ValueError(f"`inputs` must be a dict of tensors, got {came}: {made}.")
     embedder = Embedder(extract_model_from_parallel(model, keep_torch_compile=False), pooling)
+    main_input = main_input_of(embedder.body)
+    if main_input not in inputs and not any(name in inputs for name in forward_columns(model) or inputs):
+        raise ValueError(f"the model reads `{main_input}`, and `inputs` has {described(inputs)}.")
     unwatch = watch(embedder.body)
     keep_next(embedder.body)
     try:

@@ -61,6 +61,7 @@ class Teacher:
         self.pooling = pooling  # of a model with embeddings never "auto"
         self.columns: Accepted = []  # the arguments of the forward; none without a model
         self.own: list[str] | None = None  # the `teacher_` columns that it reads, of the first data that were seen
+        self.sources: dict[str, str] = {}  # who made the cached columns of a run's sets, and who it is itself
         self.before_sharing: Callable[[], None] | None = None  # called once, before it reads the student's input
         self.width: int | None = None  # of its embedding; without a model from `cached_as`
         self.dtype = torch.float32  # of its embedding: a half precision where the weights or the columns have one
@@ -174,8 +175,9 @@ class Teacher:
         inputs, main_input = teacher_inputs(batch, self.columns), main_input_of(self.body)
         if main_input not in inputs and "inputs_embeds" not in inputs:
             raise ValueError(
-                f"the teacher needs `{main_input}`, and {what} has {sorted(batch)}. Add a column "
-                f"`teacher_{main_input}` with its own input, and set remove_unused_columns=False if it is removed."
+                f"the teacher needs `{main_input}`, and {what} has {sorted(batch)}. Make it by map or with_transform; "
+                f"where its input is not the student's, add a column `teacher_{main_input}`, and set "
+                "remove_unused_columns=False if that is removed."
             )
         if self._writes and not {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys():
             raise ValueError(  # some would fail, BART would read the source in its place
@@ -266,7 +268,9 @@ def load_teacher(teacher: Any, kwargs: Any = None, argument: str = "teacher") ->
         given = f" with `teacher_model_init_kwargs` {sorted(kwargs)}" if kwargs else ""
         has_adapters = os.path.isfile(os.path.join(teacher, "adapter_config.json"))
         advice = " It holds adapters: load it with peft, and pass the model." if has_adapters else ""
-        raise ValueError(f"`{argument}` {str(teacher)!r} cannot be loaded{given}. {error}{advice}") from error
+        is_lost = str(teacher).startswith((os.sep, ".")) and not os.path.exists(teacher)
+        why = "There is no such folder." if is_lost else error
+        raise ValueError(f"`{argument}` {str(teacher)!r} cannot be loaded{given}. {why}{advice}") from error
 
 
 def _loaded(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Any:

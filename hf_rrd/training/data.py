@@ -236,6 +236,9 @@ def check_dataset(name: str, dataset: Any) -> None:
         advice = "datasets.Dataset.from_dict makes one of columns"
     elif isinstance(dataset, Mapping) and name in ("train_dataset", "dataset"):
         advice = f"Pass one of its parts, {list(dataset)}, such as data['train']; `eval_dataset` takes several"
+    elif isinstance(dataset, list | tuple) and dataset and isinstance(dataset[0], Dataset | IterableDataset):
+        several = "; several sets to evaluate on go into a dict, by name" if name.startswith("eval") else ""
+        advice = f"datasets.concatenate_datasets joins them{several}"
     elif isinstance(dataset, torch.utils.data.DataLoader):
         advice = "Pass its `dataset`, and its `collate_fn` as `data_collator`"
     elif dataset is not None and not (hasattr(dataset, "__getitem__") or hasattr(dataset, "__iter__")):

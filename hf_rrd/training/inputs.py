@@ -1,7 +1,10 @@
 """Whether each model gets its own input: asked before the run of data that are known by then, or of a first batch."""
 
+import difflib
+import json
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ from hf_rrd.training.data import (
     is_map_style,
     preserved_randomness,
 )
+from hf_rrd.training.sources import check_source
 
 logger = logging.get_logger(__name__)
 
@@ -78,6 +82,7 @@ def _check_teacher(sets: Sets, teacher: Teacher, collator: Any) -> None:
         if preview.has("teacher_embedding"):
             continue
         if collator is None and preview.names is not None:
+            _check_prefixed(name, preview, teacher)
             teacher.inputs_from(dict.fromkeys(preview.names), f"`{name}`")
         elif collator is not None:
             teacher.own = teacher.own or own_columns(preview.names or (), teacher.columns) or None
@@ -86,9 +91,19 @@ def _check_teacher(sets: Sets, teacher: Teacher, collator: Any) -> None:
                 teacher.inputs_from(batch, f"what `data_collator` makes of `{name}`")
 
 
+def _check_prefixed(name: str, preview: Preview, teacher: Teacher) -> None:
+    """Raise a ValueError where a column is all but the name of the teacher's input, which it would not read."""
+    wanted = f"teacher_{main_input_of(teacher.body)}"
+    rest = [] if wanted in (preview.names or ()) else (preview.names or set()) - preview.strings.keys()
+    near = difflib.get_close_matches(wanted, [each for each in rest if each.startswith("teacher_")], 1, 0.9)
+    if near:
+        raise ValueError(f"`{name}` has a column `{near[0]}`, which nobody reads. Did you mean `{wanted}`?")
+
+
 def check_reports_input(dataset: Any, teacher: Teacher, collator: Any) -> None:
     """Raise a ValueError for a data set to report on whose teacher would read another's input than in training."""
     check_dataset("dataset", dataset)
+    check_source("dataset", Preview(dataset), teacher)
     if teacher.model is not None and is_map_style(dataset) and len(dataset) > 0:
         own = None if isinstance(collator, DataCollatorForDistillation) else collator
         _check_teacher({"dataset": Preview(dataset)}, teacher, own)
@@ -121,6 +136,13 @@ def check_shared_input(student: nn.Module | None, teacher: Teacher, own: Any, ot
             "batch: {f'teacher_{name}': value for name, value in teacher_tokenizer(batch['text']).items()}, "
             "batched=True), and pass it as `teacher_processing_class`."
         )
+    if main_input_of(teacher.body) == "pixel_values" and own is not None:
+        values = [_normalization_of(each) for each in (own, _image_settings_of(teacher.model))]
+        if all(values) and values[0] != values[1]:
+            logger.warning(
+                f"The teacher reads the student's `pixel_values`, made with {values[0]}, and the processor beside its "
+                f"weights has {values[1]}. If it learned with that, give it a column `teacher_pixel_values`."
+            )
     mine, theirs = (getattr(getattr(unwrapped(model), "config", None), "vocab_size", None) for model in models)
     if of_tokens and None not in (mine, theirs) and mine != theirs:
         logger.warning(
@@ -145,6 +167,25 @@ def _read_alike(own: Any, others: Any) -> bool:
     settings = [each.to_dict() if hasattr(each, "to_dict") else {"": each} for each in (own, others)]
     kept = [{name: each[name] for name in each if not name.endswith(("_type", "_class"))} for each in settings]
     return kept[0] == kept[1]
+
+
+def _image_settings_of(model: nn.Module | None) -> Any:
+    name = getattr(getattr(unwrapped(model), "config", None), "_name_or_path", None)
+    try:
+        file = cached_file(name, "preprocessor_config.json", local_files_only=True) if name else None
+        return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    except Exception:
+        return None
+
+
+def _normalization_of(processor: Any) -> dict[str, list[float]]:
+    """With what mean and deviation an image processor, or the dict of one, normalizes; {} where that is not known."""
+    processor = getattr(processor, "image_processor", processor)
+    settings = processor if isinstance(processor, dict) else getattr(processor, "__dict__", {})
+    values: dict[str, Any] = {name: settings.get(name) for name in ("image_mean", "image_std")}
+    if settings.get("do_normalize") is False or not all(isinstance(each, list | tuple) for each in values.values()):
+        return {}
+    return {name: [float(each) for each in value] for name, value in values.items()}
 
 
 def _tokenizer_of(model: nn.Module | None) -> Any:

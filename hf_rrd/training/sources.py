@@ -32,20 +32,36 @@ def check_sources(identity: dict[str, str], teacher: Teacher, sets: Mapping[str,
     A ValueError, on all processes, for cached columns that were made by another teacher than this one, or than others.
     A teacher beside columns that lack some of what is wanted may be another one: it is there for the rest.
     """
-    wanted = ["teacher_embedding"] * teacher.wants_embedding + ["teacher_logits"] * teacher.wants_logits
     sources = {name: source for name, preview in sets.items() if (source := _noted(preview.dataset))}
     here = {"teacher": source_of(teacher)} if sources and teacher.model is not None else {}
     identity, here = broadcast_object_list([identity, here])
-    for name, source in sources.items():
-        is_all = all(sets[name].has(column) for column in wanted)
-        first, known = next(iter((here | sources if is_all else sources).items()))
-        if _differ(source, known, teacher.wants_embedding):
-            raise ValueError(
-                f"the cached columns of `{name}` are of another teacher ({source}) than `{first}` ({known}). Pass the "
-                "teacher and the pooling that they were made with, or none, or make them anew with "
-                "cache_teacher_outputs, of training and evaluation sets in one call."
-            )
+    teacher.sources = here | sources
+    for name in sources:
+        check_source(name, sets[name], teacher)
     return identity
+
+
+def check_source(name: str, preview: Preview, teacher: Teacher) -> None:
+    """Raise a ValueError for a set whose cached columns are of another teacher than the run's, or another pooling."""
+    wanted = ["teacher_embedding"] * teacher.wants_embedding + ["teacher_logits"] * teacher.wants_logits
+    source = _noted(preview.dataset)
+    if source is None:
+        return
+    is_all = all(preview.has(column) for column in wanted)
+    known = ((first, other) for first, other in teacher.sources.items() if is_all or first != "teacher")
+    first, other = next(known, (name, source))
+    if _differ(source, other, teacher.wants_embedding):
+        raise ValueError(
+            f"the cached columns of `{name}` are of another teacher ({source}) than `{first}` ({other}). Pass the "
+            "teacher and the pooling that they were made with, or none, or make them anew with "
+            "cache_teacher_outputs, of training and evaluation sets in one call."
+        )
+    pooling, is_given = f"pooling {known_as(teacher.pooling)}", teacher.model is None and teacher.pooling != "auto"
+    if is_given and teacher.wants_embedding and pooling not in source.split(", "):
+        raise ValueError(
+            f"`teacher_pooling` has no say in cached columns, and asks for {pooling}; those of `{name}` have another "
+            f"({source}). Leave it out, or make them with cache_teacher_outputs(..., pooling=...)."
+        )
 
 
 def _noted(dataset: Any) -> str | None:

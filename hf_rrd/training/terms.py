@@ -93,9 +93,14 @@ class TermLog:
         self._evaluated.append(gather(rows))
         self._evaluated_names = [*terms]
 
-    def evaluated(self) -> dict[str, float]:
-        """The mean of each term over all examples of the evaluation."""
+    def evaluated(self, description: str = "") -> dict[str, float]:
+        """The mean of each term over all examples of what the Trainer describes as an "Evaluation", or else."""
         if not self._evaluated:
+            if self.args.task_weight > 0 and description == "Evaluation":
+                logger.warning(
+                    "An evaluation without labels, with `task_weight` above 0: it has no loss, no terms and no "
+                    "alignment. Does the data set have the column of the training set's labels?"
+                )
             return {}
         means = torch.cat(self._evaluated).mean(0).tolist()
         return self._with_perplexity(dict(zip(self._evaluated_names, means, strict=True)))

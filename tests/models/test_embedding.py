@@ -303,6 +303,11 @@ def test_what_is_no_dict_of_tensors_is_refused(inputs: Any, came: str) -> None:
         embed(tiny_bert(), inputs)
 
 
+def test_a_batch_without_the_models_input_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"reads `pixel_values`, and `inputs` has `pixels` \(2, 3, 16, 16\) float32"):
+        embed(tiny_vit(), {"pixels": torch.zeros(2, 3, 16, 16)})
+
+
 @pytest.mark.parametrize("choices", [1, 3])
 def test_an_example_of_several_choices_is_embedded_as_their_mean(choices: int) -> None:
     model = BertForMultipleChoice(tiny_bert().config).eval()

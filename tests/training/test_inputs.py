@@ -208,6 +208,31 @@ def test_the_tokenizer_beside_the_teachers_weights_says_whether_it_can_read_the_
         text_trainer(tmp_path, texts(("", STUDENT)), **given)
 
 
+@pytest.mark.parametrize(
+    ("own", "beside", "warns"),
+    [
+        (ViTImageProcessor(), {"image_mean": [0.1, 0.2, 0.3]}, True),
+        (ViTImageProcessor(), {"image_std": [0.5, 0.5, 0.5], "size": {"height": 7, "width": 7}}, False),
+        (ViTImageProcessor(do_normalize=False), {"image_mean": [0.1, 0.2, 0.3]}, False),
+        (None, {"image_mean": [0.1, 0.2, 0.3]}, False),
+        (ViTImageProcessor(), None, False),
+    ],
+)
+def test_an_image_processor_beside_the_teachers_weights_with_another_mean_is_a_warning(
+    own: Any, beside: dict[str, Any] | None, warns: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_vit(width=24, seed=1).save_pretrained(tmp_path)
+    if beside is not None:
+        ViTImageProcessor(**beside).save_pretrained(tmp_path)
+    transformers_logging.enable_propagation()
+    try:
+        trainer(tmp_path, teacher=str(tmp_path), processing_class=own)
+    finally:
+        transformers_logging.disable_propagation()
+    said = "made with {'image_mean': [0.5, 0.5, 0.5], 'image_std': [0.5, 0.5, 0.5]}, and the processor beside"
+    assert (said in caplog.text) == warns
+
+
 @pytest.mark.parametrize("collator", [None, default_data_collator, students_columns])
 @pytest.mark.parametrize("tokens", [50, 60])
 def test_vocabularies_of_two_sizes_are_a_warning_with_any_collator(
@@ -266,6 +291,13 @@ def test_a_teacher_of_texts_on_images_is_refused_at_once(tmp_path: Path) -> None
     message = r"teacher needs `input_ids`, and `train_dataset` has \['labels', 'pixel_values'\].*`teacher_input_ids`"
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, teacher=tiny_bert(seed=1))
+
+
+def test_a_column_that_is_all_but_the_teachers_input_is_refused(tmp_path: Path) -> None:
+    dataset = arrow(ForBoth(8))
+    trainer(tmp_path, train_dataset=dataset.rename_column("teacher_pixel_values", "teacher_size"))
+    with pytest.raises(ValueError, match="a column `teacher_pixels_value`, which nobody .* `teacher_pixel_values`?"):
+        trainer(tmp_path, train_dataset=dataset.rename_column("teacher_pixel_values", "teacher_pixels_value"))
 
 
 def test_a_transform_reads_its_columns_though_unused_ones_are_removed(tmp_path: Path) -> None:

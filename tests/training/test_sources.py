@@ -61,7 +61,7 @@ def test_columns_of_another_teacher_are_refused(
     caching: dict[str, Any], training: dict[str, Any], is_other: bool, tmp_path: Path
 ) -> None:
     cached = cache_teacher_outputs(images(), **({"teacher": teacher_vit()} | caching))
-    trainer(tmp_path, teacher=None, train_dataset=cached, **(training | {"kd_weight": 0.0, "relational_weight": 1.0}))
+    trainer(tmp_path, teacher=None, train_dataset=cached)
     if is_other:
         with pytest.raises(
             ValueError, match=r"columns of `train_dataset` are of another teacher \(ViT.*than `teacher` \("
@@ -93,6 +93,25 @@ def test_training_and_evaluation_sets_are_of_one_teacher(tmp_path: Path) -> None
         trainer(tmp_path, teacher=None, train_dataset=first, eval_dataset={"a": first, "b": other})
     with pytest.raises(ValueError, match="of `eval_dataset` are of another teacher .* than `teacher`"):
         trainer(tmp_path, teacher=teacher_vit(), train_dataset=images(), eval_dataset=other)
+
+
+def test_another_data_set_is_evaluated_and_reported_only_with_columns_of_the_runs_teacher(tmp_path: Path) -> None:
+    first, other = (cache_teacher_outputs(images(), teacher_vit(seed=seed)) for seed in (1, 2))
+    run = trainer(tmp_path, teacher=None, train_dataset=first, max_steps=1)
+    run.train()
+    run.evaluate(first)
+    for ask in (run.evaluate, run.predict, run.report):
+        with pytest.raises(ValueError, match="columns of `dataset` are of another teacher .* than `train_dataset`"):
+            ask(other)
+
+
+@pytest.mark.parametrize(("pooling", "known"), [("cls", "mean"), (second, "cls"), (second, last)])
+def test_a_pooling_that_cached_columns_have_not_is_refused(pooling: Any, known: Any, tmp_path: Path) -> None:
+    cached = cache_teacher_outputs(images(), teacher_vit(), pooling=known)
+    trainer(tmp_path, teacher=None, train_dataset=cached, teacher_pooling=known)
+    trainer(tmp_path, teacher=None, train_dataset=cached, teacher_pooling=pooling, relational_weight=0.0)
+    with pytest.raises(ValueError, match="`teacher_pooling` has no say in cached columns, and asks for pooling"):
+        trainer(tmp_path, teacher=None, train_dataset=cached, teacher_pooling=pooling)
 
 
 def test_a_teacher_for_what_the_columns_lack_may_be_another(tmp_path: Path) -> None:
