@@ -185,12 +185,14 @@ def results_of(scenario: str, processes: int, folder: str) -> dict[str, Tensor]:
     assert distillation.distillation.bank is not None and distillation.distillation.head is not None
     weights = [*distillation.model.parameters(), *distillation.distillation.head.parameters()]
     lines = [line for line in distillation.state.log_history if "loss" in line]
+    terms = {name: torch.tensor(metrics[f"eval_{name}"]) for name in ("task_loss", "kd_loss", "relational_loss")}
     return {
         "student": torch.cat([weight.detach().flatten() for weight in weights]),
         "gradients": torch.stack(gradients.steps),
         "bank": distillation.distillation.bank.filled,
         "log": torch.tensor([[line[name] for name in sorted(line) if "loss" in name] for line in lines]),
         "eval": torch.tensor([metrics[f"eval_{name}_loss"] for name in ("kd", "relational")]),
+        "eval_total": torch.tensor([metrics["eval_loss"], distillation.distillation.total(terms)]),
         "examples": torch.tensor(sum(examples)),
         "gathered_rows": torch.tensor([shape[0] for shape in gathered if len(shape) == 2]),
         "gathered_numbers": torch.tensor([shape[0] for shape in gathered if len(shape) == 1]),

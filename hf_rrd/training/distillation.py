@@ -18,6 +18,7 @@ from hf_rrd.models.teacher import Teacher, TeacherOutputs
 from hf_rrd.training.checkpoint import State
 from hf_rrd.training.data import is_map_style, preserved_randomness, sample_of
 from hf_rrd.training.projection import TeacherProjection, check_variety
+from hf_rrd.training.terms import weights_of
 
 RELATIONAL_LOSSES = ("rrd", "infonce", *BATCH_LOSSES)
 """The values of `relational_loss=`: the first two compare with the bank, the others within the micro-batch."""
@@ -190,9 +191,9 @@ class Distillation:
 
     def total(self, terms: dict[str, Tensor]) -> Tensor:
         """The weighted sum of the terms' means, a scalar. `relational_kl` is for reading and has no weight."""
-        weighted = {name: f"{name.removesuffix('_loss')}_weight" for name in terms if name.endswith("_loss")}
-        parts = [getattr(self.args, weight) * terms[name].mean() for name, weight in weighted.items()]
-        return torch.stack(parts).sum()
+        return torch.stack(
+            [weight * terms[name].mean() for name, weight in weights_of(self.args, terms).items()]
+        ).sum()
 
     # ---- The bank ----
 

@@ -1,7 +1,7 @@
 """The terms of the loss on their way into the log: sums on the device, read only when a line is written."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -25,6 +25,11 @@ def objective_without_terms(metrics: dict[str, float]) -> float:
     ours = tuple(f"_{name}" for name in (*TERMS, PERPLEXITY))
     own = {name: metrics[name] for name in metrics if not name.endswith(ours) and "_alignment_" not in name}
     return float(default_compute_objective(own))
+
+
+def weights_of(args: Any, terms: Iterable[str]) -> dict[str, float]:
+    """The weights of the terms that have one, by their names."""
+    return {name: getattr(args, f"{name.removesuffix('_loss')}_weight") for name in terms if name.endswith("_loss")}
 
 
 class TermLog:
@@ -94,7 +99,11 @@ class TermLog:
         self._evaluated_names = [*terms]
 
     def evaluated(self, description: str = "") -> dict[str, float]:
-        """The mean of each term over all examples of what the Trainer describes as an "Evaluation", or else."""
+        """The mean of each term over all examples, and the weighted sum of these as `loss`.
+
+        The Trainer's own sum counts examples twice that fill up the last batch of several processes. `description` is
+        the Trainer's: "Evaluation", or else.
+        """
         if not self._evaluated:
             if self.args.task_weight > 0 and description == "Evaluation":
                 logger.warning(
@@ -102,8 +111,9 @@ class TermLog:
                     "alignment. Does the data set have the column of the training set's labels?"
                 )
             return {}
-        means = torch.cat(self._evaluated).mean(0).tolist()
-        return self._with_perplexity(dict(zip(self._evaluated_names, means, strict=True)))
+        means = torch.cat(self._evaluated).double().mean(0).tolist()
+        terms = self._with_perplexity(dict(zip(self._evaluated_names, means, strict=True)))
+        return {"loss": sum(weight * terms[name] for name, weight in weights_of(self.args, terms).items()), **terms}
 
     def _with_perplexity(self, means: dict[str, float]) -> dict[str, float]:
         # The relational loss less its divergence is the entropy of the teacher's distribution.

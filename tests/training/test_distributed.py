@@ -60,6 +60,12 @@ def test_processes_train_the_student_that_one_trains(results: Results, scenario:
         assert (one[name] - several[name]).abs().max() < 1e-5, name
 
 
+@pytest.mark.parametrize(("scenario", "processes"), SEVERAL)
+def test_an_evaluations_loss_is_the_weighted_sum_of_its_terms(results: Results, scenario: str, processes: int) -> None:
+    loss, total = results[f"{scenario}-0-of-{processes}"]["eval_total"]  # 19 examples, which leave a last batch short
+    assert abs(loss - total) < 1e-5
+
+
 @pytest.mark.parametrize(("scenario", "processes"), SEVERAL_SHARE)
 def test_the_bank_holds_the_rows_of_all_processes_in_the_order_of_one(
     results: Results, scenario: str, processes: int
