@@ -192,6 +192,8 @@ def main() -> None:
         pixels = see(data["train"][:1], data_args, ids, {"pixel_values": processor}, training=False)["pixel_values"]
         settings = {"image_size": pixels.shape[-1]} | labels | overrides
         config = (AutoConfig.for_model if name in CONFIG_MAPPING else AutoConfig.from_pretrained)(name, **settings)
+        if unknown := [field for field in overrides if not hasattr(type(config)(), field)]:
+            raise SystemExit(f"--student_config_overrides: a {type(config).__name__} has no {unknown}.")
         student = AutoModelForImageClassification.from_config(config)
     else:
         student = student_from_teacher(teacher, num_hidden_layers=model_args.student_num_layers, **overrides)

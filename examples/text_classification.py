@@ -206,6 +206,8 @@ def main() -> None:
         name, vocabulary = model_args.student_config_name, teacher.config.vocab_size
         settings = {"vocab_size": vocabulary, "pad_token_id": tokenizer.pad_token_id} | labels | overrides
         config = (AutoConfig.for_model if name in CONFIG_MAPPING else AutoConfig.from_pretrained)(name, **settings)
+        if unknown := [field for field in overrides if not hasattr(type(config)(), field)]:
+            raise SystemExit(f"--student_config_overrides: a {type(config).__name__} has no {unknown}.")
         student = AutoModelForSequenceClassification.from_config(config)
     else:
         student = student_from_teacher(teacher, num_hidden_layers=model_args.student_num_layers, **overrides)

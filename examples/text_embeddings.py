@@ -157,6 +157,8 @@ def main() -> None:
         name = model_args.student_config_name
         settings = {"vocab_size": teacher.config.vocab_size, "pad_token_id": tokenizer.pad_token_id} | overrides
         config = (AutoConfig.for_model if name in CONFIG_MAPPING else AutoConfig.from_pretrained)(name, **settings)
+        if unknown := [field for field in overrides if not hasattr(type(config)(), field)]:
+            raise SystemExit(f"--student_config_overrides: a {type(config).__name__} has no {unknown}.")
         student = AutoModel.from_config(config)
     else:
         student = student_from_teacher(teacher, num_hidden_layers=model_args.student_num_layers, **overrides)

@@ -17,6 +17,7 @@ from transformers import (
     TrainingArguments,
     ViTModel,
 )
+from transformers import logging as transformers_logging
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_rrd import RelationalDistillationTrainer
@@ -315,6 +316,19 @@ def test_labels_of_another_kind_than_the_loss_reads_are_an_error_that_says_which
     kinds = r"integers below `num_labels`, or, of several at once, floats of the shape \(batch, num_labels\)"
     with pytest.raises(ValueError, match=rf"`labels` \(8.*\(A classifier's `labels` are {kinds}\.\)$"):
         trainer(tmp_path, model=student, train_dataset=examples).train()
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_student_that_is_frozen_is_a_warning(frozen: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    student = tiny_vit()
+    for name, weight in student.named_parameters():
+        weight.requires_grad_(not frozen and name == "classifier.bias")
+    transformers_logging.enable_propagation()
+    try:
+        trainer(tmp_path, model=student, max_steps=1).train()
+    finally:
+        transformers_logging.disable_propagation()
+    assert ("No weight of the student asks for a gradient" in caplog.text) == frozen
 
 
 def test_a_list_of_data_sets(tmp_path: Path) -> None:

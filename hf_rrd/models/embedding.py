@@ -126,7 +126,9 @@ class Embedder:
         try:
             pooled: Any = self.pool(outputs, blank)
         except Exception as error:
-            came = f"the model needs a body that returns hidden states, {name} gave {type(outputs).__name__}"
+            came = f"{name} gave {type(outputs).__name__}"
+            if getattr(outputs, "last_hidden_state", None) is None:
+                came = f"the model needs a body that returns hidden states, {came}"
             raise ValueError(_towers_of(name) or f"`{self._argument}` does not fit: {came}: {error}") from error
         if not isinstance(pooled, Tensor) or pooled.dim() != 2:
             shape = tuple(pooled.shape) if isinstance(pooled, Tensor) else type(pooled).__name__

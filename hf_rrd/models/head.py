@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from hf_rrd.models.body import forget, is_headless, is_watched, keep_next, take_kept, unwrapped, watch
 from hf_rrd.models.embedding import Embedder, Pooling
+
+logger = logging.get_logger(__name__)
 
 HEAD = "relational_head"  # the name of the head on the student
 WITH_EMBEDDING = "with_relational_embedding"  # the keyword of the student's forward that asks for the embedding
@@ -117,6 +119,8 @@ def check_optimizer(student: nn.Module, optimizer: torch.optim.Optimizer) -> Non
     """Raise a ValueError for an optimizer that trains weights of the student and not those of its head."""
     own = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
     wanted = {name: weight for name, weight in student.named_parameters() if weight.requires_grad}
+    if all(name.startswith(f"{HEAD}.") for name in wanted):
+        logger.warning("No weight of the student asks for a gradient: it stays as it is. Set requires_grad on some.")
     missing = [name for name, weight in wanted.items() if name.startswith(f"{HEAD}.") and id(weight) not in own]
     if missing and own & {id(weight) for weight in wanted.values()}:  # a sharded or a layer-wise one has others
         raise ValueError(

@@ -109,6 +109,8 @@ def cache_teacher_outputs(
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be 1 or more, got {batch_size}.")
     model = load_teacher(teacher, teacher_model_init_kwargs)
+    if model is None:
+        raise TypeError("`teacher` must be a model, a Hub name or a folder, got None.")
     with_logits = is_classifier(model) if with_logits is None else with_logits
     if with_logits and is_headless(model):
         raise ValueError(f"`with_logits` needs a teacher with a head, got {type(model).__name__}.")

@@ -107,6 +107,16 @@ def test_a_run_without_data_says_which_flags_it_needs(name: str, start: Any) -> 
         start(name, "--teacher_model_name_or_path {}/classifier --output_dir OUT")
 
 
+@pytest.mark.parametrize("name", ["text_classification", "text_embeddings"])
+def test_a_field_that_the_students_config_has_not_is_refused(name: str, start: Any) -> None:
+    files = "--train_file {}/train.csv --validation_file {}/validation.csv --text_column_name sentence"
+    files += " --label_column_name verdict" * (name == "text_classification")
+    new = "--student_config_name bert --student_config_overrides hidden_size=8,hiden_layers=1 --output_dir OUT"
+    teacher = {"text_classification": "classifier", "text_embeddings": "embedder"}[name]
+    with pytest.raises(SystemExit, match=r"a BertConfig has no \['hiden_layers'\]"):
+        start(name, f"{files} {new} --teacher_model_name_or_path {{}}/{teacher}")
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_column_that_is_not_there_is_named_with_the_flags(name: str, start: Any) -> None:
     files = "--train_file {}/train.csv --validation_file {}/validation.csv --label_column_name nothing"

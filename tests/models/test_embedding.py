@@ -209,6 +209,12 @@ def test_a_callable_that_returns_no_rows_is_an_error_that_says_what_it_returned(
         _ = Embedder(tiny_vit(), pooling).width
 
 
+def test_a_callable_that_cannot_be_called_is_an_error_that_speaks_of_no_hidden_states() -> None:
+    message = r"^`pooling` does not fit: ViTModel gave BaseModelOutputWithPooling: .* takes 0 positional arguments"
+    with pytest.raises(ValueError, match=message):
+        _ = Embedder(tiny_vit(), lambda: None).width
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_measuring_a_width_leaves_mode_and_statistics_of_the_model_as_they_were(training: bool) -> None:
     body = body_of(tiny_resnet()).train(training)

@@ -501,3 +501,8 @@ def test_cached_logits_know_their_classes_wherever_the_data_set_goes(tmp_path: P
         assert noted_logits(data) == {"classes": list(names.values()), "problem_type": None}, way
         pair = trainer(tmp_path, model=student, teacher=None, train_dataset=data, kd_weight=1.0).distillation.logits
         assert pair is not None and pair._order is not None and pair._order.tolist() == [1, 3, 0, 2], way
+
+
+def test_no_teacher_is_refused() -> None:
+    with pytest.raises(TypeError, match="`teacher` must be a model, a Hub name or a folder, got None"):
+        cache_teacher_outputs(images(), None)  # type: ignore[arg-type]
