@@ -344,9 +344,10 @@ def test_a_transform_that_drops_the_cached_columns(tmp_path: Path) -> None:
     images = Images(4)
     rows = datasets.Dataset.from_list([{"number": index, "teacher_embedding": [1.0] * 24} for index in range(4)])
     made = rows.with_transform(lambda batch: {name: [images[i][name] for i in batch["number"]] for name in images[0]})
-    message = r"transform of `train_dataset` drops .* as in cache_teacher_outputs\(dataset\.with_transform"
-    with pytest.raises(ValueError, match=message):
-        trainer(tmp_path, teacher=None, train_dataset=made)
+    message = r"format of `train_dataset` drops .* as in cache_teacher_outputs\(dataset\.with_transform"
+    for dataset in (made, rows.with_format("torch", columns=["number"])):
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path, teacher=None, train_dataset=dataset, task_weight=0.0)
 
 
 def test_a_teacher_in_a_folder_that_is_not_there(tmp_path: Path) -> None:

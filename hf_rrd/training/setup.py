@@ -79,10 +79,10 @@ def teacher_for(teacher: Any, args: Any, training_set: Preview, student: nn.Modu
     )
     if model is None and wants_embedding:
         shape = training_set.cached_shape
-        if shape is None and training_set.is_transformed and training_set.has("teacher_embedding"):
+        if shape is None and training_set.has("teacher_embedding"):
             raise ValueError(
-                "the transform of `train_dataset` drops its columns `teacher_...`. Set it before they are made, as in "
-                "cache_teacher_outputs(dataset.with_transform(transform), teacher), and not again."
+                "the transform or the format of `train_dataset` drops its cached columns. Set it before they "
+                "are made, as in cache_teacher_outputs(dataset.with_transform(transform), teacher), and not again."
             )
         if shape is None:
             raise ValueError(

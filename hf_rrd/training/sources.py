@@ -33,7 +33,7 @@ def check_sources(identity: dict[str, str], teacher: Teacher, sets: Mapping[str,
     A teacher beside columns that lack some of what is wanted may be another one: it is there for the rest.
     """
     sources = {name: source for name, preview in sets.items() if (source := _noted(preview.dataset))}
-    here = {"teacher": source_of(teacher)} if sources and teacher.model is not None else {}
+    here = {"teacher": source_of(teacher)} if teacher.model is not None else {}
     identity, here = broadcast_object_list([identity, here])
     teacher.sources = here | sources
     for name in sources:

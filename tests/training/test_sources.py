@@ -103,6 +103,11 @@ def test_another_data_set_is_evaluated_and_reported_only_with_columns_of_the_run
     for ask in (run.evaluate, run.predict, run.report):
         with pytest.raises(ValueError, match="columns of `dataset` are of another teacher .* than `train_dataset`"):
             ask(other)
+    run = trainer(tmp_path, teacher=teacher_vit(seed=1), train_dataset=images(), max_steps=1)
+    run.train()
+    assert run.evaluate(first)["eval_loss"] == pytest.approx(run.evaluate(images())["eval_loss"], rel=1e-3)
+    with pytest.raises(ValueError, match="columns of `dataset` are of another teacher .* than `teacher`"):
+        run.evaluate(other)
 
 
 @pytest.mark.parametrize(("pooling", "known"), [("cls", "mean"), (second, "cls"), (second, last)])
