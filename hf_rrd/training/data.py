@@ -300,14 +300,16 @@ def note_logits(dataset: Any, teacher: Any) -> None:
 
 
 def noted_logits(dataset: Any) -> Mapping[str, Any]:
-    """What `note_logits` kept: `classes` and `problem_type`; {} without it."""
+    """What `note_logits` kept: `classes` and `problem_type`; {} without it, or where it is damaged."""
     column = (getattr(dataset, "features", None) or {}).get("teacher_logits")
-    _, _, about = str(getattr(getattr(column, "feature", None), "id", None)).partition("; ")
-    if about:
-        return dict(json.loads(about))
-    has_column = "teacher_logits" in (getattr(dataset, "column_names", None) or ["teacher_logits"])
-    notes = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
-    return notes.get("teacher_logits") or {} if has_column else {}
+    _, _, kept = str(getattr(getattr(column, "feature", None), "id", None)).partition("; ")
+    if "teacher_logits" not in (getattr(dataset, "column_names", None) or ["teacher_logits"]):
+        return {}
+    try:
+        about = json.loads(kept) if kept else dataset.info.download_checksums["teacher_logits"]
+        return about if all(isinstance(name, str) for name in about["classes"] or ()) else {}
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return {}
 
 
 def cached_embeddings(dataset: Dataset | IterableDataset) -> Tensor:

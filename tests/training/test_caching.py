@@ -506,3 +506,14 @@ def test_cached_logits_know_their_classes_wherever_the_data_set_goes(tmp_path: P
 def test_no_teacher_is_refused() -> None:
     with pytest.raises(TypeError, match="`teacher` must be a model, a Hub name or a folder, got None"):
         cache_teacher_outputs(images(), None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "damage", ["{bad", "[1]", "{}", '{"classes": 5}', '{"classes": [1, 2, 3, 4]}', '{"classes": null}']
+)
+def test_damaged_notes_of_cached_logits_are_none(damage: str, tmp_path: Path) -> None:
+    made = cache_teacher_outputs(images(), teacher_vit())
+    value = datasets.Value("float16", id=f"somebody; {damage}")
+    data = made.cast_column("teacher_logits", datasets.Sequence(value, length=4))
+    assert not noted_logits(data).get("classes")
+    trainer(tmp_path, teacher=None, train_dataset=data.with_format("torch"), kd_weight=1.0, max_steps=1).train()
