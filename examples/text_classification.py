@@ -58,7 +58,7 @@ class ModelArguments:
     teacher_epochs: float = field(default=0, metadata={"help": "Fine-tune the teacher first, for so many epochs."})
     student_model_name_or_path: str | None = field(default=None, metadata={"help": "The same for the student."})
     student_config_name: str | None = field(default=None, metadata={"help": "A new student: model type or config."})
-    student_num_layers: int | None = field(default=None, metadata={"help": "A part of the teacher: its layers."})
+    student_num_layers: int | None = field(default=None, metadata={"help": "Of the teacher's layers. Unset: all."})
     student_config_overrides: str = field(default="", metadata={"help": "Changes to either: 'hidden_size=128'."})
     card_teacher: str | None = field(default=None, metadata={"help": "For the card: what to call the teacher."})
 

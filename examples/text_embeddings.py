@@ -51,7 +51,7 @@ class ModelArguments:
     teacher_model_name_or_path: str = field(metadata={"help": "Hub name or folder of the teacher."})
     student_model_name_or_path: str | None = field(default=None, metadata={"help": "The same for the student."})
     student_config_name: str | None = field(default=None, metadata={"help": "A new student: model type or config."})
-    student_num_layers: int | None = field(default=None, metadata={"help": "A part of the teacher: its layers."})
+    student_num_layers: int | None = field(default=None, metadata={"help": "Of the teacher's layers. Unset: all."})
     student_config_overrides: str = field(default="", metadata={"help": "Changes to either: 'hidden_size=128'."})
     card_teacher: str | None = field(default=None, metadata={"help": "For the card: what to call the teacher."})
 

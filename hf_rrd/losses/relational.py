@@ -233,6 +233,8 @@ def _prepared(student: Tensor, teacher: Tensor, bank: Tensor, student_temperatur
     """Checked; student and teacher unit and in full precision, a gradient for the student alone, the bank as it is."""
     check_positive("student_temperature", student_temperature, 0.1)
     with pair(student, teacher, one_width=True) as (student, teacher):
-        if bank.dim() != 2 or bank.shape[1] != student.shape[1]:
-            raise ValueError(f"`bank` must have the shape (bank, {student.shape[1]}), got {tuple(bank.shape)}.")
+        shape = tuple(getattr(bank, "shape", ()))
+        if len(shape) != 2 or shape[1] != student.shape[1]:
+            came = shape if isinstance(bank, Tensor) else type(bank).__name__
+            raise ValueError(f"`bank` must have the shape (bank, {student.shape[1]}), got {came}.")
         return unit(student), unit(teacher), bank.detach()

@@ -568,3 +568,9 @@ def test_infonce_within_a_batch_is_cross_entropy_on_the_diagonal() -> None:
     student, teacher = unit_rows(6, 4, 0), unit_rows(6, 4, 1)
     expected = F.cross_entropy(student @ teacher.T / 0.1, torch.arange(6))
     assert abs(losses.infonce_loss(student, teacher, teacher) - expected) < 1e-9
+
+
+@pytest.mark.parametrize(("bank", "came"), [(None, "NoneType"), (torch.zeros(9, 3), r"9, 3"), (torch.zeros(8), "8,")])
+def test_a_bank_that_is_no_matrix_of_the_width_is_refused(bank: Any, came: str) -> None:
+    with pytest.raises(ValueError, match=rf"`bank` must have the shape \(bank, 8\), got \(?{came}"):
+        relational_loss(torch.randn(4, 8), torch.randn(4, 8), bank)
