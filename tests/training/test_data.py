@@ -325,5 +325,8 @@ def test_a_cached_column_with_rows_of_several_widths_or_none_is_an_error(
     other: Any, shapes: str, streamed: bool
 ) -> None:
     data: Any = datasets.Dataset.from_dict({"teacher_embedding": [[1.0] * 6, [2.0] * 6, other]})
-    with pytest.raises(ValueError, match=f"each example needs a row of one width, got the shapes {shapes}"):
+    # datasets 4.0 fails on a row that is not there before it gives the others.
+    with pytest.raises(
+        ValueError, match=f"a row of one width, got the shapes {shapes}|column `teacher_embedding`.*inhom"
+    ):
         cached_embeddings(data.to_iterable_dataset() if streamed else data)
