@@ -49,6 +49,7 @@ from transformers.utils import logging
 
 from hf_rrd import cache_teacher_outputs
 from hf_rrd.models.logits import DIMENSIONS, LAYOUTS, LogitPair, class_order, layout_of, logits_of
+from hf_rrd.training.data import noted_logits
 from tests.builders import CLASSES, Images, Texts, log_of, tiny_bert, tiny_vit, trainer
 
 TEMPERATURE = 3.0
@@ -537,8 +538,11 @@ def test_one_class_of_pixels_is_a_yes_or_no() -> None:
     assert terms_of(student, teacher, {"pixel_values": pixels}) == pytest.approx([expected], rel=1e-4, abs=1e-5)
 
 
-def test_cached_logits_know_the_problem_type_of_their_teacher() -> None:
-    cached = {"classes": SENTIMENTS, "problem_type": "multi_label_classification"}
+def test_cached_logits_know_the_problem_type_of_their_teacher(tmp_path: Path) -> None:
+    teacher, texts = written(tiny_bert(seed=1), "multi_label_classification"), Texts(4)
+    columns = {name: [text[name].tolist() for text in texts] for name in ("input_ids", "attention_mask")}
+    data = cache_teacher_outputs(datasets.Dataset.from_dict(columns), teacher, cache_dir=tmp_path)
+    cached = noted_logits(data)
     mine, theirs = torch.randn(3, 4), torch.randn(3, 4)
     found = pair_of(tiny_vit(), cached=cached).terms(mine, theirs, {}, TEMPERATURE)
     assert found.tolist() == pytest.approx([several(mine[i], theirs[i]) for i in range(3)], rel=1e-4, abs=1e-5)
