@@ -21,6 +21,7 @@ from hf_rrd.training.projection import MEASURED_PROJECTIONS, TEACHER_PROJECTIONS
 WEIGHTS = ("task_weight", "kd_weight", "relational_weight")
 TEMPERATURES = {"kd_temperature": 4, "student_temperature": 0.1, "teacher_temperature": 0.02}
 CHOICES = {
+    "kd_loss": ("kl", "dist"),
     "relational_loss": RELATIONAL_LOSSES,
     "student_projection": tuple(STUDENT_PROJECTIONS),
     "teacher_projection": TEACHER_PROJECTIONS,
@@ -64,7 +65,9 @@ class RelationalDistillationConfig(TrainingArguments):
         kd_weight: Weight of classic distillation on logits, 0 or more. 0 never computes it. Above 0 the teacher
             needs a head with the student's classes, which are matched by the names in `id2label`.
         kd_temperature: Temperature of classic distillation, positive. Raise it to show more of how the teacher ranks
-            the wrong classes; its loss is multiplied by the square.
+            the wrong classes; the loss "kl" is multiplied by the square.
+        kd_loss: Which loss on logits. 'kl': the divergence of the softened class probabilities; 'dist': their
+            correlation over the classes and over the examples of the micro-batch, for one label per example or token.
         relational_weight: Weight of the relational loss, 0 or more. 0 leaves out head and bank. The default is what
             validation data chose on SST-2 and on CIFAR-10, with 500 labels.
         relational_loss: Which relational loss, by name. 'rrd': cross-entropy between the teacher's and the student's
@@ -109,6 +112,7 @@ class RelationalDistillationConfig(TrainingArguments):
     task_weight: float = 1.0
     kd_weight: float = 0.0
     kd_temperature: float = 4.0
+    kd_loss: str = field(default="kl", metadata={"choices": ["kl", "dist"]})
     relational_weight: float = 10.0
     relational_loss: str = field(default="rrd", metadata={"choices": list(RELATIONAL_LOSSES)})
     student_temperature: float = 0.1

@@ -1,22 +1,28 @@
-"""Does it help? Every loss, alone and with KD, in three regimes, several seeds, on one data set, with one budget.
+"""Does it help? Every loss on nine cells: four tasks, with all labels, with 500, and with none.
 
-    python examples/benchmarks/compare_losses.py --task sst2 --data_dir data
-    python examples/benchmarks/compare_losses.py --task cifar10 --data_dir data
+    python examples/benchmarks/compare_losses.py --data_dir data
+    python examples/benchmarks/compare_losses.py --data_dir data --task sst2 --row 'weight 3={"relational_weight": 3}'
+    python examples/benchmarks/compare_losses.py --only_report
 
 Regimes: `all` (every label), `few` (500 labels, all examples for distillation), `none` (no labels; a linear probe of
-the frozen student). Every run has as many steps of the same batch size. A rival's weight is chosen from four on the
-validation split in the regime `few` with a seed of its own; the test split is read for the tables alone. The teacher
-is trained once and its outputs are computed once. Each finished run is a file, so a killed comparison goes on where
-it was. Writes `runs.csv`, `summary.csv` and, with the extra [plots], `comparison.png` into the output folder.
+the frozen student, or on sentences the correlation with people's scores). Every run of a task has as many steps of the
+same batch size. `ours` is the package with nothing set. A rival's weight is chosen for each task from four on the
+validation split, in the regime `few` (`none` where there are no labels), with a seed of its own; the test split is
+read for the tables alone. The teacher is trained once and its outputs are computed once. Each finished run is a file,
+so a killed comparison goes on where it was, and several may work in one folder. Writes `runs.csv` into each task's
+folder and `cells.csv` beside them.
 """
 
 import csv
+import dataclasses
+import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
 import statistics
 import tempfile
+import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -28,68 +34,51 @@ import torch.nn.functional as F
 from comparison_tasks import LABELED, TASKS, Split, Task, examples_of, quiet
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import spearmanr
 from scipy.stats import t as student_t
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
+from transformers import PrinterCallback, TrainingArguments
 from transformers.utils import logging
 
 from hf_rrd import RelationalDistillationConfig, RelationalDistillationTrainer, relational_alignment
-from hf_rrd.models.pooling import cls_pool, mean_pool
 
 REGIMES = {"all": "all labels", "few": f"{LABELED} labels", "none": "no labels"}
-
-DEFAULTS = {"teacher_projection": "center", "relational_weight": 10.0}
-"""Those of the package that this comparison decided; said here, so that a run on record says what it was."""
-
-PLAIN_ONE = {"teacher_projection": "none", "relational_weight": 1.0}
-
-RELATIONAL: dict[str, dict[str, Any]] = {
-    "rrd": DEFAULTS,
-    "InfoNCE (CRD)": {"teacher_projection": "none", "relational_loss": "infonce"},
-    "RKD distance": {"teacher_projection": "none", "relational_loss": "rkd_distance"},
-    "RKD angle": {"teacher_projection": "none", "relational_loss": "rkd_angle"},
-    "SP": {"teacher_projection": "none", "relational_loss": "similarity_preserving"},
-    "PKT": {"teacher_projection": "none", "relational_loss": "pkt"},
-    "CC": {"teacher_projection": "none", "relational_loss": "correlation_congruence"},
-    "cosine": {"teacher_projection": "none", "relational_loss": "cosine"},
-    "MSE": {"teacher_projection": "none", "relational_loss": "mse"},
+CELLS = {
+    "sst2": ("all", "few", "none"),
+    "cifar10": ("all", "few", "none"),
+    "sst2_raw": ("all", "few"),
+    "sentences": ("none",),
 }
-"""The relational losses, each also run with KD. The first has the defaults, the others a weight of their own."""
+"""The regimes of each task."""
 
-KNOBS: dict[str, dict[str, Any]] = {
-    "rrd, weight 30": {**DEFAULTS, "relational_weight": 30.0},
-    "rrd, weight 3": {**DEFAULTS, "relational_weight": 3.0},
-    "rrd, weight 1": {**DEFAULTS, "relational_weight": 1.0},
-    "rrd, not centred": {**DEFAULTS, "teacher_projection": "none"},
-    "rrd, PCA to 128": {**DEFAULTS, "teacher_projection": "pca", "projection_dim": 128},
-    "rrd, batch as bank": {**DEFAULTS, "bank_size": 0},
-    "rrd1": PLAIN_ONE,
-    "rrd1, PCA to 128": {**PLAIN_ONE, "teacher_projection": "pca", "projection_dim": 128},
-    "rrd1, random 128 (paper)": {**PLAIN_ONE, "teacher_projection": "orthogonal", "projection_dim": 128},
-    "rrd1, perplexity 20": {**PLAIN_ONE, "teacher_perplexity": 20.0},
-    "rrd1, sharper student": {**PLAIN_ONE, "student_temperature": 0.02, "teacher_temperature": 0.1},
-    "rrd1, without own key": {**PLAIN_ONE, "include_own": False},
-    "rrd1, bank of 256": {**PLAIN_ONE, "bank_size": 256},
-    "rrd1, batch as bank": {**PLAIN_ONE, "bank_size": 0},
+FIXED: dict[str, Any] = {
+    "kd_weight": 0.0,
+    "kd_temperature": 4.0,
+    "relational_weight": 0.0,
+    "student_temperature": 0.1,
+    "bank_size": 4096,
+    "student_projection": "linear",
+    "teacher_projection": "center",
 }
-"""Settings of the first, alone only: the evidence for the defaults. "rrd1": weight 1, not centred."""
+"""What `plain` and the rivals start from, whatever the package's defaults are. No part of the name of a run: add a
+setting where a new default would change them, with the value that leaves them as they were."""
 
-WEIGHTS = {
-    "KD": (0.02, 0.1, 0.5, 2.5),
-    "rrd": (0.3, 1.0, 3.0, 10.0),
-    "InfoNCE (CRD)": (0.3, 1.0, 3.0, 10.0),
-    "RKD distance": (2.5, 25.0, 250.0, 2500.0),
-    "RKD angle": (5.0, 50.0, 500.0, 5000.0),
-    "SP": (30.0, 300.0, 3000.0, 30000.0),
-    "PKT": (300.0, 3000.0, 30000.0, 300000.0),
-    "CC": (0.2, 2.0, 20.0, 200.0),
-    "cosine": (1.0, 3.0, 10.0, 30.0),
-    "MSE": (0.3, 3.0, 30.0, 300.0),
+RIVALS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
+    "KD": ({}, (0.5, 2.0, 8.0, 32.0)),
+    "DIST": ({"kd_loss": "dist"}, (1.0, 4.0, 16.0, 64.0)),
+    "InfoNCE (CRD)": ({"relational_loss": "infonce"}, (0.1, 0.5, 2.5, 12.5)),
+    "MSE": ({"relational_loss": "mse"}, (1.0, 10.0, 100.0, 1000.0)),
+    "cosine": ({"relational_loss": "cosine"}, (0.3, 2.0, 10.0, 60.0)),
+    "SRD": ({"relational_loss": "srd"}, (0.05, 0.3, 2.0, 10.0)),
+    "RKD distance": ({"relational_loss": "rkd_distance"}, (2.5, 25.0, 250.0, 2500.0)),
 }
-"""What each loss's weight is chosen from: around its paper's value, or around the size of the task loss."""
+"""Settings of each rival, and what its weight is chosen from: around its paper's value, or its gradient's size."""
 
+OF_LOGITS = ("KD", "DIST")
+WITH_LOGITS = ("sst2", "cifar10")  # tasks whose teacher has them
 TUNING_SEED = 1000
 
 
@@ -97,17 +86,33 @@ TUNING_SEED = 1000
 class Arguments:
     """What the command line may change."""
 
-    task: str = field(metadata={"help": "The data set.", "choices": list(TASKS)})
-    data_dir: str = field(default="data", metadata={"help": "Holds the folders sst2/ and cifar10/."})
-    output_dir: str = field(
-        default="out/compare", metadata={"help": "Teacher, runs and tables go into a folder here."}
+    task: list[str] = field(
+        default_factory=lambda: list(TASKS), metadata={"help": "The tasks; all if unset.", "choices": list(TASKS)}
     )
-    seeds: int = field(default=5, metadata={"help": "Runs of each loss alone."})
-    kd_seeds: int = field(default=3, metadata={"help": "Runs of each loss together with KD."})
+    data_dir: str = field(default="data", metadata={"help": "Holds the folders sst2/, cifar10/ and sentences/."})
+    output_dir: str = field(
+        default="out/compare", metadata={"help": "Teacher, runs and tables of each task go into a folder here."}
+    )
+    seeds: int = field(default=5, metadata={"help": "Runs of each row in each cell."})
+    first_seed: int = field(default=0, metadata={"help": "The first of these seeds."})
     workers: int = field(default=1, metadata={"help": "Runs at a time, each in a process of its own."})
     rows: list[str] | None = field(default=None, metadata={"help": "Only these rows of the tables; all if unset."})
+    regimes: list[str] | None = field(default=None, metadata={"help": "Train only these regimes; all if unset."})
+    row: list[str] = field(
+        default_factory=list, metadata={"help": "More rows: name={...}, the package's defaults with these settings."}
+    )
+    code: str = field(
+        default="", metadata={"help": "A name for the package's code, so that `ours` of another is trained again."}
+    )
     max_steps: int | None = field(default=None, metadata={"help": "Steps of a run, for a quick look."})
+    steps_factor: int = field(default=1, metadata={"help": "Runs so many times as long, in a folder of their own."})
     only_report: bool = field(default=False, metadata={"help": "Train nothing, print what is finished."})
+
+
+def defaults_of_package() -> str:
+    """The settings that are ours, as a run of `ours` finds them."""
+    own = [each for each in dataclasses.fields(RelationalDistillationConfig)]
+    return json.dumps({e.name: e.default for e in own if e.name not in TrainingArguments.__dataclass_fields__})
 
 
 @dataclass(frozen=True)
@@ -118,20 +123,17 @@ class Run:
     settings: str  # JSON
     seed: int
     split: str = "test"
+    package: str = ""  # the defaults and the code that it starts from; empty where that is `FIXED`
 
     @property
     def name(self) -> str:
         """A name that no other run has."""
-        return hashlib.sha256(json.dumps([self.regime, self.settings, self.seed, self.split]).encode()).hexdigest()[
-            :16
-        ]
+        return hashlib.sha256(json.dumps(dataclasses.astuple(self)).encode()).hexdigest()[:16]
 
 
-def run_of(regime: str, settings: dict[str, Any], seed: int, split: str = "test") -> Run:
-    """A run of these settings of the trainer; without labels the task loss is off."""
-    if regime == "none":
-        settings = {**settings, "task_weight": 0.0}
-    return Run(regime, json.dumps(settings, sort_keys=True), seed, split)
+def run_of(regime: str, settings: dict[str, Any], seed: int, split: str = "test", package: str = "") -> Run:
+    """A run of these settings of the trainer."""
+    return Run(regime, json.dumps(settings, sort_keys=True), seed, split, package)
 
 
 # ---- One run ----
@@ -143,9 +145,13 @@ def task_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> T
     return summed / (labels != -100).sum().clamp(min=1)
 
 
-def trained(task: Task, run: Run, max_steps: int | None) -> Any:
-    """A student trained from the run's seed, ready to be read."""
-    settings = {**task.settings, **({"max_steps": max_steps} if max_steps else {}), **json.loads(run.settings)}
+def trained(task: Task, run: Run, max_steps: int | None = None, steps_factor: int = 1) -> Any:
+    """A trainer whose student is trained from the run's seed, ready to be read."""
+    fixed = {} if run.package else {**FIXED, "student_pooling": task.pooling}
+    settings = {**task.settings, **fixed, **json.loads(run.settings)}
+    settings["max_steps"] = max_steps or task.settings["max_steps"] * steps_factor
+    if run.regime == "none":
+        settings["task_weight"] = 0.0
     with tempfile.TemporaryDirectory() as folder:
         args = RelationalDistillationConfig(
             **quiet(Path(folder), warmup_steps=30, remove_unused_columns=False, seed=run.seed, **settings)
@@ -157,44 +163,73 @@ def trained(task: Task, run: Run, max_steps: int | None) -> Any:
             train_dataset=examples_of(task.train, run.regime, distils),
             compute_loss_func=task_loss if args.task_weight > 0 else None,
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return trainer.model.eval()
+    trainer.model.eval()
+    return trainer
 
 
-def train(task: Task, run: Run, max_steps: int | None) -> dict[str, float]:
+def train(task: Task, run: Run, max_steps: int | None = None, steps_factor: int = 1) -> dict[str, float]:
     """Train a student and measure it on the run's split."""
-    return measure(trained(task, run, max_steps), task, getattr(task, run.split), probes=run.regime == "none")
+    trainer = trained(task, run, max_steps, steps_factor)
+    return measure_sentences(trainer, task, run) if task.probes else measure(trainer, task, run)
 
 
 @torch.no_grad()
-def read(model: Any, split: Split) -> tuple[Tensor, Tensor]:
-    """The student's pooled embeddings, (examples, width), and logits, (examples, classes), of the first views."""
-    embeddings, logits = [], []
-    for start in range(0, len(split.labels), 256):
-        batch = {name: tensor[start : start + 256, 0] for name, tensor in split.inputs.items()}
-        outputs = model.base_model(**batch)
-        pool = mean_pool if "attention_mask" in batch else cls_pool
-        embeddings.append(pool(outputs, batch.get("attention_mask")))
-        logits.append(model(**batch).logits)
-    return torch.cat(embeddings), torch.cat(logits)
+def read(trainer: Any, split: Split, view: int = 0) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The student's embedding, that projected, and its logits, (examples, ...) each.
+
+    The embedding is what was compared with the teacher's, or where nothing was, the input of the classifier.
+    """
+    student = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # in float32
+    parts, seen = [], []
+    trainer.distillation.wear()
+    asked = {} if trainer.distillation.head is None else {"with_relational_embedding": True}
+    if not asked:
+        hook = student.classifier.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    for start in range(0, len(split), 256):
+        batch = {name: each[start : start + 256, view].to(student.device) for name, each in split.inputs.items()}
+        outputs = student(**batch, **asked)
+        own = outputs["relational_pooled"] if asked else seen.pop()
+        parts.append((own, outputs.get("relational_embedding"), outputs.get("logits")))
+    if not asked:
+        hook.remove()
+    found = [None if each[0] is None else torch.cat(each).cpu() for each in zip(*parts, strict=True)]
+    return found[0], found[1], found[2]
 
 
-def measure(model: Any, task: Task, split: Split, probes: bool) -> dict[str, float]:
-    """Accuracy in percent, alignment with the teacher and, where asked, linear probes of all and of few labels."""
-    embeddings, logits = read(model, split)
+def probe(known: Tensor, labels: Tensor, new: Tensor, truth: Tensor) -> float:
+    """Accuracy in percent of a linear classifier of embeddings."""
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300, C=0.1))
+    return 100 * float(classifier.fit(known.numpy(), labels.numpy()).score(new.numpy(), truth.numpy()))
+
+
+def measure(trainer: Any, task: Task, run: Run) -> dict[str, float]:
+    """Accuracy in percent, alignment with the teacher and, without labels, linear probes of all and of few labels."""
+    split = getattr(task, run.split)
+    embeddings, _, logits = read(trainer, split)
     alignment = relational_alignment(embeddings[:1000], split.embedding[:1000, 0], debiased=False)
-    metrics = {
-        "accuracy": 100 * (logits.argmax(-1) == split.labels).float().mean().item(),
-        "cka": alignment["cka"],
-        "neighbor_overlap": 100 * alignment["neighbor_overlap"],
-    }
-    if probes:
-        known, _ = read(model, task.train)
-        for name, count in (("probe", len(known)), ("probe_few", LABELED)):
-            classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300, C=0.1))
-            classifier.fit(known[:count].numpy(), task.train.labels[:count].numpy())
-            metrics[name] = 100 * classifier.score(embeddings.numpy(), split.labels.numpy())
+    accuracy = 100 * (logits.argmax(-1) == split.labels).float().mean().item()
+    metrics = {"score": accuracy, "accuracy": accuracy, "cka": alignment["cka"]}
+    metrics["neighbor_overlap"] = 100 * alignment["neighbor_overlap"]
+    if run.regime == "none":
+        known, labels = read(trainer, task.train)[0], task.train.labels
+        metrics["score"] = metrics["probe"] = probe(known, labels, embeddings, split.labels)
+        metrics["probe_few"] = probe(known[:LABELED], labels[:LABELED], embeddings, split.labels)
     return metrics
+
+
+def measure_sentences(trainer: Any, task: Task, run: Run) -> dict[str, float]:
+    """Spearman's correlation in percent of the own embedding and of the projected one; for the tables also probes."""
+    split, metrics = getattr(task, run.split), {}
+    one, other = (read(trainer, split, view) for view in (0, 1))
+    for name, first, second in zip(("own", "projected"), one, other, strict=False):
+        metrics[name] = 100 * float(spearmanr(F.cosine_similarity(first, second), split.labels).statistic)
+    if run.split == "test":
+        for name, splits in task.probes.items():
+            fitted, measured = (read(trainer, each)[0] for each in splits)
+            metrics[name] = probe(fitted, splits[0].labels, measured, splits[1].labels)
+    return {"score": (metrics["own"] + metrics["projected"]) / 2, **metrics}
 
 
 # ---- All runs ----
@@ -202,190 +237,213 @@ def measure(model: Any, task: Task, split: Split, probes: bool) -> dict[str, flo
 _task: Task | None = None
 
 
-def start_worker(args: Arguments) -> None:
+def start_worker(args: Arguments, task: str) -> None:
     """Load the task once in each process."""
     global _task
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message="'pin_memory'")
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.workers))
-    _task = TASKS[args.task](Path(args.data_dir), Path(args.output_dir) / args.task)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // args.workers))))
+    _task = TASKS[task](Path(args.data_dir), Path(args.output_dir) / task)
 
 
-def finish(args: Arguments, run: Run) -> None:
-    """Train one run in a worker and keep its figures in a file."""
+def finish(args: Arguments, task: str, run: Run) -> None:
+    """Train one run in a worker and keep its figures in a file, unless another process does."""
     assert _task is not None
-    path = path_of(args, run)
-    text = json.dumps({**vars(run), **train(_task, run, args.max_steps)}, indent=1)
+    path = path_of(args, task, run)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(f".{os.getpid()}").write_text(text)
-    path.with_suffix(f".{os.getpid()}").replace(path)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # freed when this process ends, however it does
+        if not path.is_file():
+            start = time.perf_counter()
+            figures = train(_task, run, args.max_steps, args.steps_factor)
+            text = json.dumps({**vars(run), **figures, "seconds": time.perf_counter() - start}, indent=1)
+            path.with_suffix(".tmp").write_text(text)
+            path.with_suffix(".tmp").replace(path)
+    path.with_suffix(".lock").unlink(missing_ok=True)
 
 
-def path_of(args: Arguments, run: Run) -> Path:
+def path_of(args: Arguments, task: str, run: Run) -> Path:
     """Where a run's figures are."""
-    folder = "runs" if args.max_steps is None else f"runs-{args.max_steps}"
-    return Path(args.output_dir) / args.task / folder / f"{run.name}.json"
+    folder = "runs" + (f"-{args.max_steps}" if args.max_steps else f"-x{args.steps_factor}" * (args.steps_factor > 1))
+    return Path(args.output_dir) / task / folder / f"{run.name}.json"
 
 
-def finish_all(args: Arguments, pool: ProcessPoolExecutor, runs: list[Run]) -> None:
+def finish_all(args: Arguments, task: str, pool: ProcessPoolExecutor, runs: list[Run]) -> None:
     """Train what is not finished, in the order given."""
-    missing = [run for run in dict.fromkeys(runs) if not path_of(args, run).is_file()]
-    futures = [pool.submit(finish, args, run) for run in missing]
+    missing = [run for run in dict.fromkeys(runs) if not path_of(args, task, run).is_file()]
+    futures = [pool.submit(finish, args, task, run) for run in missing]
     for count, future in enumerate(as_completed(futures), 1):
         future.result()
-        print(f"\r{count} of {len(missing)} runs", end="", flush=True)
+        print(f"\r{task}: {count} of {len(missing)} runs", end="", flush=True)
     print()
 
 
-def result(args: Arguments, run: Run) -> dict[str, Any] | None:
+def result(args: Arguments, task: str, run: Run) -> dict[str, Any] | None:
     """A run's figures, or None where it is not finished."""
-    path = path_of(args, run)
+    path = path_of(args, task, run)
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def tuning_runs(name: str) -> list[tuple[float, Run]]:
-    """A loss's candidates for its weight, each with its run on the validation split."""
-    key = "kd_weight" if name == "KD" else "relational_weight"
-    off = {"relational_weight": 0.0} if name == "KD" else RELATIONAL[name]
-    return [(w, run_of("few", {**off, key: w}, TUNING_SEED, "validation")) for w in WEIGHTS[name]]
+def candidates(task: str, name: str) -> list[tuple[float, Run]]:
+    """A rival's candidates for its weight, each with its run on the validation split."""
+    settings, weights = RIVALS[name]
+    key = "kd_weight" if name in OF_LOGITS else "relational_weight"
+    regime = "few" if "few" in CELLS[task] else "none"
+    return [(weight, run_of(regime, {**settings, key: weight}, TUNING_SEED, "validation")) for weight in weights]
 
 
-def chosen_weights(args: Arguments) -> dict[str, float]:
-    """The weight with the best validation accuracy for each loss; the middle one where nothing is finished."""
+def chosen_weights(args: Arguments, task: str) -> dict[str, float]:
+    """The weight with the best validation score of each rival that the task can have and whose runs are finished."""
     weights = {}
-    for name, candidates in WEIGHTS.items():
-        scored = [(figures["accuracy"], w) for w, run in tuning_runs(name) if (figures := result(args, run))]
-        weights[name] = max(scored)[1] if scored else candidates[1]
+    for name in RIVALS:
+        scored = [(figures["score"], w) for w, run in candidates(task, name) if (figures := result(args, task, run))]
+        if len(scored) == len(candidates(task, name)):
+            weights[name] = max(scored)[1]
     return weights
 
 
-def _tunes(name: str, row: str) -> bool:
-    """Whether a row needs the weight of a loss."""
-    if name == "KD":
-        return row.endswith("KD")
-    return row.removesuffix(" + KD") == name
+def rows_of(args: Arguments, weights: dict[str, float]) -> dict[str, tuple[dict[str, Any], str]]:
+    """All rows of the tables: their settings, and of those that start from the package's defaults which these are."""
+    rows: dict[str, tuple[dict[str, Any], str]] = {"plain": ({}, "")}
+    for name, weight in weights.items():
+        key = "kd_weight" if name in OF_LOGITS else "relational_weight"
+        rows[name] = ({**RIVALS[name][0], key: weight}, "")
+    package = defaults_of_package() + args.code
+    return rows | {name: (settings, package) for name, settings in ours(args).items()}
 
 
-def methods(weights: dict[str, float]) -> dict[str, dict[str, Any]]:
-    """All rows of the tables, with their settings."""
-    kd = {"kd_weight": weights["KD"]}
-    rows = {"plain": {"relational_weight": 0.0}, "KD": {"relational_weight": 0.0, **kd}}
-    for name, settings in RELATIONAL.items():
-        rows[name] = settings if name == "rrd" else {**settings, "relational_weight": weights[name]}
-    rows |= KNOBS
-    return rows | {f"{name} + KD": {**rows[name], **kd} for name in RELATIONAL}
+def ours(args: Arguments) -> dict[str, dict[str, Any]]:
+    """The rows that start from the package's defaults, with what they set."""
+    more = (row.partition("=") for row in args.row)
+    return {"ours": {}} | {name: json.loads(settings) for name, _, settings in more}
 
 
-def planned(args: Arguments, weights: dict[str, float]) -> list[tuple[str, str, Run]]:
-    """Regime, row and run of the whole comparison, seed after seed."""
-    plan = []
-    for with_kd, seeds in ((False, args.seeds), (True, args.kd_seeds)):
-        for seed in range(seeds):
-            for regime in ("none", "few", "all"):
-                for name, settings in methods(weights).items():
-                    wanted = args.rows is None or name in args.rows
-                    if wanted and name.endswith("+ KD") == with_kd and (regime, name) != ("none", "plain"):
-                        plan.append((regime, name, run_of(regime, settings, seed)))
-    return plan
+def planned(args: Arguments, task: str, weights: dict[str, float]) -> list[tuple[str, str, Run]]:
+    """Regime, row and run of a task's whole comparison, seed after seed."""
+    return [
+        (regime, name, run_of(regime, settings, seed, package=package))
+        for seed in range(args.first_seed, args.first_seed + args.seeds)
+        for regime in CELLS[task][::-1]
+        for name, (settings, package) in rows_of(args, weights).items()
+        if (args.rows is None or name in args.rows) and (regime, name) != ("none", "plain")
+    ]
 
 
 # ---- The report ----
 
+Scores = dict[tuple[str, str], dict[str, dict[int, dict[str, Any]]]]  # by cell, row and seed: a run's figures
+
 
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean and half the width of its 95 percent confidence interval, by Student's t; nan for fewer than 2 values."""
-    mean = statistics.fmean(values)
+    mean = statistics.fmean(values) if values else float("nan")
     if len(values) < 2:
         return mean, float("nan")
     return mean, float(student_t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
 
 
-def summarize(args: Arguments, plan: list[tuple[str, str, Run]]) -> list[dict[str, Any]]:
-    """One dict per regime and row. Without labels the score is the probe, compared with plain training on few."""
-    scores: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
-    for regime, name, run in plan:
-        figures = result(args, run)
-        if figures is not None:
-            scores.setdefault((regime, name), {})[run.seed] = figures
+def difference(one: dict[int, dict[str, Any]], other: dict[int, dict[str, Any]]) -> tuple[float, float]:
+    """Mean difference of the scores, paired by seed, with half its interval."""
+    return interval([one[seed]["score"] - other[seed]["score"] for seed in one if seed in other])
+
+
+def collected(args: Arguments) -> Scores:
+    """The figures of all finished runs of the tables; writes each task's `runs.csv`."""
+    scores: Scores = {}
+    for task in args.task:
+        finished = []
+        for regime, name, run in planned(args, task, chosen_weights(args, task)):
+            if figures := result(args, task, run):
+                finished.append({"row": name, **figures})
+                scores.setdefault((task, regime), {}).setdefault(name, {})[run.seed] = figures
+        write_csv(Path(args.output_dir) / task / "runs.csv", finished)
+    return scores
+
+
+def plain_of(scores: Scores, task: str, regime: str) -> dict[int, dict[str, Any]]:
+    """What a cell is compared with: the student alone; without labels that of few."""
+    return scores.get((task, "few" if regime == "none" else regime), {}).get("plain", {})
+
+
+def summarized(scores: Scores) -> list[dict[str, Any]]:
+    """One dict per cell and row: the means of all figures, and the difference to plain."""
     summary = []
-    for (regime, name), runs in scores.items():
-        key = "probe" if regime == "none" else "accuracy"
-        plain = scores.get(("few" if regime == "none" else regime, "plain"), {})
-        paired = [runs[seed][key] - plain[seed]["accuracy"] for seed in runs if seed in plain]
-        mean, half = interval(paired) if paired else (float("nan"), float("nan"))
-        columns = [
-            metric for metric in ("probe_few", "cka", "neighbor_overlap") if metric in next(iter(runs.values()))
-        ]
-        values = [figures[key] for figures in runs.values()]
-        summary.append(
-            {
-                "regime": regime,
-                "method": name,
-                "seeds": len(runs),
-                "score": statistics.fmean(values),
-                "deviation": statistics.stdev(values) if len(values) > 1 else float("nan"),
-                "difference": mean,
-                "half_interval": half,
-                **{metric: statistics.fmean(f[metric] for f in runs.values()) for metric in columns},
-            }
-        )
+    for (task, regime), cell in scores.items():
+        for name, runs in cell.items():
+            values, first = [figures["score"] for figures in runs.values()], next(iter(runs.values()))
+            mean, half = difference(runs, plain_of(scores, task, regime))
+            deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
+            row = {"task": task, "regime": regime, "row": name, "settings": first["settings"], "seeds": len(runs)}
+            row |= {"score": statistics.fmean(values), "deviation": deviation}
+            row |= {"difference": mean, "half_interval": half}
+            metrics = [key for key in first if isinstance(first[key], float) and key != "score"]
+            summary.append(row | {key: statistics.fmean(f[key] for f in runs.values()) for key in metrics})
     return summary
 
 
-def over_regimes(args: Arguments, plan: list[tuple[str, str, Run]]) -> list[tuple[str, float, float, float]]:
-    """Row, mean score over the regimes, its difference to "rrd", paired by seed, and the standard error of that.
-
-    Of the losses alone that have all regimes for as many seeds as "rrd".
-    """
-    scores: dict[str, dict[tuple[int, str], float]] = {}
-    for regime, name, run in plan:
-        figures = result(args, run)
-        if figures is not None:
-            scores.setdefault(name, {})[run.seed, regime] = figures["probe" if regime == "none" else "accuracy"]
-    ours = scores.get("rrd", {})
-    seeds = sorted({seed for seed, _ in ours})
-    rows = []
-    for name, own in scores.items():
-        if own.keys() == ours.keys() and len(ours) == len(seeds) * len(REGIMES):
-            differences = [statistics.fmean(own[s, r] - ours[s, r] for r in REGIMES) for s in seeds]
-            error = statistics.stdev(differences) / len(seeds) ** 0.5 if len(seeds) > 1 else float("nan")
-            rows.append((name, statistics.fmean(own.values()), statistics.fmean(differences), error))
-    return sorted(rows, key=lambda row: -row[1])
+def against(scores: Scores, name: str) -> list[dict[str, Any]]:
+    """A row of ours in each cell against plain, KD, InfoNCE and the rival that is best in the cell."""
+    found = []
+    for (task, regime), cell in scores.items():
+        own, rivals = cell.get(name, {}), {rival: cell[rival] for rival in RIVALS if rival in cell}
+        if not own:
+            continue
+        line: dict[str, Any] = {"cell": f"{task} {regime}", "plain": difference(own, plain_of(scores, task, regime))}
+        line |= {rival: difference(own, cell[rival]) for rival in ("KD", "InfoNCE (CRD)") if rival in cell}
+        if rivals:
+            means = {rival: statistics.fmean(f["score"] for f in runs.values()) for rival, runs in rivals.items()}
+            line["rival"] = max(means, key=lambda rival: means[rival])
+            line["best rival"] = difference(own, rivals[line["rival"]])
+        found.append(line)
+    return found
 
 
-def report(args: Arguments, plan: list[tuple[str, str, Run]], weights: dict[str, float]) -> None:
-    """Print the tables; write them and the figure."""
-    folder = Path(args.output_dir) / args.task
-    summary = summarize(args, plan)
-    console = Console(width=max(110, Console().width))
-    for regime, title in REGIMES.items():
-        score = "probe, %" if regime == "none" else "accuracy, %"
-        table = Table(title=f"{args.task}, {title} (test split)")
-        for column in ("", "seeds", score, "difference to plain*", "probe 500, %", "CKA", "neighbours, %"):
-            table.add_column(column, justify="left" if column == "" else "right")
-        for row in (row for row in summary if row["regime"] == regime):
-            table.add_row(
-                row["method"],
-                str(row["seeds"]),
-                f"{row['score']:.1f} ± {row['deviation']:.1f}",
-                f"{row['difference']:+.1f} ± {row['half_interval']:.1f}",
-                f"{row['probe_few']:.1f}" if "probe_few" in row else "",
-                f"{row['cka']:.2f}",
-                f"{row['neighbor_overlap']:.0f}",
-            )
-        table.caption = "* paired by seed, with its 95 % interval" + (
-            f"; to the student trained on {LABELED} labels" if regime == "none" else ""
+def report(args: Arguments) -> None:
+    """Print the tables; write them."""
+    scores = collected(args)
+    summary = summarized(scores)
+    write_csv(Path(args.output_dir) / "cells.csv", summary)
+    console = Console(width=200)
+    table = Table("", *(f"{task} {regime}" for task, regime in scores), title="Test split", show_lines=True)
+    for name in dict.fromkeys(name for cell in scores.values() for name in cell):
+        own = {(row["task"], row["regime"]): row for row in summary if row["row"] == name}
+        table.add_row(
+            name,
+            *(
+                f"{row['score']:.1f} ± {row['deviation']:.1f} ({row['seeds']})\n"
+                f"{row['difference']:+.1f} ± {row['half_interval']:.1f}"
+                if (row := own.get(cell))
+                else ""
+                for cell in scores
+            ),
         )
-        console.print(table)
-    table = Table("", "mean score", "difference to rrd ± standard error", title=f"{args.task}, over the regimes")
-    for name, mean, difference, error in over_regimes(args, plan):
-        table.add_row(name, f"{mean:.2f}", f"{difference:+.2f} ± {error:.2f}")
+    table.caption = (
+        f"score ± deviation (seeds); under it the difference to plain, without labels to plain of {LABELED}, paired "
+        "by seed, with its 95 % interval"
+    )
     console.print(table)
-    console.print("weights chosen on validation data:", json.dumps(weights))
-    write_csv(folder / "summary.csv", summary)
-    finished = [{"row": name, **figures} for _, name, run in plan if (figures := result(args, run))]
-    write_csv(folder / "runs.csv", finished)
-    draw(folder / "comparison.png", args.task, summary)
+    if ("sentences", "none") in scores:
+        table = Table("sentences", "own", "projected", "trec", "mr")
+        for row in (row for row in summary if row["task"] == "sentences"):
+            table.add_row(row["row"], *(f"{row[key]:.1f}" for key in ("own", "projected", "trec", "mr")))
+        console.print(table)
+    for name in ours(args):
+        lines, columns = against(scores, name), ("plain", "KD", "InfoNCE (CRD)", "best rival")
+        table = Table(f"{name} against", *columns, "which is", title="Difference, paired by seed, 95 % interval")
+        for line in lines:
+            shown = (f"{line[key][0]:+.1f} ± {line[key][1]:.1f}" if key in line else "" for key in columns)
+            table.add_row(line["cell"], *shown, line.get("rival", ""))
+        console.print(table)
+        for key in columns:
+            found = [line[key] for line in lines if key in line and line[key][0] == line[key][0]]
+            if found:
+                console.print(
+                    f"{name} against {key}: above in {sum(mean - half > 0 for mean, half in found)} of {len(found)} "
+                    f"cells, below in {sum(mean + half < 0 for mean, half in found)} (intervals off zero); mean "
+                    f"{statistics.fmean(mean for mean, _ in found):+.2f}, worst {min(found)[0]:+.2f}"
+                )
+    for task in args.task:
+        console.print(f"weights on {task}, chosen on validation data:", json.dumps(chosen_weights(args, task)))
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -398,42 +456,20 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def draw(path: Path, task: str, summary: list[dict[str, Any]]) -> None:
-    """One panel per regime: difference to the plain student with its interval."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no figure: pip install 'hf_rrd[plots]'")
-        return
-    figure = Figure(figsize=(12, 6), layout="constrained")
-    for axes, (regime, title) in zip(figure.subplots(1, 3), REGIMES.items(), strict=True):
-        rows = [row for row in summary if row["regime"] == regime and row["method"] != "plain"][::-1]
-        axes.axvline(0, color="0.5", linewidth=1)
-        axes.errorbar(
-            [row["difference"] for row in rows],
-            [row["method"] for row in rows],
-            xerr=[0 if row["seeds"] < 2 else row["half_interval"] for row in rows],
-            fmt="o",
-            color="#0072B2",
-            capsize=3,
-        )
-        axes.set_title(f"{task}, {title}")
-        against = f"plain student of {LABELED} labels" if regime == "none" else "plain student"
-        axes.set_xlabel(f"{'probe' if regime == 'none' else 'accuracy'}, points over the {against}")
-        axes.tick_params(axis="y", labelsize=8)
-    figure.savefig(path, dpi=150)
-
-
 def main(args: Arguments) -> None:
     """Tune, run, report."""
-    if not args.only_report:
+    for task in [] if args.only_report else args.task:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(args.workers, context, start_worker, (args,)) as pool:
-            tuned = [name for name in WEIGHTS if args.rows is None or any(_tunes(name, row) for row in args.rows)]
-            finish_all(args, pool, [run for name in tuned for _, run in tuning_runs(name)])
-            finish_all(args, pool, [run for _, _, run in planned(args, chosen_weights(args))])
-    weights = chosen_weights(args)
-    report(args, planned(args, weights), weights)
+        with ProcessPoolExecutor(args.workers, context, start_worker, (args, task)) as pool:
+            tuned = [
+                name
+                for name in RIVALS
+                if (args.rows is None or name in args.rows) and (name not in OF_LOGITS or task in WITH_LOGITS)
+            ]
+            finish_all(args, task, pool, [run for name in tuned for _, run in candidates(task, name)])
+            plan = planned(args, task, chosen_weights(args, task))
+            finish_all(args, task, pool, [run for r, _, run in plan if args.regimes is None or r in args.regimes])
+    report(args)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The two tasks of `compare_losses.py`: data, a teacher trained once, its outputs computed once, a small student."""
+"""The tasks of `compare_losses.py`: data, a teacher trained once, its outputs computed once, a small student."""
 
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,13 @@ from datasets import load_dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
+    AutoModel,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    BertModel,
     RegNetConfig,
     RegNetForImageClassification,
     Trainer,
@@ -37,15 +39,18 @@ class Split:
 
     Args:
         inputs: (examples, views, ...) for each input of the student.
-        labels: (examples,).
-        embedding: The teacher's pooled embedding, (examples, views, width).
-        logits: The teacher's logits, (examples, views, classes).
+        labels: (examples,); None where there are none.
+        embedding: The teacher's pooled embedding, (examples, views, width); None where it is not asked.
+        logits: The teacher's logits, (examples, views, classes); None of a teacher without a head.
     """
 
     inputs: dict[str, Tensor]
-    labels: Tensor
-    embedding: Tensor
-    logits: Tensor
+    labels: Tensor | None = None
+    embedding: Tensor | None = None
+    logits: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.inputs.values())))
 
 
 @dataclass
@@ -56,7 +61,9 @@ class Task:
         train, validation, test: The splits; the validation split is for tuning, the test split for the table alone.
         student: From a seed to a student with fresh weights.
         settings: Training arguments that all runs share, the length of a run included.
-        teacher: The teacher's folder.
+        pooling: `student_pooling` where the student's classifier reads.
+        teacher: The folder of a teacher that was trained for the task.
+        probes: Splits to fit a linear probe on and to measure it on, by name.
     """
 
     train: Split
@@ -64,7 +71,9 @@ class Task:
     test: Split
     student: Callable[[int], Any]
     settings: dict[str, Any]
-    teacher: Path
+    pooling: str
+    teacher: Path | None = None
+    probes: dict[str, tuple[Split, Split]] = field(default_factory=dict)
 
 
 def minilm_folder() -> str:
@@ -88,51 +97,113 @@ def quiet(folder: Path, **settings: Any) -> dict[str, Any]:
     }
 
 
-# ---- SST-2 ----
+# ---- Sentences ----
+
+SIZE = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
+"""Of the students that read sentences: BERTs with fresh weights."""
+
+
+class Texts:
+    """The tables of sentences under a folder, as tokens of MiniLM, and MiniLM itself as a teacher."""
+
+    def __init__(self, data: Path) -> None:
+        self.data, self.tokenizer = data, AutoTokenizer.from_pretrained(minilm_folder())
+
+    def column(self, table: str, name: str) -> list[Any]:
+        """One column of `table`, such as "sst2/train"."""
+        found: list[Any] = load_dataset("csv", data_files=str(self.data / f"{table}.csv"), split="train")[name][:]
+        return found
+
+    def split(self, texts: list[str], *views: list[str], labels: Any = None) -> Split:
+        """Examples of one text each, or of several."""
+        read = [
+            self.tokenizer(each, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
+            for each in (texts, *views)
+        ]
+        inputs = {name: torch.stack([each[name] for each in read], 1) for name in ("input_ids", "attention_mask")}
+        return Split(inputs, None if labels is None else torch.tensor(labels))
+
+    def labelled(self, table: str, text: str = "text") -> Split:
+        """A table's texts and labels."""
+        return self.split(self.column(table, text), labels=self.column(table, "label"))
+
+    def taught(self, split: Split, model: Any, path: Path) -> Split:
+        """The split with what a teacher, with or without a head, says of its first view."""
+
+        def read(rows: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+            outputs = model(**rows, output_hidden_states=True)
+            return mean_pool(outputs.hidden_states[-1], rows["attention_mask"]), outputs.get("logits")
+
+        embedding, logits = teacher_outputs(read, {name: each[:, 0] for name, each in split.inputs.items()}, path)
+        return replace(split, embedding=embedding[:, None], logits=None if logits is None else logits[:, None])
+
+    def classifier(self, seed: int) -> BertForSequenceClassification:
+        """A student of two classes."""
+        set_seed(seed)
+        return BertForSequenceClassification(BertConfig(vocab_size=len(self.tokenizer), num_labels=2, **SIZE))
+
+    def embedder(self, seed: int) -> BertModel:
+        """A student without a head."""
+        set_seed(seed)
+        return BertModel(BertConfig(vocab_size=len(self.tokenizer), **SIZE), add_pooling_layer=False)
 
 
 def sst2(data: Path, out: Path) -> Task:
     """SST-2: a MiniLM with 6 layers, fine-tuned on it, teaches a BERT of 2 layers, 128 wide, from fresh weights."""
-    tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
-    splits: dict[str, dict[str, Tensor]] = {}
-    for name in ("train", "validation", "test"):
-        table = load_dataset("csv", data_files=str(data / "sst2" / f"{name}.csv"), split="train")
-        tokens = tokenizer(
-            table["sentence"][:], padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
-        )
-        splits[name] = {
-            "input_ids": tokens["input_ids"],
-            "attention_mask": tokens["attention_mask"],
-            "labels": torch.tensor(table["label"][:]),
-        }
+    texts = Texts(data)
+    splits = {name: texts.labelled(f"sst2/{name}", "sentence") for name in ("train", "validation", "test")}
     if not (out / "teacher" / "config.json").is_file():
         set_seed(0)
         teacher = AutoModelForSequenceClassification.from_pretrained(minilm_folder(), num_labels=2)
         settings = quiet(out / "teacher", num_train_epochs=2, per_device_train_batch_size=32, learning_rate=1e-4)
         settings |= {"warmup_steps": 50, "bf16": True}
-        Trainer(teacher, TrainingArguments(**settings), train_dataset=_Rows(splits["train"])).train()
-        save_atomically(teacher, tokenizer, out / "teacher")
+        rows = examples_of(splits["train"], "all", distils=False)
+        Trainer(teacher, TrainingArguments(**settings), train_dataset=rows).train()
+        save_atomically(teacher, texts.tokenizer, out / "teacher")
     model = AutoModelForSequenceClassification.from_pretrained(out / "teacher").eval()
-
-    def read(rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        outputs = model(rows["input_ids"], rows["attention_mask"], output_hidden_states=True)
-        mask = rows["attention_mask"].unsqueeze(-1)
-        return (outputs.hidden_states[-1] * mask).sum(1) / mask.sum(1), outputs.logits
-
-    def split(name: str) -> Split:
-        rows = splits[name]
-        embedding, logits = teacher_outputs(read, rows, out / f"teacher-{name}.safetensors")
-        inputs = {key: rows[key][:, None] for key in ("input_ids", "attention_mask")}
-        return Split(inputs, rows["labels"], embedding[:, None], logits[:, None])
-
-    def student(seed: int) -> BertForSequenceClassification:
-        set_seed(seed)
-        size = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
-        return BertForSequenceClassification(BertConfig(vocab_size=len(tokenizer), num_labels=2, **size))
-
+    taught = [texts.taught(split, model, out / f"teacher-{name}.safetensors") for name, split in splits.items()]
     # bfloat16 halves the time of this student's step on a CPU that has it.
     settings = {"learning_rate": 1e-3, "per_device_train_batch_size": 64, "max_steps": 324, "bf16": True}
-    return Task(*(split(name) for name in splits), student=student, settings=settings, teacher=out / "teacher")
+    return Task(*taught, student=texts.classifier, settings=settings, pooling="pooler", teacher=out / "teacher")
+
+
+def sst2_raw(data: Path, out: Path) -> Task:
+    """SST-2 with a teacher that never saw its labels: the pretrained MiniLM, without logits."""
+    texts, model = Texts(data), AutoModel.from_pretrained(minilm_folder()).eval()
+    taught = [
+        texts.taught(texts.labelled(f"sst2/{name}", "sentence"), model, out / f"embedding-{name}.safetensors")
+        for name in ("train", "validation", "test")
+    ]
+    settings = {"learning_rate": 5e-4, "per_device_train_batch_size": 32, "max_steps": 650, "bf16": True}
+    return Task(*taught, student=texts.classifier, settings=settings, pooling="pooler")
+
+
+def sentences(data: Path, out: Path) -> Task:
+    """Sentences without labels: the pretrained MiniLM teaches a BERT without a head.
+
+    Validation and test are of STS-B: pairs of sentences with a score, so two views of an example. The probes, on
+    questions and on reviews, have a split to fit and one to measure.
+    """
+    texts, model = Texts(data), AutoModel.from_pretrained(minilm_folder()).eval()
+    corpus = [
+        *texts.column("sentences/stsb_train", "sentence1"),
+        *texts.column("sentences/stsb_train", "sentence2"),
+        *texts.column("sentences/trec_train", "text"),
+        *texts.column("sentences/mr_train", "text"),
+        *texts.column("sst2/train", "sentence"),
+    ]
+    pairs = [
+        texts.split(*(texts.column(f"sentences/stsb_{name}", f"sentence{side}") for side in (1, 2)), labels=scores)
+        for name in ("validation", "test")
+        for scores in [texts.column(f"sentences/stsb_{name}", "score")]
+    ]
+    train = texts.taught(texts.split([*dict.fromkeys(corpus)]), model, out / "embedding-train.safetensors")
+    probes = {
+        name: (texts.labelled(f"sentences/{name}_train"), texts.labelled(f"sentences/{name}_test"))
+        for name in ("trec", "mr")
+    }
+    settings = {"learning_rate": 1e-3, "per_device_train_batch_size": 64, "max_steps": 1500, "bf16": True}
+    return Task(train, *pairs, student=texts.embedder, settings=settings, pooling="mean", probes=probes)
 
 
 # ---- CIFAR-10 ----
@@ -182,6 +253,7 @@ def cifar10(data: Path, out: Path) -> Task:
         split("test", *_cifar_images(data, out, "test"), flip=False),
         student=student,
         settings=settings,
+        pooling="cls",
         teacher=out / "teacher",
     )
 
@@ -220,19 +292,6 @@ def _cifar_images(data: Path, out: Path, name: str) -> tuple[Tensor, Tensor]:
     return tensors["pixels"], tensors["labels"]
 
 
-class _Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """A dict of tensors, row by row."""
-
-    def __init__(self, rows: dict[str, Tensor]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows["labels"])
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: tensor[index] for name, tensor in self.rows.items()}
-
-
 class _Augmented(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Images flipped and shifted by up to 4 pixels at random."""
 
@@ -249,7 +308,7 @@ class _Augmented(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"pixel_values": image.flip(-1) if flip % 2 else image, "labels": self.labels[index]}
 
 
-# ---- What both use ----
+# ---- What all use ----
 
 LABELED = 500
 """Examples with a label in the regime `few`: the first of the training split, which is in random order."""
@@ -272,22 +331,20 @@ class Examples(torch.utils.data.Dataset[dict[str, Tensor]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        row, views = self.rows[index], self.split.embedding.shape[1]
+        row, views = self.rows[index], next(iter(self.split.inputs.values())).shape[1]
         view = int(torch.randint(views, ())) if views > 1 else 0
         example = {name: tensor[row, view] for name, tensor in self.split.inputs.items()}
         if self.labels is not None:
             example["labels"] = self.labels[row]
         if self.distils:
-            example |= {
-                "teacher_embedding": self.split.embedding[row, view],
-                "teacher_logits": self.split.logits[row, view],
-            }
+            outputs = {"teacher_embedding": self.split.embedding, "teacher_logits": self.split.logits}
+            example |= {name: each[row, view] for name, each in outputs.items() if each is not None}
         return example
 
 
 def examples_of(split: Split, regime: str, distils: bool) -> Examples:
     """The training set of a regime. In `few`, labelled examples come so often that they are a quarter of a batch."""
-    everything = list(range(len(split.labels)))
+    everything = list(range(len(split)))
     if regime == "none":
         return Examples(split, everything, None, distils)
     if regime == "all":
@@ -299,9 +356,14 @@ def examples_of(split: Split, regime: str, distils: bool) -> Examples:
     return Examples(split, everything + everything[:LABELED] * repeats, labels, distils)
 
 
+def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The mean over the tokens that are no padding, (batch, width)."""
+    return (hidden * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
+
+
 def teacher_outputs(
-    read: Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]], rows: dict[str, Tensor], path: Path
-) -> tuple[Tensor, Tensor]:
+    read: Callable[[dict[str, Tensor]], tuple[Tensor, Tensor | None]], rows: dict[str, Tensor], path: Path
+) -> tuple[Tensor, Tensor | None]:
     """Embeddings and logits of all rows, from the file where there is one, otherwise computed and written there."""
     if not path.is_file():
         count = len(next(iter(rows.values())))
@@ -310,16 +372,18 @@ def teacher_outputs(
                 read({name: tensor[start : start + 256] for name, tensor in rows.items()})
                 for start in range(0, count, 256)
             ]
-        write({"embedding": torch.cat([part[0] for part in parts]), "logits": torch.cat([p[1] for p in parts])}, path)
+        outputs = dict(zip(("embedding", "logits"), zip(*parts, strict=True), strict=True))
+        write({name: torch.cat(each) for name, each in outputs.items() if each[0] is not None}, path)
     tensors = load_file(path)
-    return tensors["embedding"], tensors["logits"]
+    return tensors["embedding"], tensors.get("logits")
 
 
 def write(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all, also where another process writes the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path.with_suffix(".tmp"))
-    path.with_suffix(".tmp").replace(path)
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished)
+    unfinished.replace(path)
 
 
 def save_atomically(model: Any, processor: Any, folder: Path) -> None:
@@ -333,5 +397,10 @@ def save_atomically(model: Any, processor: Any, folder: Path) -> None:
     unfinished.rmdir()
 
 
-TASKS: dict[str, Callable[[Path, Path], Task]] = {"sst2": sst2, "cifar10": cifar10}
+TASKS: dict[str, Callable[[Path, Path], Task]] = {
+    "sst2": sst2,
+    "cifar10": cifar10,
+    "sst2_raw": sst2_raw,
+    "sentences": sentences,
+}
 """The tasks by name."""

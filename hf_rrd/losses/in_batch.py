@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_rrd.losses.regression import cosine_loss, mse_loss
+from hf_rrd.losses.regression import cosine_loss, mse_loss, srd_loss
 from hf_rrd.losses.rows import check_positive, pair, ratio, unit
 
 
@@ -114,6 +114,31 @@ def correlation_congruence_loss(student: Tensor, teacher: Tensor, gamma: float =
         return F.mse_loss(_taylor_kernel(student, gamma, order), _taylor_kernel(teacher, gamma, order))
 
 
+def own_space_loss(
+    student: Tensor, teacher: Tensor, student_temperature: float = 0.1, teacher_temperature: float = 0.05
+) -> Tensor:
+    """Cross-entropy of each example's distribution of similarity over the others, each side in a space of its own.
+
+    The distribution is a softmax of cosines over a temperature. Neither the scale of any row nor a side's rotation
+    changes the loss. Give it the student's embedding before its projection: the relation then holds in what is used.
+
+    Args:
+        student, teacher: as for `rkd_distance_loss`; (batch, student_dim) and (batch, teacher_dim).
+        student_temperature, teacher_temperature: Positive. Higher spreads a distribution over more of the others.
+
+    Returns: the mean over the batch, a scalar: 0 for fewer than 3 examples.
+    Raises: as for `rkd_distance_loss`; also a ValueError for a temperature that is not positive.
+    """
+    check_positive("student_temperature", student_temperature, 0.1)
+    check_positive("teacher_temperature", teacher_temperature, 0.05)
+    with pair(student, teacher) as (student, teacher):
+        if len(student) < 2:
+            return (student * 0).sum()
+        student_log_probs = _log_similarities(student, student_temperature)  # (batch, batch)
+        teacher_probs = _log_similarities(teacher, teacher_temperature).exp()
+        return -(teacher_probs * student_log_probs).sum(-1).mean()
+
+
 def _angle_cosines(rows: Tensor) -> Tensor:
     """The cosine at j of the angle between i and k, as [j, i, k], (batch, batch, batch). Arbitrary where i is k.
 
@@ -136,6 +161,13 @@ def _log_affinities(rows: Tensor) -> Tensor:
     return kernel.log() - kernel.masked_fill(own, 0).sum(-1, keepdim=True).log()
 
 
+def _log_similarities(rows: Tensor, temperature: float) -> Tensor:
+    """`own_space_loss`'s log-probability of j given i, (batch, batch). The diagonal is very low, but finite."""
+    rows = unit(rows)
+    own = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+    return (rows @ rows.T / temperature).masked_fill(own, -1e9).log_softmax(-1)
+
+
 def _taylor_kernel(rows: Tensor, gamma: float, order: int) -> Tensor:
     rows = unit(rows)
     exponent = 2 * gamma * (rows @ rows.T)  # (batch, batch)
@@ -154,10 +186,11 @@ BATCH_LOSSES: dict[str, Callable[..., Tensor]] = {
     "correlation_congruence": correlation_congruence_loss,
     "cosine": cosine_loss,
     "mse": mse_loss,
+    "srd": srd_loss,
 }
 # How many examples each needs to have anything to compare: with fewer it is 0, whatever the student does.
 FEWEST_EXAMPLES: dict[str, int] = {
     **dict.fromkeys(("cosine", "mse"), 1),
-    **dict.fromkeys(("similarity_preserving", "correlation_congruence"), 2),
-    **dict.fromkeys(("rkd_distance", "rkd_angle", "pkt"), 3),
+    **dict.fromkeys(("similarity_preserving", "correlation_congruence", "srd"), 2),
+    **dict.fromkeys(("rkd_distance", "rkd_angle", "pkt", "own_space"), 3),
 }

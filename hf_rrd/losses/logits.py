@@ -1,10 +1,10 @@
-"""Classic distillation on logits."""
+"""Distillation on logits: the classic one, and one by correlation."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_rrd.losses.rows import check_positive, precise
+from hf_rrd.losses.rows import check_positive, correlation, pair, precise
 
 ONE, SEVERAL, NUMBERS = "single_label_classification", "multi_label_classification", "regression"
 """What logits may say of an example, as `problem_type` in a config has it: one class, several at once, or numbers."""
@@ -73,3 +73,29 @@ def logit_terms(
             student, teacher = (each.masked_fill(~candidates, least_of_all) for each in (student, teacher))
         divergence = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True)
         return divergence.sum(-1) * temperature**2
+
+
+def dist_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:
+    """DIST: one minus the correlation of the class probabilities over the classes, and the same over the examples.
+
+    Only how the teacher ranks the classes of an example, and the examples of a class, counts; not how sure it is.
+    Probabilities that are all alike have correlation 0.
+
+    Args:
+        student_logits: (batch, classes). Gets the gradient.
+        teacher_logits: The same shape.
+        temperature: Positive. Higher shows more of how the teacher ranks the wrong classes.
+
+    Returns:
+        The mean over the rows plus the mean over the columns, a scalar from 0 to 4.
+
+    Raises:
+        ValueError: The temperature is not positive, or the logits are not rows of the same examples and classes.
+
+    Source: Huang et al., Knowledge Distillation from a Stronger Teacher, arXiv:2205.10536, section 4.
+    """
+    check_positive("temperature", temperature, 4.0)
+    with pair(student_logits, teacher_logits, one_width=True) as (student, teacher):
+        student, teacher = (student / temperature).softmax(-1), (teacher / temperature).softmax(-1)
+        of_rows, of_columns = correlation(student, teacher, 1e-8), correlation(student.T, teacher.T, 1e-8)
+        return 2 - of_rows.mean() - of_columns.mean()

@@ -1,4 +1,4 @@
-"""The losses that compare each example's row with the teacher's, without relations to other examples.
+"""The losses that compare each example's row with the teacher's, in the teacher's own space.
 
 Only `student` gets a gradient. Computed in float32 (float64 for a float64 student), also under autocast.
 """
@@ -6,7 +6,7 @@ Only `student` gets a gradient. Computed in float32 (float64 for a float64 stude
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_rrd.losses.rows import pair, unit
+from hf_rrd.losses.rows import correlation, pair, unit
 
 
 def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -38,3 +38,18 @@ def mse_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """
     with pair(student, teacher, one_width=True) as (student, teacher):
         return F.mse_loss(student, teacher)
+
+
+def srd_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Simple regression distillation: how far each dimension's correlation with the teacher's is from 1, in one log.
+
+    Both sides are standardised over the batch, dimension by dimension, as by a batch norm without weights: no scale or
+    translation of a dimension changes the loss. A dimension that is the same in all rows has correlation 0; so has
+    each in a batch of 1, where the loss is the logarithm of the width.
+
+    Args, Raises: as for `cosine_loss`; (batch, dim) each.
+    Returns: `log(sum_d |correlation_d - 1|**4 + 1e-5)`, a scalar, at least `log(1e-5)`.
+    Source: Miles and Mikolajczyk, Understanding the Role of the Projector in Knowledge Distillation, arXiv:2303.11098.
+    """
+    with pair(student, teacher, one_width=True) as (student, teacher):
+        return ((correlation(student.T, teacher.T, 1e-5) - 1).pow(4).sum() + 1e-5).log()

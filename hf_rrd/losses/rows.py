@@ -45,6 +45,16 @@ def unit(rows: Tensor, out: Tensor | None = None) -> Tensor:
     return ratio(rows, torch.linalg.vector_norm(rows, dim=-1, keepdim=True), out)
 
 
+def correlation(one: Tensor, other: Tensor, epsilon: float) -> Tensor:
+    """Pearson's of each row of `one` with that of `other`, (batch,). `epsilon` is added to both variances.
+
+    So a row that varies no more than its rounding has correlation 0, and a gradient that is finite.
+    """
+    one, other = (rows - rows.mean(-1, keepdim=True) for rows in (one, other))
+    spreads = [(rows.square().mean(-1) + epsilon).sqrt() for rows in (one, other)]
+    return (one * other).mean(-1) / (spreads[0] * spreads[1])
+
+
 def ratio(numerator: Tensor, denominator: Tensor, out: Tensor | None = None) -> Tensor:
     """`numerator / denominator`, and 0 with a gradient of 0 where the denominator is 0 (or as good as 0)."""
     least = math.sqrt(torch.finfo(denominator.dtype).tiny)  # the gradient holds the denominator's square

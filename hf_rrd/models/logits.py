@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_rrd.losses.logits import NUMBERS, ONE, SEVERAL, logit_terms
+from hf_rrd.losses.logits import NUMBERS, ONE, SEVERAL, dist_loss, logit_terms
 from hf_rrd.models.body import is_headless, unwrapped
 from hf_rrd.models.columns import TEACHER_PREFIX
 
@@ -155,11 +155,14 @@ class LogitPair:
                 "wrong, give both configs an `id2label`."
             )
 
-    def terms(self, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any], temperature: float) -> Tensor:
+    def terms(
+        self, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any], temperature: float, loss: str = "kl"
+    ) -> Tensor:
         """`logit_loss` of each example, (batch,): the mean over those of its tokens, frames or pixels that count.
 
         From logits as `logits_of` gives them, and the batch, whose labels and masks say what counts. A ValueError if
-        the logits are not of the same shape, or of one that has no meaning.
+        the logits are not of the same shape, or of one that has no meaning. With `loss="dist"` a scalar: `dist_loss`
+        over the same.
         """
         layout = self.layout or _layout_in(student, inputs)
         if {student.dim(), teacher.dim()} != {DIMENSIONS.get(layout, 3)}:
@@ -173,6 +176,15 @@ class LogitPair:
             self._order = self._order.to(teacher.device)
             teacher = teacher.index_select(-1, self._order)
         problem_type, counted = self._problem_type(layout, student, inputs), self._counted(layout, student, inputs)
+        if loss == "dist":
+            if problem_type != ONE or layout in ("spans", "choices"):
+                raise ValueError(
+                    "kd_loss='dist' compares the probabilities of classes, one label for each example or token, and "
+                    f"these are logits of {layout}, {problem_type}. Set kd_loss='kl'."
+                )
+            if counted is not None:
+                student, teacher = student[counted], teacher[counted]
+            return dist_loss(student, teacher, temperature) if len(student) else student.sum()
         if layout == "spans":
             among = None if counted is None else counted.unsqueeze(1)  # the softmax is over what counts
             return logit_terms(student, teacher, temperature, candidates=among).mean(1)

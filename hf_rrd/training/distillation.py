@@ -185,9 +185,10 @@ class Distillation:
         return {"relational_loss": loss, "relational_kl": divergence}
 
     def kd_terms(self, student_logits: Tensor, teacher_logits: Tensor, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """`kd_loss` of each example, (batch,)."""
+        """`kd_loss` of each example, (batch,); of "dist" their mean."""
         assert self.logits is not None
-        return {"kd_loss": self.logits.terms(student_logits, teacher_logits, inputs, self.args.kd_temperature)}
+        how = (self.args.kd_temperature, self.args.kd_loss)
+        return {"kd_loss": self.logits.terms(student_logits, teacher_logits, inputs, *how)}
 
     def total(self, terms: dict[str, Tensor]) -> Tensor:
         """The weighted sum of the terms' means, a scalar. `relational_kl` is for reading and has no weight."""
