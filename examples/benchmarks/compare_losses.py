@@ -294,7 +294,7 @@ def candidates(task: str, name: str) -> list[tuple[float, Run]]:
 
 def chosen_weights(args: Arguments, task: str) -> dict[str, float]:
     """The weight with the best validation score of each rival that the task can have and whose runs are finished."""
-    weights = {}
+    weights, args = {}, dataclasses.replace(args, steps_factor=1)
     for name in RIVALS:
         scored = [(figures["score"], w) for w, run in candidates(task, name) if (figures := result(args, task, run))]
         if len(scored) == len(candidates(task, name)):
@@ -466,7 +466,8 @@ def main(args: Arguments) -> None:
                 for name in RIVALS
                 if (args.rows is None or name in args.rows) and (name not in OF_LOGITS or task in WITH_LOGITS)
             ]
-            finish_all(args, task, pool, [run for name in tuned for _, run in candidates(task, name)])
+            usual = dataclasses.replace(args, steps_factor=1)  # a weight is chosen once, at that length
+            finish_all(usual, task, pool, [run for name in tuned for _, run in candidates(task, name)])
             plan = planned(args, task, chosen_weights(args, task))
             finish_all(args, task, pool, [run for r, _, run in plan if args.regimes is None or r in args.regimes])
     report(args)
