@@ -67,10 +67,10 @@ FIXED: dict[str, Any] = {
 setting where a new default would change them, with the value that leaves them as they were."""
 
 RIVALS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
-    "KD": ({}, (0.5, 2.0, 8.0, 32.0)),
+    "KD": ({}, (0.3, 1.0, 3.0, 10.0)),
     "DIST": ({"kd_loss": "dist"}, (1.0, 4.0, 16.0, 64.0)),
     "InfoNCE (CRD)": ({"relational_loss": "infonce"}, (0.1, 0.5, 2.5, 12.5)),
-    "MSE": ({"relational_loss": "mse"}, (1.0, 10.0, 100.0, 1000.0)),
+    "MSE": ({"relational_loss": "mse"}, (0.3, 3.0, 30.0, 300.0)),
     "cosine": ({"relational_loss": "cosine"}, (0.3, 2.0, 10.0, 60.0)),
     "SRD": ({"relational_loss": "srd"}, (0.05, 0.3, 2.0, 10.0)),
     "RKD distance": ({"relational_loss": "rkd_distance"}, (2.5, 25.0, 250.0, 2500.0)),
@@ -156,7 +156,7 @@ def trained(task: Task, run: Run, max_steps: int | None = None, steps_factor: in
         args = RelationalDistillationConfig(
             **quiet(Path(folder), warmup_steps=30, remove_unused_columns=False, seed=run.seed, **settings)
         )
-        distils = args.relational_weight > 0 or args.kd_weight > 0
+        distils = args.relational_weight != 0 or args.kd_weight != 0
         trainer = RelationalDistillationTrainer(
             task.student(run.seed),
             args,
