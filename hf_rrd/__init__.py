@@ -4,13 +4,14 @@ from hf_rrd.config import RelationalDistillationConfig
 from hf_rrd.losses.bank import FeatureBank
 from hf_rrd.losses.in_batch import (
     correlation_congruence_loss,
+    own_space_loss,
     pkt_loss,
     rkd_angle_loss,
     rkd_distance_loss,
     similarity_preserving_loss,
 )
-from hf_rrd.losses.logits import logit_loss
-from hf_rrd.losses.regression import cosine_loss, mse_loss
+from hf_rrd.losses.logits import dist_loss, logit_loss
+from hf_rrd.losses.regression import cosine_loss, mse_loss, srd_loss
 from hf_rrd.losses.relational import infonce_loss, relational_loss
 from hf_rrd.models.embedding import embed
 from hf_rrd.models.head import detach_head
@@ -36,16 +37,19 @@ __all__ = [
     "correlation_congruence_loss",
     "cosine_loss",
     "detach_head",
+    "dist_loss",
     "embed",
     "infonce_loss",
     "logit_loss",
     "mse_loss",
+    "own_space_loss",
     "pkt_loss",
     "relational_alignment",
     "relational_loss",
     "rkd_angle_loss",
     "rkd_distance_loss",
     "similarity_preserving_loss",
+    "srd_loss",
     "student_from_teacher",
     "with_views",
     "write_card",

@@ -22,6 +22,7 @@ DEFAULTS = {
     "task_weight": 1.0,
     "kd_weight": 0.0,
     "kd_temperature": 4.0,
+    "kd_loss": "kl",
     "relational_weight": 10.0,
     "relational_loss": "rrd",
     "student_temperature": 0.1,

@@ -58,7 +58,8 @@ def starts(teacher: Path, layers: int) -> dict[str, Callable[[int], Any]]:
 def accuracy(task: Task, learning_rate: float, seed: int, split: str, steps: int) -> float:
     """A distilled student's accuracy in percent."""
     settings = {**task.settings, "learning_rate": learning_rate}
-    return train(dataclasses.replace(task, settings=settings), run_of("all", {}, seed, split), steps)["accuracy"]
+    run = run_of("all", {}, seed, split, package="as it is")
+    return train(dataclasses.replace(task, settings=settings), run, steps)["accuracy"]
 
 
 def main(args: Arguments) -> None:

@@ -1,19 +1,17 @@
-"""The figures of the comparison of losses as pages: `examples/benchmarks/comparison/`.
+"""The figures of the comparison of losses as a page: `examples/benchmarks/comparison/cells.md`.
 
-    python examples/benchmarks/write_comparison.py --task sst2
-    python examples/benchmarks/write_comparison.py --task cifar10
+    python examples/benchmarks/write_comparison.py
 
-Reads `summary.csv` and the picture that `compare_losses.py` has written to the same output folder.
+Reads `cells.csv`, which `compare_losses.py` has written to the same output folder.
 """
 
 import csv
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_rrd.results.table import markdown
 
-REGIMES = {"all": "All labels", "few": "500 labels, all examples distilled", "none": "No labels"}
+REGIMES = {"all": "all labels", "few": "500 labels, all examples distilled", "none": "no labels"}
 
 SUBJECTS = {
     "sst2": "SST-2 (`stanfordnlp/sst2`). Teacher: all-MiniLM-L6-v2 (6 layers, 384 wide), fine-tuned on all labels "
@@ -21,6 +19,11 @@ SUBJECTS = {
     "cifar10": "CIFAR-10 (`uoft-cs/cifar10`). Teacher: RegNet (825,000 parameters), trained on 45,000 images for 6 "
     "epochs; 79.9 % on the test split. Student: ViT, 3 layers, 64 wide, patches of 8, from fresh weights, on 10,000 "
     "of those images.",
+    "sst2_raw": "SST-2 again, the same student, and as teacher MiniLM as it comes, which never saw the labels.",
+    "sentences": "31,000 sentences of STS-B, TREC, MR and SST-2 without labels. Teacher: MiniLM as it comes. Student: "
+    "the same BERT without a head. The score is the mean of two correlations (Spearman's, in percent) with people's "
+    "scores of STS-B's test pairs: of the student's own embedding and of the projected one. TREC and MR: linear "
+    "probes of the own embedding.",
 }
 
 
@@ -28,53 +31,45 @@ SUBJECTS = {
 class Arguments:
     """What the command line may change."""
 
-    task: str = field(metadata={"help": "The data set.", "choices": list(SUBJECTS)})
     output_dir: str = field(default="out/compare", metadata={"help": "Where the comparison's results are."})
-    pages_dir: str = field(default="examples/benchmarks/comparison", metadata={"help": "Where the page goes."})
+    page: str = field(default="examples/benchmarks/comparison/cells.md", metadata={"help": "The file to write."})
 
 
-def figures(row: dict[str, str]) -> list[str]:
-    """The cells of one row of `summary.csv`."""
-    seeds = int(row["seeds"])
-    score, spread = float(row["score"]), float(row["deviation"])
-    difference, half = float(row["difference"]), float(row["half_interval"])
-    return [
-        row["method"],
-        f"{score:.1f} ± {spread:.1f}" if seeds > 1 else f"{score:.1f}",
-        "" if row["method"] == "plain" else f"{difference:+.1f} ± {half:.1f}" if seeds > 1 else f"{difference:+.1f}",
-        f"{float(row['probe_few']):.1f}" if row["probe_few"] else "",
-        f"{float(row['cka']):.2f}",
-        f"{float(row['neighbor_overlap']):.0f}",
-        str(seeds),
-    ]
+def section(task: str, regime: str, rows: list[dict[str, str]]) -> str:
+    """A cell's table: the score and its difference to plain, and whatever else was measured."""
+    common = ("task", "regime", "row", "settings", "seeds", "score", "deviation", "difference", "half_interval")
+    more = [name for name in rows[0] if name not in (*common, "accuracy", "seconds") and rows[0][name]]
+    lines = []
+    for row in rows:
+        difference = f"{float(row['difference']):+.1f} ± {float(row['half_interval']):.1f}"
+        line = [row["row"], f"{float(row['score']):.1f} ± {float(row['deviation']):.1f}"]
+        line.append("" if row["row"] == "plain" or "nan" in difference else difference)
+        line += [f"{float(row[name]):.{2 if name == 'cka' else 1}f}" for name in more]
+        lines.append([*line, row["seeds"], f"`{row['settings']}`"])
+    header = ["", "score", "difference", *(name.replace("_", " ") for name in more), "seeds", "settings"]
+    return f"## {task}, {REGIMES[regime]}\n\n{SUBJECTS[task]}\n\n{markdown(header, lines)}"
 
 
-def page(task: str, rows: list[dict[str, str]]) -> str:
-    """A task's tables, one for each regime."""
-    sections = []
-    for regime, title in REGIMES.items():
-        own = [figures(row) for row in rows if row["regime"] == regime]
-        score = "linear probe, %" if regime == "none" else "accuracy, %"
-        header = ["", score, "difference", "probe of 500", "CKA", "neighbours, %", "seeds"]
-        sections.append(f"## {title}\n\n{markdown(header, own)}")
+def page(rows: list[dict[str, str]]) -> str:
+    """The tables of all cells."""
+    cells = dict.fromkeys((row["task"], row["regime"]) for row in rows)
+    sections = [section(*cell, [row for row in rows if (row["task"], row["regime"]) == cell]) for cell in cells]
     return (
-        f"# The losses compared on {task}\n\n{SUBJECTS[task]}\n\n"
+        "# The losses compared on nine cells\n\n"
         "Test split; mean and standard deviation over seeds, and the difference to the student alone (`plain`; "
-        "without labels to the one of 500 labels), paired by seed, with its 95 % interval. CKA (not debiased) and "
-        "neighbours (how many of an example's 10 nearest are the teacher's, in percent) say how near the student's "
-        "relations are to the teacher's. Made by `compare_losses.py` and `write_comparison.py`; what the rows set "
-        f"stands in the former.\n\n![Differences of all losses]({task}.png)\n\n" + "\n\n".join(sections) + "\n"
+        "without labels to the one of 500 labels), paired by seed, with its 95 % interval. The score is the accuracy "
+        "in percent, without labels that of a linear probe. CKA (not debiased) and neighbor overlap (how many of an "
+        "example's 10 nearest are the teacher's, in percent) say how near the student's relations are to the "
+        "teacher's. Made by `compare_losses.py` and `write_comparison.py`.\n\n" + "\n\n".join(sections) + "\n"
     )
 
 
 def main(args: Arguments) -> None:
-    """Read, write, copy the picture."""
-    results, pages = Path(args.output_dir) / args.task, Path(args.pages_dir)
-    with (results / "summary.csv").open(newline="") as file:
+    """Read, write."""
+    with (Path(args.output_dir) / "cells.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    pages.mkdir(parents=True, exist_ok=True)
-    (pages / f"{args.task}.md").write_text(page(args.task, rows))
-    shutil.copyfile(results / "comparison.png", pages / f"{args.task}.png")
+    Path(args.page).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.page).write_text(page(rows))
 
 
 if __name__ == "__main__":

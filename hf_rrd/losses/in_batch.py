@@ -191,6 +191,6 @@ BATCH_LOSSES: dict[str, Callable[..., Tensor]] = {
 # How many examples each needs to have anything to compare: with fewer it is 0, whatever the student does.
 FEWEST_EXAMPLES: dict[str, int] = {
     **dict.fromkeys(("cosine", "mse"), 1),
-    **dict.fromkeys(("similarity_preserving", "correlation_congruence", "srd"), 2),
-    **dict.fromkeys(("rkd_distance", "rkd_angle", "pkt", "own_space"), 3),
+    **dict.fromkeys(("similarity_preserving", "correlation_congruence"), 2),
+    **dict.fromkeys(("rkd_distance", "rkd_angle", "pkt", "srd", "own_space"), 3),
 }

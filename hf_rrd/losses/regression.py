@@ -44,12 +44,14 @@ def srd_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Simple regression distillation: how far each dimension's correlation with the teacher's is from 1, in one log.
 
     Both sides are standardised over the batch, dimension by dimension, as by a batch norm without weights: no scale or
-    translation of a dimension changes the loss. A dimension that is the same in all rows has correlation 0; so has
-    each in a batch of 1, where the loss is the logarithm of the width.
+    translation of a dimension changes the loss. A dimension that is the same in all rows has correlation 0.
 
     Args, Raises: as for `cosine_loss`; (batch, dim) each.
-    Returns: `log(sum_d |correlation_d - 1|**4 + 1e-5)`, a scalar, at least `log(1e-5)`.
+    Returns: `log(sum_d |correlation_d - 1|**4 + 1e-5)`, a scalar, at least `log(1e-5)`; 0 for fewer than 3 examples,
+        between which all correlations are 1 or -1.
     Source: Miles and Mikolajczyk, Understanding the Role of the Projector in Knowledge Distillation, arXiv:2303.11098.
     """
     with pair(student, teacher, one_width=True) as (student, teacher):
+        if len(student) < 3:
+            return (student * 0).sum()
         return ((correlation(student.T, teacher.T, 1e-5) - 1).pow(4).sum() + 1e-5).log()

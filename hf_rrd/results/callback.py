@@ -120,7 +120,7 @@ class FactsCallback(TrainerCallback):
         names = ["task_weight", "relational_weight", "kd_weight"]
         learned = last_losses(self.state.log_history)  # a weight may have come down to 0 since
         if args.kd_weight > 0 or "kd_loss" in learned:
-            names += ["kd_temperature"]
+            names += ["kd_loss", "kd_temperature"]
         if args.relational_weight > 0 or "relational_loss" in learned:
             names += ["relational_loss", "student_projection", "teacher_projection", "projection_dim"]
             names += ["student_pooling", "teacher_pooling"]

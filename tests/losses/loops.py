@@ -47,6 +47,19 @@ def naive_mse(student: Rows, teacher: Rows) -> float:
     return sum(dot(minus(s, t), minus(s, t)) / len(s) for s, t in zip(student, teacher, strict=True)) / len(student)
 
 
+def correlation(a: Sequence[float], b: Sequence[float], epsilon: float) -> float:
+    a, b = ([x - math.fsum(each) / len(each) for x in each] for each in (a, b))
+    variances = [dot(each, each) / len(each) + epsilon for each in (a, b)]
+    return dot(a, b) / len(a) / math.sqrt(variances[0] * variances[1])
+
+
+def naive_srd(student: Rows, teacher: Rows) -> float:
+    if len(student) < 3:
+        return 0.0
+    columns = zip(zip(*student, strict=True), zip(*teacher, strict=True), strict=True)
+    return math.log(math.fsum((correlation(s, t, 1e-5) - 1) ** 4 for s, t in columns) + 1e-5)
+
+
 def slopes_of(naive: Callable[..., float], student: Tensor, teacher: Tensor) -> Tensor:
     """The gradient of a loop by central differences of the fourth order."""
     step, slopes = 1e-3, torch.zeros_like(student)

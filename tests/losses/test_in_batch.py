@@ -11,12 +11,13 @@ from hf_rrd.losses.in_batch import (
     BATCH_LOSSES,
     FEWEST_EXAMPLES,
     correlation_congruence_loss,
+    own_space_loss,
     pkt_loss,
     rkd_angle_loss,
     rkd_distance_loss,
     similarity_preserving_loss,
 )
-from hf_rrd.losses.regression import cosine_loss, mse_loss
+from hf_rrd.losses.regression import cosine_loss, mse_loss, srd_loss
 from tests.losses.loops import (
     Rows,
     cosine,
@@ -25,12 +26,13 @@ from tests.losses.loops import (
     minus,
     naive_cosine,
     naive_mse,
+    naive_srd,
     rotation,
     rows,
     slopes_of,
 )
 
-ONE_WIDTH = ["cosine", "mse"]
+ONE_WIDTH = ["cosine", "mse", "srd"]
 RELATIONAL = [name for name in BATCH_LOSSES if name not in ONE_WIDTH]
 SIZES = [(1, 1, 1), (1, 5, 2), (2, 1, 1), (2, 5, 3), (3, 1, 5), (3, 5, 5), (7, 5, 1), (7, 1, 1), (7, 5, 5), (7, 3, 5)]
 """(batch, student_dim, teacher_dim)."""
@@ -105,6 +107,7 @@ NAIVE = {
     "correlation_congruence": naive_correlation_congruence,
     "cosine": naive_cosine,
     "mse": naive_mse,
+    "srd": naive_srd,
 }
 
 
@@ -117,6 +120,7 @@ def test_the_table_names_the_losses_of_the_module_and_those_of_regression() -> N
         "correlation_congruence": correlation_congruence_loss,
         "cosine": cosine_loss,
         "mse": mse_loss,
+        "srd": srd_loss,
     }
 
 
@@ -196,7 +200,7 @@ def test_the_scale_of_single_rows_changes_all_but_the_losses_on_cosines(name: st
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-15), (torch.float32, 1e-7)])
-@pytest.mark.parametrize("name", BATCH_LOSSES)
+@pytest.mark.parametrize("name", [name for name in BATCH_LOSSES if name != "srd"])
 def test_each_loss_and_its_gradient_are_0_at_the_teacher(name: str, dtype: torch.dtype, tolerance: float) -> None:
     teacher = rows(6, 5, seed=1, dtype=dtype)
     loss, gradient = gradient_of(lambda s: BATCH_LOSSES[name](s, teacher), teacher)
@@ -275,7 +279,8 @@ def test_degenerate_rows_give_a_finite_loss_and_a_gradient_of_ordinary_size(name
         student, teacher = (plain if side == "teacher" else odd), (plain if side == "student" else odd)
         loss, gradient = gradient_of(lambda s, t=teacher: BATCH_LOSSES[name](s, t), student)
         assert math.isfinite(loss)
-        assert float(gradient.abs().max()) < 10
+        # Over a student without variance SRD divides by the root of 1e-5.
+        assert float(gradient.abs().max()) < (100 if name == "srd" else 10)
 
 
 @pytest.mark.parametrize("kind", DEGENERATE[:-1])
@@ -309,6 +314,7 @@ def test_losses_on_differences_stay_exact_in_float32_where_rows_nearly_coincide(
         ("correlation_congruence", 1e-6),
         ("cosine", 1e-6),
         ("mse", 1e-6),
+        ("srd", 1e-6),
     ],
 )
 def test_float32_is_as_good_as_float64_for_64_unit_rows_of_384(name: str, tolerance: float) -> None:
@@ -406,3 +412,81 @@ def test_a_loss_teaches_from_its_fewest_examples_on_and_is_0_below(name: str) ->
     *below, (loss_there, gradient) = norms
     assert below == [(0.0, 0.0)] * (fewest > 1)
     assert min(loss_there, gradient) > 1e-3
+
+
+# ---- Each side in a space of its own ----
+
+
+def naive_own_space(student: Rows, teacher: Rows, student_temperature: float, teacher_temperature: float) -> float:
+    total = 0.0
+    for i in range(len(student)):
+        others = [j for j in range(len(student)) if j != i]
+        powers = [
+            [math.exp(cosine(side[i], side[j]) / temperature) for j in others]
+            for side, temperature in ((student, student_temperature), (teacher, teacher_temperature))
+        ]
+        probs = [[power / math.fsum(side) for power in side] for side in powers]
+        total -= math.fsum(t * math.log(s) for s, t in zip(*probs, strict=True))
+    return total / len(student)
+
+
+@pytest.mark.parametrize(("batch", "student_dim", "teacher_dim"), SIZES)
+@pytest.mark.parametrize("temperatures", [(0.1, 0.05), (1.0, 2.0)])
+def test_own_space_and_its_gradient_equal_a_loop_over_the_formula(
+    batch: int, student_dim: int, teacher_dim: int, temperatures: tuple[float, float]
+) -> None:
+    student, teacher = rows(batch, student_dim, seed=1), rows(batch, teacher_dim, seed=2)
+    loss, gradient = gradient_of(lambda s: own_space_loss(s, teacher, *temperatures), student)
+
+    def naive(s: Rows, t: Rows) -> float:
+        return naive_own_space(s, t, *temperatures)
+
+    assert loss.shape == ()
+    assert float(loss) == pytest.approx(naive(student.tolist(), teacher.tolist()), rel=1e-9, abs=1e-9)
+    torch.testing.assert_close(gradient, slopes_of(naive, student, teacher), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_own_space_does_not_see_scale_and_rotation_of_a_side(side: str) -> None:
+    student, teacher = rows(6, 5, seed=1), rows(6, 4, seed=2)
+    expected = float(own_space_loss(student, teacher))
+    scales = torch.arange(1, 7, dtype=torch.float64)[:, None]
+    if side == "student":
+        student = scales * student @ rotation(5)
+    else:
+        teacher = scales * teacher @ rotation(4)
+    assert float(own_space_loss(student, teacher)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_own_space_is_the_teachers_entropy_where_both_sides_agree_and_its_gradient_is_0_there() -> None:
+    teacher = rows(6, 5, seed=1)
+    loss, gradient = gradient_of(lambda s: own_space_loss(s, teacher, 0.2, 0.2), 4 * teacher @ rotation(5))
+    assert float(loss) == pytest.approx(naive_own_space(teacher.tolist(), teacher.tolist(), 0.2, 0.2), rel=1e-9)
+    assert float(gradient.abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_own_space_is_0_where_there_are_no_others_to_choose_from(count: int) -> None:
+    assert FEWEST_EXAMPLES["own_space"] == 3
+    loss, gradient = gradient_of(lambda s: own_space_loss(s, rows(count, 3, seed=2)), rows(count, seed=1))
+    assert float(loss) == 0
+    assert float(gradient.abs().max()) == 0
+
+
+@pytest.mark.parametrize("kind", DEGENERATE)
+def test_own_space_of_degenerate_rows_is_finite_and_teaches_the_student_alone(kind: str) -> None:
+    for dtype in (torch.float32, torch.float64):
+        student, teacher = degenerate(kind, dtype), rows(6, 3, seed=2, dtype=dtype).requires_grad_()
+        for given in (student, rows(6, seed=3, dtype=dtype)):
+            loss, gradient = gradient_of(lambda s, t=teacher: own_space_loss(s, t), given)
+            assert math.isfinite(loss)
+            assert float(gradient.abs().max()) < 100
+        assert teacher.grad is None
+        swapped, _ = gradient_of(lambda s, t=student: own_space_loss(s, t), rows(6, seed=3, dtype=dtype))
+        assert math.isfinite(swapped)
+
+
+@pytest.mark.parametrize("name", ["student_temperature", "teacher_temperature"])
+def test_own_space_names_a_temperature_that_is_not_positive(name: str) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` must be positive, got 0.0"):
+        own_space_loss(rows(3), rows(3), **{name: 0.0})

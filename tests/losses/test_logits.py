@@ -1,11 +1,13 @@
 """Distillation on logits against loops over its formula."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from hf_rrd.losses.logits import logit_loss, logit_terms
-from tests.losses.loops import gradient_of
+from hf_rrd.losses.logits import dist_loss, logit_loss, logit_terms
+from tests.losses.loops import correlation, gradient_of, slopes_of
 
 
 def naive_logit_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -137,3 +139,49 @@ def test_logit_loss_says_what_is_wrong_with_its_arguments(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         logit_loss(torch.randn(student), torch.randn(teacher), temperature)
+
+
+def naive_dist(student: list[list[float]], teacher: list[list[float]], temperature: float) -> float:
+    def probabilities(rows: list[list[float]]) -> list[list[float]]:
+        powers = [[math.exp(z / temperature) for z in row] for row in rows]
+        return [[power / math.fsum(row) for power in row] for row in powers]
+
+    sides = [probabilities(side) for side in (student, teacher)]
+    loss = 0.0
+    for one, other in (sides, [list(zip(*side, strict=True)) for side in sides]):
+        loss += 1 - math.fsum(correlation(a, b, 1e-8) for a, b in zip(one, other, strict=True)) / len(one)
+    return loss
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize(("batch", "classes"), [(1, 3), (5, 3), (3, 11)])
+def test_dist_and_its_gradient_equal_a_loop_over_the_formula(batch: int, classes: int, temperature: float) -> None:
+    student, teacher = logits(batch, classes, seed=1), logits(batch, classes, seed=2)
+    loss, gradient = gradient_of(lambda rows: dist_loss(rows, teacher, temperature), student)
+
+    def naive(rows: list[list[float]], others: list[list[float]]) -> float:
+        return naive_dist(rows, others, temperature)
+
+    assert loss.shape == ()
+    assert float(loss) == pytest.approx(naive(student.tolist(), teacher.tolist()), rel=1e-9)
+    torch.testing.assert_close(gradient, slopes_of(naive, student, teacher), rtol=1e-5, atol=1e-6)
+
+
+def test_dist_is_0_at_the_teacher_4_at_its_opposite_and_2_where_all_is_alike() -> None:
+    teacher = logits(6, 2, seed=1)
+    assert float(dist_loss(teacher, teacher)) == pytest.approx(0, abs=1e-5)
+    assert float(dist_loss(-teacher, teacher)) == pytest.approx(4, abs=1e-5)
+    loss, gradient = gradient_of(lambda rows: dist_loss(rows, teacher), torch.zeros_like(teacher).float())
+    assert float(loss) == pytest.approx(2, abs=1e-5)
+    assert gradient.isfinite().all()
+
+
+def test_dist_gives_only_the_student_a_gradient_and_names_what_is_wrong() -> None:
+    student, teacher = logits(4, 3, seed=1).requires_grad_(), logits(4, 3, seed=2).requires_grad_()
+    dist_loss(student, teacher).backward()
+    assert float(student.grad.norm()) > 0
+    assert teacher.grad is None
+    with pytest.raises(ValueError, match="`student` and `teacher` must have one width here, got 3 and 2"):
+        dist_loss(student, teacher[:, :2])
+    with pytest.raises(ValueError, match="`temperature` must be positive, got 0"):
+        dist_loss(student, teacher, 0.0)

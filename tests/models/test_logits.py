@@ -1,6 +1,7 @@
 """Distillation on logits of all kinds of heads, against loops over their examples, positions and classes."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from hf_rrd import cache_teacher_outputs
+from hf_rrd.losses.logits import dist_loss
 from hf_rrd.models.logits import DIMENSIONS, LAYOUTS, LogitPair, class_order, layout_of, logits_of
 from hf_rrd.training.data import noted_logits
 from tests.builders import CLASSES, Images, Texts, log_of, tiny_bert, tiny_vit, trainer
@@ -723,3 +725,35 @@ def test_a_model_without_a_config_is_compared_by_its_logits(tmp_path: Path) -> N
     assert logits_of(TokenClassifierOutput()) is None
     pair = pair_of(Own(2, 3), tiny_vit(classes=3))
     assert pair.layout == "classes" and pair.terms(torch.ones(2, 3), torch.ones(2, 3), {}, 1.0).tolist() == [0, 0]
+
+
+# ---- By correlation ----
+
+
+def test_dist_compares_classes_in_the_students_order_and_the_tokens_that_count() -> None:
+    mine, theirs = torch.randn(5, 4), torch.randn(5, 4)
+    student, teacher = named(tiny_vit(), SENTIMENTS), named(tiny_vit(seed=1), OTHER_ORDER)
+    found = pair_of(student, teacher).terms(mine, theirs, {}, TEMPERATURE, "dist")
+    ordered = theirs[:, class_order(SENTIMENTS, OTHER_ORDER)]
+    assert float(found) == pytest.approx(float(dist_loss(mine, ordered, TEMPERATURE)), rel=1e-6)
+    tagger = BertForTokenClassification(bert_config(num_labels=4))
+    mine, theirs, mask = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    pair = pair_of(tagger, tagger)
+    found = pair.terms(mine, theirs, {"attention_mask": mask}, TEMPERATURE, "dist")
+    counted = dist_loss(mine[mask == 1], theirs[mask == 1], TEMPERATURE)
+    assert float(found) == pytest.approx(float(counted), rel=1e-6)
+    assert float(pair.terms(mine, theirs, {"attention_mask": 0 * mask}, TEMPERATURE, "dist")) == 0
+
+
+@pytest.mark.parametrize("kind", ["multi_label_classification", "regression"])
+def test_dist_of_logits_that_are_not_of_one_label_is_refused(kind: str) -> None:
+    pair = pair_of(written(tiny_vit(), kind), tiny_vit())
+    message = f"one label for each example or token, and these are logits of classes, {kind}. Set kd_loss='kl'."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pair.terms(torch.randn(3, 4), torch.randn(3, 4), {}, TEMPERATURE, "dist")
+
+
+def test_a_student_learns_by_dist(tmp_path: Path) -> None:
+    run = trainer(tmp_path, kd_weight=1.0, kd_loss="dist", relational_weight=0.0, max_steps=30, logging_steps=10)
+    run.train()
+    assert 0 < log_of(run, "kd_loss")[-1] < log_of(run, "kd_loss")[0] < 4

@@ -130,7 +130,7 @@ def test_what_was_learned_is_told_after_its_weight_has_come_down_to_0(tmp_path: 
     run.args.relational_weight = run.args.kd_weight = 0.0
     card = card_of(run).text
     assert "- its teacher's logits\n- the relations" in card and "without a teacher" not in card
-    assert {"kd_temperature", "teacher_temperature"} <= facts_of(run)["settings"].keys()
+    assert {"kd_loss", "kd_temperature", "teacher_temperature"} <= facts_of(run)["settings"].keys()
 
 
 @pytest.mark.parametrize(
