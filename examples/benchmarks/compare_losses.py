@@ -6,8 +6,8 @@
 
 Regimes: `all` (every label), `few` (500 labels, all examples for distillation), `none` (no labels; a linear probe of
 the frozen student, or on sentences the correlation with people's scores). Every run of a task has as many steps of the
-same batch size. `ours` is the package with nothing set. A rival's weight is chosen for each task from four on the
-validation split, in the regime `few` (`none` where there are no labels), with a seed of its own; the test split is
+same batch size. `ours` is the package with nothing set. A rival's weight is chosen for each task from four or five on
+the validation split, in the regime `few` (`none` where there are no labels), with a seed of its own; the test split is
 read for the tables alone. The teacher is trained once and its outputs are computed once. Each finished run is a file,
 so a killed comparison goes on where it was, and several may work in one folder. Writes `runs.csv` into each task's
 folder and `cells.csv` beside them.
@@ -67,9 +67,9 @@ FIXED: dict[str, Any] = {
 setting where a new default would change them, with the value that leaves them as they were."""
 
 RIVALS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
-    "KD": ({}, (0.3, 1.0, 3.0, 10.0)),
+    "KD": ({}, (0.3, 1.0, 3.0, 10.0, 30.0)),
     "DIST": ({"kd_loss": "dist"}, (1.0, 4.0, 16.0, 64.0)),
-    "InfoNCE (CRD)": ({"relational_loss": "infonce"}, (0.1, 0.5, 2.5, 12.5)),
+    "InfoNCE (CRD)": ({"relational_loss": "infonce"}, (0.1, 0.5, 2.5, 12.5, 60.0)),
     "MSE": ({"relational_loss": "mse"}, (0.3, 3.0, 30.0, 300.0)),
     "cosine": ({"relational_loss": "cosine"}, (0.3, 2.0, 10.0, 60.0)),
     "SRD": ({"relational_loss": "srd"}, (0.05, 0.3, 2.0, 10.0)),
@@ -443,7 +443,10 @@ def report(args: Arguments) -> None:
                     f"{statistics.fmean(mean for mean, _ in found):+.2f}, worst {min(found)[0]:+.2f}"
                 )
     for task in args.task:
-        console.print(f"weights on {task}, chosen on validation data:", json.dumps(chosen_weights(args, task)))
+        weights = chosen_weights(args, task)
+        console.print(f"weights on {task}, chosen on validation data:", json.dumps(weights))
+        highest = [name for name, weight in weights.items() if weight == max(RIVALS[name][1])]
+        console.print("of these the highest candidate:", ", ".join(highest) or "none")
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -293,8 +293,8 @@ def test_the_tables_pair_by_seed_and_find_the_best_rival_of_each_cell(
     args = comparison.Arguments(task=["sst2", "sst2_raw"], output_dir=str(tmp_path), seeds=3)
     for task in args.task:
         for name in ("KD", "MSE") if task == "sst2" else ("MSE",):
-            for score, (_, run) in zip((2, 1, 1, 1), comparison.candidates(task, name), strict=True):
-                finished(comparison, args, task, run, score)
+            for weight, run in comparison.candidates(task, name):
+                finished(comparison, args, task, run, -weight if task == "sst2" else weight)
     scores = {
         ("sst2", "all", "plain"): (70.0, 72.0, 71.0),
         ("sst2", "all", "KD"): (70.0, 73.0, 70.0),
@@ -323,6 +323,7 @@ def test_the_tables_pair_by_seed_and_find_the_best_rival_of_each_cell(
     assert "ours against KD: above in 0 of 1 cells, below in 0" in printed
     assert "ours against best rival: above in 1 of 2 cells, below in 0" in printed
     assert "mean +2.50, worst +0.00" in printed
+    assert [line.split(": ")[1] for line in printed.splitlines() if "highest" in line] == ["none", "MSE"]
     assert (tmp_path / "cells.csv").read_text().count("\n") == 1 + len(scores)
     assert (tmp_path / "sst2" / "runs.csv").read_text().count("\n") == 1 + 3 * 6
     sys.modules["write_comparison"].main(
