@@ -174,9 +174,12 @@ def main() -> None:
         teacher_name, **labels, ignore_mismatched_sizes=True, output_loading_info=True
     )
     has_head = not (loading["missing_keys"] or loading["mismatched_keys"])
-    if args.kd_weight > 0 and not has_head:
+    asked = args.kd_weight not in (0, "auto")
+    if asked and not has_head:
         raise SystemExit(f"--kd_weight needs a teacher of the labels {list(label2id)}: {teacher_name} is of others.")
-    if args.kd_weight > 0:  # the names above have replaced its own
+    if not has_head:  # a new one has these names, too
+        args.kd_weight = 0.0
+    if asked:  # the names above have replaced its own
         class_order(sorted(label2id, key=lambda name: label2id[name]), sorted(known, key=lambda name: known[name]))
     teacher_processor = AutoImageProcessor.from_pretrained(teacher_name)
     processor = AutoImageProcessor.from_pretrained(model_args.student_model_name_or_path or teacher_name)
@@ -213,7 +216,7 @@ def main() -> None:
 
     # The teacher's outputs, if they are to be computed once.
     if count:
-        how = {"pooling": args.teacher_pooling, "with_logits": args.kd_weight > 0}
+        how = {"pooling": args.teacher_pooling, "with_logits": args.kd_weight != 0}
         cache = partial(cache_teacher_outputs, teacher=teacher, batch_size=args.per_device_eval_batch_size, **how)
         train, views = cache(train), {split: cache(views[split]) for split in evaluated}
 

@@ -94,7 +94,7 @@ def main() -> None:
         for batch in loader:
             with torch.no_grad():
                 teacher_rows, teacher_outputs = embed(teacher, batch, return_outputs=True)
-            student_rows, outputs = embed(student, batch, return_outputs=True)
+            student_rows, outputs = embed(student, batch, "head", return_outputs=True)
             rows = teacher_rows - mean  # (batch, width)
             relational = relational_loss(project(student_rows), rows, bank.filled, include_own=True)
             kd = logit_loss(outputs.logits, teacher_outputs.logits)

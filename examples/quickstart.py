@@ -124,7 +124,6 @@ def main() -> None:
     settings = RelationalDistillationConfig(
         str(out / "distilled"),
         num_train_epochs=args.epochs,
-        relational_weight=3,  # below the default: all digits have a label, and the task is easy
         push_to_hub=args.push_to_hub,
         hub_model_id=args.hub_model_id,
         **common,

@@ -153,9 +153,12 @@ def main() -> None:
         teacher_name, **labels, ignore_mismatched_sizes=True, output_loading_info=True
     )
     has_head = fine_tune or not (loading["missing_keys"] or loading["mismatched_keys"])
-    if args.kd_weight > 0 and not has_head:
+    asked = args.kd_weight not in (0, "auto")
+    if asked and not has_head:
         raise SystemExit(f"--kd_weight needs a teacher of the labels {list(label2id)}: try --teacher_epochs 2.")
-    if args.kd_weight > 0 and not fine_tune:  # the names above have replaced its own
+    if not has_head:  # a new one has these names, too
+        args.kd_weight = 0.0
+    if asked and not fine_tune:  # the names above have replaced its own
         class_order(sorted(label2id, key=lambda name: label2id[name]), sorted(known, key=lambda name: known[name]))
     teacher_tokenizer = AutoTokenizer.from_pretrained(teacher_name)
     tokenizer = AutoTokenizer.from_pretrained(model_args.student_model_name_or_path or teacher_name)
@@ -220,7 +223,7 @@ def main() -> None:
             args.per_device_eval_batch_size,
             processing_class=teacher_tokenizer,
             pooling=args.teacher_pooling,
-            with_logits=args.kd_weight > 0,
+            with_logits=args.kd_weight != 0,
         )
     trainer = RelationalDistillationTrainer(
         model=student,

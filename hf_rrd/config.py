@@ -16,13 +16,13 @@ from hf_rrd.losses.in_batch import FEWEST_EXAMPLES
 from hf_rrd.models.head import STUDENT_PROJECTIONS
 from hf_rrd.models.pooling import POOLERS, name_of
 from hf_rrd.training.distillation import RELATIONAL_LOSSES
-from hf_rrd.training.projection import MEASURED_PROJECTIONS, TEACHER_PROJECTIONS
+from hf_rrd.training.projection import TEACHER_PROJECTIONS
 
 WEIGHTS = ("task_weight", "kd_weight", "relational_weight")
+AUTOMATIC = ("kd_weight", "relational_weight")  # of these may be "auto"
 TEMPERATURES = {"kd_temperature": 4, "student_temperature": 0.1, "teacher_temperature": 0.02}
 CHOICES = {
     "kd_loss": ("kl", "dist"),
-    "relational_loss": RELATIONAL_LOSSES,
     "student_projection": tuple(STUDENT_PROJECTIONS),
     "teacher_projection": TEACHER_PROJECTIONS,
 }
@@ -62,24 +62,27 @@ class RelationalDistillationConfig(TrainingArguments):
     Args:
         task_weight: Weight of the task loss (the model's own, label smoothing or compute_loss_func included), 0 or
             more. 0 trains without labels.
-        kd_weight: Weight of classic distillation on logits, 0 or more. 0 never computes it. Above 0 the teacher
-            needs a head with the student's classes, which are matched by the names in `id2label`.
+        kd_weight: Weight of classic distillation on logits, 0 or more. 'auto': 1 where the teacher has the student's
+            classes by the names in `id2label`, otherwise 0, which never computes it. Above 0 the teacher needs a head
+            with these classes.
         kd_temperature: Temperature of classic distillation, positive. Raise it to show more of how the teacher ranks
             the wrong classes; the loss "kl" is multiplied by the square.
         kd_loss: Which loss on logits. 'kl': the divergence of the softened class probabilities; 'dist': their
             correlation over the classes and over the examples of the micro-batch, for one label per example or token.
-        relational_weight: Weight of the relational loss, 0 or more. 0 leaves out head and bank. The default is what
-            validation data chose on SST-2 and on CIFAR-10, with 500 labels.
-        relational_loss: Which relational loss, by name. 'rrd': cross-entropy between the teacher's and the student's
-            distribution of similarity over the bank; 'infonce': each example finds its own teacher embedding in the
-            bank; the others compare within the micro-batch, and each wants a relational_weight of its own.
+        relational_weight: Weight of the relational loss, 0 or more. 0 leaves out head and bank. With balance_losses:
+            how many times as hard as the task it pulls. 'auto': 10 where the teacher has the student's classes, as
+            for kd_weight, otherwise 1.
+        balance_losses: Whether the gradient of the relational loss is scaled, where it meets that of task and
+            distillation on logits at the student's hidden states, to relational_weight times as hard. Off, the weight
+            only multiplies the loss, and what it is worth depends on the task.
+        relational_loss: Which relational loss, by name, or several as a dict (on the command line JSON) of names and
+            their weights among each other. 'rrd': cross-entropy between the teacher's and the student's distribution
+            of similarity over the bank; 'infonce': each example finds its own teacher embedding in the bank; the
+            others compare within the micro-batch, 'own_space' in the student's own space, the rest in the teacher's.
         student_temperature: Temperature of the student's similarities, positive. Keep it above teacher_temperature:
             a sharper student was worse where labels are few on CIFAR-10, and no better elsewhere.
         teacher_temperature: Temperature of the teacher's similarities, positive. Lower it for a teacher whose
             embeddings are all alike; near 0 each example has only itself to match.
-        teacher_perplexity: Instead of teacher_temperature: how many rows of the bank each example's target is spread
-            over, above 1; with include_own that is half of the target, and the example's own key the other half. Set
-            it where teacher_perplexity in the log stays near 1, or to be spared the choice of a temperature.
         bank_size: Rows in the bank of teacher embeddings, 0 or more; never more than there are training examples. It
             is full from the first step, for which a teacher reads as many examples. 0 compares within the micro-batch,
             whose result depends on how the batch is cut.
@@ -87,21 +90,21 @@ class RelationalDistillationConfig(TrainingArguments):
             other examples only.
         projection_dim: Width in which teacher and student are compared, 1 or more. Unset: the teacher's own width.
             Set it, with teacher_projection, for a smaller bank.
-        student_projection: From the student's embedding to that width, trained and then thrown away: 'linear',
-            'mlp', or 'none' where the widths are equal.
+        student_projection: From the student's embedding to that width, trained and then thrown away: 'centered',
+            linear after the mean of each 16 examples is taken off, with its gradient; 'linear', without; or 'none'
+            where the widths are equal.
         teacher_projection: From the teacher's embedding to that width, frozen: 'center' takes the mean off (see
             README for what that is worth), 'none' keeps it as it is, 'pca' projects to projection_dim for a smaller
             bank; 'orthogonal' does so at random.
-        calibration_examples: Training examples on which 'center' and 'pca' of teacher_projection are measured before
-            the first step, 0 or more.
         alignment_examples: Evaluation examples whose embeddings are compared with the teacher's at each evaluation, 0
             or more, spread evenly over it. Set it to some thousand to have eval_alignment_cka,
             eval_alignment_rank_correlation and eval_alignment_neighbor_overlap, also as metric_for_best_model.
-        student_pooling: From the student's hidden states to one embedding: 'auto', 'cls', 'mean', 'max',
+        student_pooling: From the student's hidden states to one embedding: 'auto', 'head', 'cls', 'mean', 'max',
             'last_token', 'pooler', 'gap', or in Python a callable (body_output, attention_mask) -> (batch, width).
-            'auto': last token of a decoder, CLS of a vision model that has one, otherwise the mean.
-        teacher_pooling: How the teacher's hidden states become one embedding, as in student_pooling. Set it to what
-            the teacher was trained with, 'mean' or 'cls' for most embedding models.
+            'auto' and 'head': what the last layer of its classifier reads; without one, as for a teacher, the last
+            token of a decoder, CLS of a vision model that has one, otherwise the mean.
+        teacher_pooling: How the teacher's hidden states become one embedding, as for a student without a head. Set it
+            to what the teacher was trained with, 'mean' or 'cls' for most embedding models.
         teacher_model_init_kwargs: Arguments of from_pretrained for a teacher given by name or folder, as a dict or
             JSON: revision, dtype, token, trust_remote_code.
 
@@ -110,20 +113,19 @@ class RelationalDistillationConfig(TrainingArguments):
     """
 
     task_weight: float = 1.0
-    kd_weight: float = 0.0
+    kd_weight: float | str | None = "auto"
     kd_temperature: float = 4.0
     kd_loss: str = field(default="kl", metadata={"choices": ["kl", "dist"]})
-    relational_weight: float = 10.0
-    relational_loss: str = field(default="rrd", metadata={"choices": list(RELATIONAL_LOSSES)})
+    relational_weight: float | str | None = "auto"
+    balance_losses: bool = True
+    relational_loss: dict[str, float] | str | None = "rrd"  # a dict also from JSON
     student_temperature: float = 0.1
     teacher_temperature: float = 0.02
-    teacher_perplexity: float | None = None
     bank_size: int = 4096
     include_own: bool = True
     projection_dim: int | None = None
-    student_projection: str = field(default="linear", metadata={"choices": list(STUDENT_PROJECTIONS)})
+    student_projection: str = field(default="centered", metadata={"choices": list(STUDENT_PROJECTIONS)})
     teacher_projection: str = field(default="center", metadata={"choices": list(TEACHER_PROJECTIONS)})
-    calibration_examples: int = 4096
     alignment_examples: int = 0
     student_pooling: str = "auto"
     teacher_pooling: str = "auto"
@@ -135,10 +137,16 @@ class RelationalDistillationConfig(TrainingArguments):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name in (*WEIGHTS, *TEMPERATURES, "teacher_perplexity"):
+        for name in (*WEIGHTS, *TEMPERATURES):
             value = getattr(self, name)
-            if value is not None or name != "teacher_perplexity":
+            if name in AUTOMATIC and (value is None or str(value) == "auto"):
+                setattr(self, name, "auto")
+            else:
                 setattr(self, name, _number(name, value))
+        self.relational_loss = _read_json("relational_loss", self.relational_loss)
+        if isinstance(self.relational_loss, dict):
+            weights = self.relational_loss.items()
+            self.relational_loss = {name: _number(f"relational_loss[{name!r}]", weight) for name, weight in weights}
         self._read_strings()
         self.teacher_model_init_kwargs = _init_kwargs(self.teacher_model_init_kwargs)
         self.validate()
@@ -161,6 +169,11 @@ class RelationalDistillationConfig(TrainingArguments):
                 for name, value in self.lr_scheduler_kwargs.items()
             }
 
+    @property
+    def relational_terms(self) -> dict[str, float]:
+        """The names in `relational_loss`, each with its weight among them."""
+        return self.relational_loss if isinstance(self.relational_loss, dict) else {str(self.relational_loss): 1.0}
+
     def validate(self) -> None:
         """Raise a ValueError for a setting out of its range; the trainer asks again when a training starts."""
         for name, advice in TEMPERATURES.items():  # beyond these limits float32 gives out
@@ -168,6 +181,8 @@ class RelationalDistillationConfig(TrainingArguments):
             _require(1e-6 <= value <= 1e6, f"`{name}` must be positive, from 1e-6 to 1e6, got {value}. Try {advice}.")
         weights = {name: getattr(self, name) for name in WEIGHTS}
         for name, value in weights.items():
+            if value == "auto" and name in AUTOMATIC:
+                continue
             off = "Set it to 0 to turn the term off."
             _require(0 <= value < math.inf, f"`{name}` must be 0 or more and finite, got {value}. {off}")
         _require(
@@ -175,15 +190,25 @@ class RelationalDistillationConfig(TrainingArguments):
             "`task_weight`, `kd_weight` and `relational_weight` are all 0, so there is nothing to train. Set at least "
             "one above 0.",
         )
-        choices = dict.fromkeys(("student_pooling", "teacher_pooling"), ("auto", *POOLERS)) | CHOICES
+        choices = dict.fromkeys(("student_pooling", "teacher_pooling"), ("auto", "head", *POOLERS)) | CHOICES
         for name, known in choices.items():
             value = getattr(self, name)
             taken = (isinstance(value, str) and value in known) or (name.endswith("_pooling") and callable(value))
             _require(taken, f"`{name}` must be one of {list(known)}, got {value!r}.")
-        for name in ("bank_size", "calibration_examples", "alignment_examples"):
+        for name in ("bank_size", "alignment_examples"):
             _check_count(name, getattr(self, name), 0, "Try 4096.")
         if self.projection_dim is not None:
             _check_count("projection_dim", self.projection_dim, 1, "Try 128, or leave it out.")
+        losses = self.relational_terms
+        _require(
+            bool(losses) and all(name in RELATIONAL_LOSSES for name in losses),
+            f"`relational_loss` must be one of {list(RELATIONAL_LOSSES)}, or a dict of some with their weights, got "
+            f"{self.relational_loss!r}.",
+        )
+        _require(
+            all(0 < each < math.inf for each in losses.values()),
+            f"the weights in `relational_loss` must be positive and finite, got {self.relational_loss!r}.",
+        )
         self._validate_measures()
         self._validate_bank()
 
@@ -191,14 +216,9 @@ class RelationalDistillationConfig(TrainingArguments):
         examples, projection = self.alignment_examples, self.teacher_projection
         _require(examples != 1, "`alignment_examples` must be 0, or 2 or more to compare, got 1. Try 2000.")
         _require(
-            examples == 0 or self.relational_weight > 0,
+            examples == 0 or self.relational_weight != 0,
             f"`alignment_examples` is {examples}, and without a relational loss no embeddings are computed. Set it to "
             "0, and call the trainer's report() after the training.",
-        )
-        _require(
-            self.calibration_examples > 0 or projection not in MEASURED_PROJECTIONS,
-            f"teacher_projection={projection!r} is measured on training examples, and `calibration_examples` is 0. "
-            "Set it to some thousand, or set teacher_projection='none'.",
         )
         _require(
             projection != "pca" or self.projection_dim is not None,
@@ -206,19 +226,10 @@ class RelationalDistillationConfig(TrainingArguments):
         )
 
     def _validate_bank(self) -> None:
-        size, own, loss, perplexity = self.bank_size, self.include_own, self.relational_loss, self.teacher_perplexity
+        size, own, losses = self.bank_size, self.include_own, self.relational_terms
         _require(isinstance(own, bool), f"`include_own` must be True or False, got {own!r}.")
-        if perplexity is not None:
-            finite = 1 < perplexity < math.inf
-            _require(finite, f"`teacher_perplexity` must be above 1 and finite, got {perplexity}. Try 20.")
-            _require(loss == "rrd", f"`teacher_perplexity` is for relational_loss='rrd', got {loss!r}.")
-            small = f"`teacher_perplexity` must be below `bank_size`, got {perplexity} and {size}."
-            _require(perplexity < size, small)
-            unset, temperature = type(self).teacher_temperature, self.teacher_temperature
-            both = f"got {perplexity} and {temperature}. Leave one of them out."
-            _require(temperature == unset, f"`teacher_perplexity` takes the place of `teacher_temperature`, {both}")
         _require(
-            own or loss != "infonce",
+            own or "infonce" not in losses,
             "relational_loss='infonce' is about the own key: leave `include_own` on, got False.",
         )
         _require(
@@ -229,7 +240,8 @@ class RelationalDistillationConfig(TrainingArguments):
         _require(
             own or size != 1, "`bank_size=1` without `include_own` leaves nothing to tell apart: the loss is always 0."
         )
-        fewest = FEWEST_EXAMPLES.get(loss, 2 if size == 0 else 1)
+        least = {name: FEWEST_EXAMPLES.get(name, 2 if size == 0 else 1) for name in losses}
+        loss, fewest = max(least.items(), key=lambda each: each[1])
         for name, in_use in (("train", True), ("eval", self.eval_strategy != "no")):
             count = getattr(self, name := f"per_device_{name}_batch_size")
             _require(
@@ -294,6 +306,16 @@ def _whole(value: Any) -> Any:
         return int(number) if number == int(number) else value
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return value
+
+
+def _read_json(name: str, value: Any) -> Any:
+    """A dict that came from the command line as JSON; anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("{"):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`{name}` is no JSON: {error}, got {value!r}.") from None
 
 
 def _init_kwargs(value: dict[str, Any] | str | None) -> dict[str, Any] | None:

@@ -150,7 +150,7 @@ class RelationalDistillationTrainer(Trainer):
         sets = previews_of(preview, eval_dataset)
         check_inputs(sets, model, self._teacher, args, data_collator, [processing_class, teacher_processing_class])
         self.distillation = Distillation(args, self._teacher)
-        self._terms = TermLog(args)
+        self._terms = TermLog(self.distillation.weights)
         self._finite = FiniteCheck(self._terms.not_finite)
         self._embeddings = EmbeddingLog(args.alignment_examples)
         self._step: StepExamples | None = None
@@ -162,7 +162,8 @@ class RelationalDistillationTrainer(Trainer):
         collate = data_collator or DataCollatorForDistillation(processing_class, teacher_processing_class)
         own_optimizer = optimizers != (None, None) or optimizer_cls_and_kwargs is not None
         saved_beside = processing_class or getattr(collate, "tokenizer", None)
-        self._facts = FactsCallback(self.teacher, train_dataset, saved_beside, own_optimizer)
+        facts = (self.teacher, train_dataset, saved_beside, own_optimizer, self.distillation.weights)
+        self._facts = FactsCallback(*facts)
         super().__init__(
             model=prepare(model),
             args=args,
@@ -186,7 +187,7 @@ class RelationalDistillationTrainer(Trainer):
         self._trainer_divides = compute_loss_func is None or hasattr(Trainer, "loss_is_scaled_for_ga")
         self.loss_is_scaled_for_ga = False
         self.current_gradient_accumulation_steps = 1  # outside of train(), for a `training_step` called by hand
-        self._student_columns = forward_columns(self.model)
+        self._student_columns = forward_columns(self.model, compute_loss_func is not None and args.task_weight > 0)
         self._set_signature_columns_if_needed()
         raw = [name for each in sets.values() if each.is_transformed for name in each.dataset.column_names]
         self._signature_columns = [*self._signature_columns, *self._teacher.signature_columns, *raw]
@@ -232,7 +233,7 @@ class RelationalDistillationTrainer(Trainer):
             undone = self.current_gradient_accumulation_steps if self._trainer_divides else 1
             loss = self.distillation.total(terms) * undone
             if self._step is None:  # nobody counted: `training_step` was called by hand
-                self.distillation.update_bank(step.gather)
+                self.distillation.end_step(step, self.accelerator)
             if self.accelerator.scaler is None:  # which skips the steps of a float16 training that overflow
                 self._finite.note(self.state.global_step + 1, "the loss", loss)
         else:

@@ -134,9 +134,11 @@ def config(output_dir: str | Path, **changes: Any) -> RelationalDistillationConf
         "logging_steps": 1,
         "learning_rate": 1e-2,
         "bank_size": 20,
-        "calibration_examples": 0,  # more than the bank's rows are computed only where a test measures them
         "teacher_projection": "none",
+        "kd_weight": 0.0,  # the loss as its formula says, without what the defaults add to that
         "relational_weight": 1.0,
+        "balance_losses": False,
+        "student_projection": "linear",
         "save_strategy": "no",
         "report_to": [],
         "use_cpu": True,

@@ -63,6 +63,29 @@ TOKENS: dict[str, Any] = {
     "eval_dataset": Tokens(19),
 }
 
+
+def named(model: Any) -> Any:
+    """The model, with names for its classes."""
+    model.config.id2label = dict(enumerate("abcd"))
+    return model
+
+
+@torch.no_grad()
+def teacher_and_its_images() -> dict[str, Any]:
+    """A teacher, and images whose labels are its answers."""
+    teacher, images = named(tiny_vit(width=24, seed=1)), Images(64)
+    teacher.classifier.bias -= teacher.eval()(images.pixels).logits.mean(0)  # so that these are of all classes
+    images.labels = teacher(images.pixels).logits.argmax(-1)
+    return {"teacher": teacher, "train_dataset": images}
+
+
+# Two groups of examples are centered, whether by one process or each by its own.
+DEFAULTS: dict[str, Any] = {
+    **{"model": named(tiny_vit()), "gradient_accumulation_steps": 1, "per_device_train_batch_size": 32},
+    **{"kd_weight": "auto", "relational_weight": "auto", "balance_losses": True, "student_projection": "centered"},
+    **teacher_and_its_images(),
+}
+
 # Of each: changes to what `settings_of` gives, and the greatest number of processes that can run it.
 SCENARIOS: dict[str, tuple[dict[str, Any], int]] = {
     "plain": ({}, 4),
@@ -87,12 +110,12 @@ SCENARIOS: dict[str, tuple[dict[str, Any], int]] = {
     "a stream is dispatched": ({"train_dataset": Stream()}, 2),
     "a stream is read by each": ({"train_dataset": Stream(), **_batches(dispatch_batches=False)}, 2),
     "a stream whose pass ends within a step": (
-        {"train_dataset": Short(40), "calibration_examples": 40, "bank_size": 32},
+        {"train_dataset": Short(40), "bank_size": 32},
         2,
     ),
     "a stream of the library datasets": ({"train_dataset": streamed_images()}, 2),
     "a stream of the library datasets, read by each": (
-        {"train_dataset": streamed_images(), "calibration_examples": 45, **_batches(dispatch_batches=False)},
+        {"train_dataset": streamed_images(), **_batches(dispatch_batches=False)},
         2,
     ),
     "a bank in half precision": ({"teacher": tiny_vit(width=24, seed=1).bfloat16()}, 2),
@@ -108,6 +131,8 @@ SCENARIOS: dict[str, tuple[dict[str, Any], int]] = {
         2,
     ),
     "no bank": ({"bank_size": 0, "gradient_accumulation_steps": 1}, 2),
+    "the defaults": (DEFAULTS, 2),
+    "the defaults with two losses": ({**DEFAULTS, "relational_loss": {"rrd": 1.0, "infonce": 0.5}}, 2),
 }
 
 
@@ -122,12 +147,12 @@ def settings_of(scenario: str, processes: int) -> dict[str, Any]:
         "kd_weight": 0.5,
         "teacher_projection": "pca",
         "projection_dim": 20,
-        "calibration_examples": 40,
         "optim": "sgd",
         "eval_dataset": Images(19, seed=5),
     }
     settings |= SCENARIOS[scenario][0]
-    settings["per_device_train_batch_size"] = GLOBAL_BATCH // processes // settings["gradient_accumulation_steps"]
+    whole = settings.get("per_device_train_batch_size", GLOBAL_BATCH)
+    settings["per_device_train_batch_size"] = whole // processes // settings["gradient_accumulation_steps"]
     return settings
 
 
@@ -214,7 +239,7 @@ def run_alone(rank: int, processes: int, port: int, folder: str, case: str) -> N
 
 def other_lengths(rank: int, folder: str) -> None:
     """A training set that is shorter on one process."""
-    trainer(folder, train_dataset=Images(48 - 4 * rank), calibration_examples=40)
+    trainer(folder, train_dataset=Images(48 - 4 * rank))
 
 
 def other_lengths_of_evaluation_sets(rank: int, folder: str) -> None:
@@ -224,7 +249,7 @@ def other_lengths_of_evaluation_sets(rank: int, folder: str) -> None:
 
 def other_lengths_of_streams(rank: int, folder: str) -> None:
     """A stream that ends within the calibration on one process."""
-    trainer(folder, train_dataset=Short(48 - 40 * rank), calibration_examples=40).train()
+    trainer(folder, train_dataset=Short(48 - 40 * rank)).train()
 
 
 def other_seeds(rank: int, folder: str) -> list[list[float]]:
@@ -233,7 +258,7 @@ def other_seeds(rank: int, folder: str) -> list[list[float]]:
     assert images.labels is not None
     columns = {"pixel_values": images.pixels.tolist(), "labels": images.labels.tolist()}
     data = datasets.Dataset.from_dict(columns | {"teacher_embedding": images.pixels[:, 0, 0].tolist()})
-    settings: dict[str, Any] = {"teacher_projection": "orthogonal", "projection_dim": 6, "calibration_examples": 8}
+    settings: dict[str, Any] = {"teacher_projection": "orthogonal", "projection_dim": 6}
     run = trainer(folder, teacher=None, train_dataset=data.with_format("torch"), seed=rank, **settings)
     run.train()
     found = run.distillation

@@ -47,7 +47,6 @@ def distillation_of(family: str, folder: str, processes: int, **settings: Any) -
         max_steps=STEPS,
         kd_weight=0.5,
         teacher_projection="center",
-        calibration_examples=16,
         save_strategy="steps",
         save_steps=SAVED_AT,
         **{"model": build, "teacher": build(width=24, seed=1)} | settings,

@@ -16,6 +16,9 @@ from tests.processes import be_process
 
 STEPS = 14
 
+DEFAULTS: dict[str, Any] = {"balance_losses": True, "student_projection": "centered", "teacher_projection": "center"}
+DEFAULTS |= {"relational_weight": "auto", "per_device_train_batch_size": 8}  # enough for a mean of their own
+
 
 class Steps(TrainerCallback):
     """Shows the parent process which step is running."""
@@ -37,21 +40,22 @@ def run(rank: int, processes: int, port: int, family: str, folder: str, step: "S
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    models = {"vit": (tiny_vit, Images), "bert": (tiny_bert, Texts)}
-    build, data = models[family]
+    models: dict[str, Any] = {"vit": (tiny_vit, Images, {}), "bert": (tiny_bert, Texts, {})}
+    models["the defaults"] = (tiny_bert, Texts, DEFAULTS)
+    build, data, changes = models[family]
+    settings: dict[str, Any] = {"per_device_train_batch_size": 4 // processes, "kd_weight": 0.5} | changes
     distillation = trainer(
         folder,
         model=build(dropout=0.1),
         teacher=build(width=24, seed=1),
         train_dataset=data(),
-        per_device_train_batch_size=4 // processes,
         gradient_accumulation_steps=2,
         max_steps=STEPS,
         logging_steps=2,
         save_strategy="steps",
         save_steps=2,
-        kd_weight=0.5,
         callbacks=[Steps(step)],
+        **settings,
     )
     distillation.train(resume_from_checkpoint=last_complete_checkpoint(folder) is not None)
     left = {f"student.{name}": value for name, value in distillation.model.state_dict().items()}

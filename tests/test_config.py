@@ -20,20 +20,19 @@ from hf_rrd.config import described
 
 DEFAULTS = {
     "task_weight": 1.0,
-    "kd_weight": 0.0,
+    "kd_weight": "auto",
     "kd_temperature": 4.0,
     "kd_loss": "kl",
-    "relational_weight": 10.0,
+    "relational_weight": "auto",
+    "balance_losses": True,
     "relational_loss": "rrd",
     "student_temperature": 0.1,
     "teacher_temperature": 0.02,
-    "teacher_perplexity": None,
     "bank_size": 4096,
     "include_own": True,
     "projection_dim": None,
-    "student_projection": "linear",
+    "student_projection": "centered",
     "teacher_projection": "center",
-    "calibration_examples": 4096,
     "alignment_examples": 0,
     "student_pooling": "auto",
     "teacher_pooling": "auto",
@@ -43,7 +42,10 @@ FIELDS = {field.name: field for field in dataclasses.fields(RelationalDistillati
 OURS = sorted(FIELDS.keys() - {field.name for field in dataclasses.fields(TrainingArguments)})
 
 GIVEN = {
+    "kd_weight": 0.25,
     "relational_weight": 0.5,
+    "balance_losses": False,
+    "relational_loss": {"rrd": 1.0, "mse": 0.5},
     "bank_size": 128,
     "include_own": False,
     "projection_dim": 64,
@@ -91,9 +93,17 @@ def test_the_command_line_without_our_arguments_gives_the_defaults_too(tmp_path:
         (["--teacher_pooling", "mean"], "teacher_pooling", "mean"),
         (["--student_pooling", "cls"], "student_pooling", "cls"),
         (["--relational_weight", "0.5"], "relational_weight", 0.5),
+        (["--relational_weight", "auto"], "relational_weight", "auto"),
+        (["--kd_weight", "0.5"], "kd_weight", 0.5),
+        (["--kd_weight", "auto"], "kd_weight", "auto"),
+        (["--kd_loss", "dist"], "kd_loss", "dist"),
+        (["--no_balance_losses"], "balance_losses", False),
+        (["--balance_losses", "False"], "balance_losses", False),
+        (["--relational_loss", "own_space"], "relational_loss", "own_space"),
+        (["--relational_loss", '{"rrd": 1, "mse": 0.5}'], "relational_loss", {"rrd": 1.0, "mse": 0.5}),
         (["--teacher_temperature", "5e-2"], "teacher_temperature", 0.05),
         (["--projection_dim", "64"], "projection_dim", 64),
-        (["--student_projection", "mlp"], "student_projection", "mlp"),
+        (["--student_projection", "linear"], "student_projection", "linear"),
         (["--teacher_projection", "orthogonal"], "teacher_projection", "orthogonal"),
         (
             ["--teacher_model_init_kwargs", '{"revision": "v2", "dtype": "bfloat16"}'],
@@ -111,7 +121,25 @@ def test_a_setting_comes_from_the_command_line(tmp_path: Path, arguments: list[s
     }
 
 
-@pytest.mark.parametrize("name", ["relational_loss", "student_projection", "teacher_projection"])
+def test_there_are_no_more_settings_of_ours_than_can_be_read_at_once() -> None:
+    assert len(OURS) == 18
+
+
+@pytest.mark.parametrize("weight", ["5e-1", 0.5, np.float32(0.5), torch.tensor(0.5)], ids=repr)
+def test_the_weight_of_a_relational_loss_may_come_in_another_type(tmp_path: Path, weight: Any) -> None:
+    config = settings(tmp_path, relational_loss={"rrd": weight}, kd_weight=weight, relational_weight=weight)
+    assert config.relational_loss == {"rrd": 0.5} and (config.kd_weight, config.relational_weight) == (0.5, 0.5)
+    assert config.to_json_string().count("0.5") >= 3  # and can be written
+
+
+def test_the_terms_of_one_relational_loss_and_of_several_are_read_alike(tmp_path: Path) -> None:
+    assert settings(tmp_path).relational_terms == {"rrd": 1.0}
+    several = {"rrd": 1.0, "mse": 0.5}
+    for given in (several, json.dumps(several)):
+        assert settings(tmp_path, relational_loss=given).relational_terms == several
+
+
+@pytest.mark.parametrize("name", ["kd_loss", "student_projection", "teacher_projection"])
 def test_the_command_line_offers_the_choices_and_refuses_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
@@ -139,7 +167,8 @@ def test_settings_come_from_a_json_file(tmp_path: Path) -> None:
 def test_settings_come_from_a_yaml_file(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text(
-        f"output_dir: {tmp_path}\nrelational_weight: 0.5\nbank_size: 128\ninclude_own: false\nprojection_dim: 64\n"
+        f"output_dir: {tmp_path}\nkd_weight: 25e-2\nrelational_weight: 5e-1\nbalance_losses: false\n"
+        "relational_loss:\n  rrd: 1\n  mse: 5e-1\nbank_size: 128\ninclude_own: false\nprojection_dim: 64\n"
         "teacher_projection: orthogonal\nteacher_pooling: mean\n"
         "teacher_model_init_kwargs:\n  revision: main\n  trust_remote_code: false\n",
         encoding="utf-8",
@@ -176,7 +205,7 @@ def test_so_may_any_number_of_the_training_arguments_in_yaml(tmp_path: Path) -> 
     assert config.lr_scheduler_kwargs == {"min_lr": 1e-6}
 
 
-@pytest.mark.parametrize("name", ["bank_size", "calibration_examples", "alignment_examples", "projection_dim"])
+@pytest.mark.parametrize("name", ["bank_size", "alignment_examples", "projection_dim"])
 @pytest.mark.parametrize("value", [20.0, "20", "2e1", np.int64(20), np.float32(20), torch.tensor(20)], ids=repr)
 def test_a_whole_number_may_come_in_another_type(tmp_path: Path, name: str, value: Any) -> None:
     config = settings(tmp_path, **{name: value})
@@ -210,26 +239,40 @@ def test_a_whole_number_may_come_in_another_type(tmp_path: Path, name: str, valu
         ({"bank_size": 0, "include_own": False}, "`include_own=False` needs a bank, got bank_size=0"),
         ({"projection_dim": 0}, "`projection_dim` must be 1 or more, got 0. Try 128, or leave it out"),
         ({"projection_dim": -8}, "`projection_dim` must be 1 or more, got -8"),
+        ({"kd_weight": "much"}, "`kd_weight` must be a number, got 'much'"),
+        ({"task_weight": "auto"}, "`task_weight` must be a number, got 'auto'"),
+        ({"kd_loss": "crd"}, r"`kd_loss` must be one of \['kl', 'dist'\], got 'crd'"),
+        ({"relational_loss": {"rrd": 1, "crd": 1}}, "`relational_loss` must be one of .*'rrd', .* or a dict .*'crd'"),
+        ({"relational_loss": {}}, "`relational_loss` must be one of .*got {}"),
+        ({"relational_loss": None}, "`relational_loss` must be one of .*got None"),
+        ({"relational_loss": ["rrd"]}, r"`relational_loss` must be one of .*got \['rrd'\]"),
+        ({"relational_loss": "{rrd: 1}"}, "`relational_loss` is no JSON: .*got '{rrd: 1}'"),
+        ({"relational_loss": {"rrd": "much"}}, r"`relational_loss\['rrd'\]` must be a number, got 'much'"),
+        *(
+            ({"relational_loss": {"mse": 1, "rrd": value}}, "weights in `relational_loss` must be positive and finite")
+            for value in (0, -1, float("nan"), float("inf"))
+        ),
+        ({"relational_loss": {"mse": 1, "infonce": 1}, "include_own": False}, "'infonce' .*leave `include_own` on"),
+        (
+            {"relational_loss": {"rrd": 1, "pkt": 1}, "per_device_train_batch_size": 2},
+            "'pkt' compares .* `per_device_train_batch_size` is 2: .* always 0. Set it to 3 or more.$",
+        ),
         ({"relational_loss": "crd"}, "`relational_loss` must be one of .*'rrd', 'infonce'.*got 'crd'"),
-        ({"student_projection": "deep"}, "`student_projection` must be one of .*'linear', 'mlp', 'none'.*got 'deep'"),
+        (
+            {"student_projection": "deep"},
+            "`student_projection` must be one of .*'centered', 'linear', 'none'.*got 'deep'",
+        ),
         ({"teacher_projection": "lda"}, "`teacher_projection` must be one of .*'none', 'center'.*got 'lda'"),
         ({"teacher_projection": "pca"}, "'pca' needs a `projection_dim`, got None"),
-        ({"teacher_projection": "center", "calibration_examples": 0}, "'center' is measured .*`calibration_examples`"),
         ({"alignment_examples": 1}, "`alignment_examples` must be 0, or 2 or more to compare, got 1"),
         ({"alignment_examples": -1}, "`alignment_examples` must be 0 or more, got -1"),
         (
             {"alignment_examples": 9, "relational_weight": 0},
             "`alignment_examples` is 9, and without a relational loss",
         ),
-        ({"calibration_examples": -1}, "`calibration_examples` must be 0 or more, got -1"),
-        ({"calibration_examples": 1.5}, "`calibration_examples` must be a whole number, got 1.5"),
         ({"learning_rate": "fast"}, "`learning_rate` must be a number, got 'fast'"),
         ({"max_steps": "1.5"}, "`max_steps` must be a whole number, got '1.5'"),
         ({"bank_size": float("inf")}, "`bank_size` must be a whole number, got inf"),
-        (
-            {"teacher_perplexity": 20, "teacher_temperature": 0.05},
-            "`teacher_perplexity` takes the place of `teacher_temperature`, got 20.0 and 0.05. Leave one of them out",
-        ),
         (
             {"bank_size": 0, "per_device_train_batch_size": 1},
             "'rrd' compares .* `per_device_train_batch_size` is 1: .* always 0. Set it to 2 or more, or bank",
@@ -242,18 +285,10 @@ def test_a_whole_number_may_come_in_another_type(tmp_path: Path, name: str, valu
             {"relational_loss": "rkd_angle", "per_device_eval_batch_size": 1, "eval_strategy": "epoch"},
             "'rkd_angle' compares .* `per_device_eval_batch_size` is 1: .* always 0",
         ),
-        ({"teacher_perplexity": 1.0}, "`teacher_perplexity` must be above 1 and finite, got 1.0"),
-        ({"teacher_perplexity": float("nan")}, "`teacher_perplexity` must be above 1 and finite, got nan"),
-        ({"teacher_perplexity": "much"}, "`teacher_perplexity` must be a number, got 'much'"),
-        (
-            {"teacher_perplexity": 20, "bank_size": 20},
-            "`teacher_perplexity` must be below `bank_size`, got 20.0 and 20",
-        ),
-        ({"teacher_perplexity": 20, "relational_loss": "cosine"}, "`teacher_perplexity` is for .*'rrd', got 'cosine'"),
         ({"relational_loss": "infonce", "include_own": False}, "'infonce' .*leave `include_own` on, got False"),
-        ({"student_pooling": "sum"}, r"`student_pooling` must be one of \['auto', 'cls', .*got 'sum'"),
-        ({"teacher_pooling": "sum"}, r"`teacher_pooling` must be one of \['auto', 'cls', .*got 'sum'"),
-        ({"teacher_pooling": None}, r"`teacher_pooling` must be one of \['auto', 'cls', .*got None"),
+        ({"student_pooling": "sum"}, r"`student_pooling` must be one of \['auto', 'head', 'cls', .*got 'sum'"),
+        ({"teacher_pooling": "sum"}, r"`teacher_pooling` must be one of \['auto', 'head', 'cls', .*got 'sum'"),
+        ({"teacher_pooling": None}, r"`teacher_pooling` must be one of \['auto', 'head', 'cls', .*got None"),
         ({"teacher_model_init_kwargs": "{revision}"}, "`teacher_model_init_kwargs`.*revision"),
         ({"teacher_model_init_kwargs": '["main"]'}, "`teacher_model_init_kwargs`.*main"),
     ],
@@ -271,6 +306,9 @@ def test_a_setting_out_of_its_range_is_refused_with_its_name_and_value(
         {"task_weight": 0.0},
         {"relational_weight": 0.0},
         {"task_weight": 0.0, "relational_weight": 0.0, "kd_weight": 1.0},
+        {"task_weight": 0.0, "relational_weight": 0.0, "kd_weight": "auto"},
+        {"relational_loss": {"rrd": 1e-6, "own_space": 1e6}},
+        {"alignment_examples": 2, "relational_weight": "auto"},
         {"bank_size": 0},
         {"bank_size": 2, "include_own": False},
         {"projection_dim": 1},
@@ -279,7 +317,6 @@ def test_a_setting_out_of_its_range_is_refused_with_its_name_and_value(
         {"relational_loss": "pkt", "per_device_train_batch_size": 3},
         {"relational_loss": "pkt", "per_device_eval_batch_size": 1},
         {"relational_weight": 0.0, "bank_size": 0, "per_device_train_batch_size": 1},
-        {"teacher_perplexity": 20.0, "teacher_temperature": 0.02},
     ],
 )
 def test_a_setting_at_the_end_of_its_range_is_taken(tmp_path: Path, changes: dict[str, Any]) -> None:

@@ -2,8 +2,10 @@
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,10 @@ from transformers import (
 
 LENGTH = 32
 """Tokens of a sentence that teacher and student read."""
+
+
+LABELED = 500
+"""Examples with a label in the regime `few`: the first of the training split, which is in random order."""
 
 
 @dataclass
@@ -64,6 +70,7 @@ class Task:
         pooling: `student_pooling` where the student's classifier reads.
         teacher: The folder of a teacher that was trained for the task.
         probes: Splits to fit a linear probe on and to measure it on, by name.
+        labeled: How many examples have a label in the regime `few`.
     """
 
     train: Split
@@ -74,6 +81,7 @@ class Task:
     pooling: str
     teacher: Path | None = None
     probes: dict[str, tuple[Split, Split]] = field(default_factory=dict)
+    labeled: int = field(default_factory=lambda: LABELED)
 
 
 def minilm_folder() -> str:
@@ -202,7 +210,7 @@ def sentences(data: Path, out: Path) -> Task:
         name: (texts.labelled(f"sentences/{name}_train"), texts.labelled(f"sentences/{name}_test"))
         for name in ("trec", "mr")
     }
-    settings = {"learning_rate": 1e-3, "per_device_train_batch_size": 64, "max_steps": 1500, "bf16": True}
+    settings = {"learning_rate": 1e-3, "per_device_train_batch_size": 64, "max_steps": 750, "bf16": True}
     return Task(train, *pairs, student=texts.embedder, settings=settings, pooling="mean", probes=probes)
 
 
@@ -308,10 +316,44 @@ class _Augmented(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"pixel_values": image.flip(-1) if flip % 2 else image, "labels": self.labels[index]}
 
 
-# ---- What all use ----
+# ---- Digits ----
 
-LABELED = 500
-"""Examples with a label in the regime `few`: the first of the training split, which is in random order."""
+
+def digits(data: Path, out: Path) -> Task:
+    """The quickstart's digits, teacher and student, with few labels: 100 of 1,000 digits. `data` is not needed."""
+    sys.path.append(str(Path(__file__).parents[1]))
+    import quickstart
+
+    known, test = (part[:] for part in quickstart.digits(seed=0))
+    if not (out / "teacher" / "config.json").is_file():
+        settings = quiet(out / "teacher", num_train_epochs=30, per_device_train_batch_size=64, learning_rate=2e-3)
+        teacher = quickstart.vit(width=128, layers=4, seed=0)
+        Trainer(teacher, TrainingArguments(**settings, warmup_steps=20), train_dataset=quickstart.digits(0)[0]).train()
+        save_atomically(teacher, None, out / "teacher")
+    model = AutoModelForImageClassification.from_pretrained(out / "teacher").eval()
+
+    def read(rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        pixels = rows["pixel_values"]
+        return model.vit(pixels).last_hidden_state[:, 0], model(pixels).logits
+
+    def split(name: str, rows: dict[str, Tensor]) -> Split:
+        embedding, logits = teacher_outputs(read, rows, out / f"teacher-{name}.safetensors")
+        inputs = {"pixel_values": rows["pixel_values"][:, None]}
+        return Split(inputs, rows["labels"], embedding[:, None], logits[:, None])
+
+    return Task(
+        split("train", {name: rows[:1000] for name, rows in known.items()}),
+        split("validation", {name: rows[1000:] for name, rows in known.items()}),
+        split("test", test),
+        student=partial(quickstart.vit, 32, 2),
+        settings={"learning_rate": 2e-3, "per_device_train_batch_size": 64, "max_steps": 570},
+        pooling="cls",
+        teacher=out / "teacher",
+        labeled=100,
+    )
+
+
+# ---- What all use ----
 
 
 class Examples(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -342,18 +384,18 @@ class Examples(torch.utils.data.Dataset[dict[str, Tensor]]):
         return example
 
 
-def examples_of(split: Split, regime: str, distils: bool) -> Examples:
+def examples_of(task: Task, regime: str, distils: bool) -> Examples:
     """The training set of a regime. In `few`, labelled examples come so often that they are a quarter of a batch."""
-    everything = list(range(len(split)))
+    split, labeled, everything = task.train, task.labeled, list(range(len(task.train)))
     if regime == "none":
         return Examples(split, everything, None, distils)
     if regime == "all":
         return Examples(split, everything, split.labels, distils)
     if not distils:
-        return Examples(split, everything[:LABELED], split.labels, distils)
-    labels = torch.where(torch.arange(len(everything)) < LABELED, split.labels, -100)
-    repeats = len(everything) // (3 * LABELED)
-    return Examples(split, everything + everything[:LABELED] * repeats, labels, distils)
+        return Examples(split, everything[:labeled], split.labels, distils)
+    labels = torch.where(torch.arange(len(everything)) < labeled, split.labels, -100)
+    repeats = len(everything) // (3 * labeled)
+    return Examples(split, everything + everything[:labeled] * repeats, labels, distils)
 
 
 def mean_pool(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -387,10 +429,11 @@ def write(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def save_atomically(model: Any, processor: Any, folder: Path) -> None:
-    """Save a model and its processor so that a folder with a config is a whole one."""
+    """Save a model, and its processor if there is one, so that a folder with a config is a whole one."""
     unfinished = folder.with_suffix(".tmp")
     model.save_pretrained(unfinished)
-    processor.save_pretrained(unfinished)
+    if processor is not None:
+        processor.save_pretrained(unfinished)
     folder.mkdir(parents=True, exist_ok=True)
     for file in sorted(unfinished.iterdir(), key=lambda file: file.name == "config.json"):
         file.replace(folder / file.name)  # the config last
@@ -402,5 +445,6 @@ TASKS: dict[str, Callable[[Path, Path], Task]] = {
     "cifar10": cifar10,
     "sst2_raw": sst2_raw,
     "sentences": sentences,
+    "digits": digits,
 }
 """The tasks by name."""

@@ -89,7 +89,7 @@ def limit_errors() -> tuple[float, float]:
 class Images(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Random images in four classes."""
 
-    pixels = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(256, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
     def __len__(self) -> int:
         """Number of images."""
@@ -115,12 +115,12 @@ def settings_of(folder: str, steps: int = 5) -> dict[str, Any]:
 
 
 def train(batch: int, accumulation: int, folder: str, steps: int = 5) -> dict[str, Tensor]:
-    """All parameters, head included, and the bank, after some steps of AdamW with all three terms."""
+    """All parameters, head included, and the bank, after some steps of AdamW with all three terms, balanced."""
     settings = RelationalDistillationConfig(
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
         kd_weight=0.5,
-        bank_size=40,
+        bank_size=100,
         **settings_of(folder, steps),
     )
     run = RelationalDistillationTrainer(vit(16), settings, train_dataset=Images(), teacher=vit(24))
@@ -131,12 +131,12 @@ def train(batch: int, accumulation: int, folder: str, steps: int = 5) -> dict[st
 
 
 def train_as(rank: int, processes: int, port: int, folder: str) -> None:
-    """20 steps of 16 examples as one of several processes, whose end is written to a file."""
+    """20 steps of 64 examples as one of several processes, whose end is written to a file."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
     os.environ |= {name: str(number) for name, number in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    save_file(train(16 // processes // 2, 2, folder, steps=20), Path(folder, f"{rank}-of-{processes}.safetensors"))
+    save_file(train(64 // processes, 1, folder, steps=20), Path(folder, f"{rank}-of-{processes}.safetensors"))
 
 
 def process_errors(folder: str) -> list[tuple[str, float, float]]:
@@ -168,7 +168,7 @@ def process_errors(folder: str) -> list[tuple[str, float, float]]:
 
 def cached_errors(dtype: str, folder: str) -> float:
     """The largest relative error of the terms of 5 steps from cached outputs against the teacher online, 64 images."""
-    pixels = {"pixel_values": Images.pixels.tolist(), "labels": [index % 4 for index in range(64)]}
+    pixels = {"pixel_values": Images.pixels[:64].tolist(), "labels": [index % 4 for index in range(64)]}
     data, teacher = datasets.Dataset.from_dict(pixels), vit(24)
     cached = cache_teacher_outputs(data, teacher, batch_size=24, dtype=dtype, cache_dir=folder)
     logged = []
@@ -200,10 +200,10 @@ def main() -> None:
     rows += [("KL of identical inputs", divergence, 0.0)]
     with tempfile.TemporaryDirectory() as folder:
         folder = args.output_dir or folder
-        whole = train(16, 1, folder)["parameters"]
-        for batch, accumulation in ((8, 2), (4, 4)):
+        whole = train(64, 1, folder)["parameters"]
+        for batch, accumulation in ((32, 2), (16, 4)):
             error = (whole - train(batch, accumulation, folder)["parameters"]).abs().max().item()
-            rows += [(f"5 steps of {batch} x {accumulation}: parameters against 16 x 1", error, 1e-5)]
+            rows += [(f"5 steps of {batch} x {accumulation}: parameters against 64 x 1", error, 1e-5)]
         rows += process_errors(folder)
         for dtype, bound in (("float32", 1e-5), ("float16", 5e-3)):
             rows += [

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hf_rrd.results.table import markdown
 
-REGIMES = {"all": "all labels", "few": "500 labels, all examples distilled", "none": "no labels"}
+REGIMES = {"all": "all labels", "few": "few labels (500; of digits 100), all examples distilled", "none": "no labels"}
 
 SUBJECTS = {
     "sst2": "SST-2 (`stanfordnlp/sst2`). Teacher: all-MiniLM-L6-v2 (6 layers, 384 wide), fine-tuned on all labels "
@@ -24,6 +24,7 @@ SUBJECTS = {
     "the same BERT without a head. The score is the mean of two correlations (Spearman's, in percent) with people's "
     "scores of STS-B's test pairs: of the student's own embedding and of the projected one. TREC and MR: linear "
     "probes of the own embedding.",
+    "digits": "The quickstart's digits, teacher and student, with 100 labels of 1,000: none of the nine cells.",
 }
 
 

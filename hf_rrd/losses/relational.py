@@ -1,6 +1,5 @@
 """The relational losses against a bank: RRD and InfoNCE."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,6 @@ from torch import Tensor
 from hf_rrd.losses.rows import check_positive, pair, ratio, unit
 
 SLICE_ROWS = 4096  # of the bank, that are read at a time, at most; 16 times as many on an accelerator
-SOLVER_ELEMENTS = 2**20  # of the (rows, bank) similarities that the search for a perplexity holds at a time
 SAME_COSINE = 1 - 1e-4
 """From this cosine on, a row of the bank is a copy of an example's own: half precision and TF32 leave no less of 1."""
 
@@ -22,7 +20,6 @@ def relational_loss(
     student_temperature: float = 0.1,
     teacher_temperature: float = 0.02,
     include_own: bool = False,
-    teacher_perplexity: float | None = None,
 ) -> Tensor:
     """Cross-entropy between the teacher's and the student's distribution of similarity over a bank, as a batch mean.
 
@@ -40,21 +37,16 @@ def relational_loss(
         teacher_temperature: Positive. Lower is sharper; near 0 with `include_own` the loss is InfoNCE.
         include_own: Compare each example also with its own teacher row, as one more column, whether or not the bank
             has copies of it.
-        teacher_perplexity: Above 1. Instead of `teacher_temperature`, each example gets the temperature at which its
-            distribution over the bank has this perplexity, as in t-SNE (more than there are rows means all of them
-            alike); with `include_own`, half of the target is its own key and half that distribution.
 
     Returns:
         The mean over the batch, a scalar.
 
     Raises:
-        ValueError: A temperature is not positive, the perplexity not above 1, or the shapes do not agree.
+        ValueError: A temperature is not positive, or the shapes do not agree.
 
     Source: Relational Representation Distillation, arXiv:2407.12073, section 3.
     """
-    return relational_terms(
-        student, teacher, bank, student_temperature, teacher_temperature, include_own, teacher_perplexity
-    )[0].mean()
+    return relational_terms(student, teacher, bank, student_temperature, teacher_temperature, include_own)[0].mean()
 
 
 def relational_terms(
@@ -64,7 +56,6 @@ def relational_terms(
     student_temperature: float = 0.1,
     teacher_temperature: float = 0.02,
     include_own: bool = False,
-    teacher_perplexity: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`relational_loss` of each example, (batch,), and how far it is from its floor: `KL(p_t || p_s)`, (batch,).
 
@@ -73,32 +64,21 @@ def relational_terms(
     `(m_s - m_t) / student_temperature`: two attention reads of the bank.
     """
     check_positive("teacher_temperature", teacher_temperature, 0.02)
-    if teacher_perplexity is not None and not teacher_perplexity > 1:
-        raise ValueError(f"`teacher_perplexity` must be above 1, got {teacher_perplexity}. Try 20.")
     student, teacher, bank = _prepared(student, teacher, bank, student_temperature)
     if len(bank) == 0:  # nothing, or one candidate alone: certain either way
         nothing = (student * 0).sum(-1)  # (batch,), still part of the graph
         return nothing, nothing
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
-        scale: float | Tensor = teacher_temperature
-        if teacher_perplexity is not None:
-            scale = temperature_of_perplexity(teacher, bank, teacher_perplexity)
-        half_own = include_own and teacher_perplexity is not None
         # Both sides as columns of one matrix: half as many products, and a wider one is faster.
-        queries = torch.cat([student / student_temperature, teacher / scale]).T.contiguous()  # (dim, 2 * batch)
+        queries = torch.cat(
+            [student / student_temperature, teacher / teacher_temperature]
+        ).T.contiguous()  # (dim, 2 * batch)
         own = teacher.T.repeat(1, 2)  # (dim, 2 * batch)
         own_logits = (queries * own).sum(0) if include_own else queries.new_full((queries.shape[1],), -torch.inf)
-        if half_own:
-            own_logits[len(teacher) :] = -torch.inf
-        same = SAME_COSINE / (scale.flatten() if isinstance(scale, Tensor) else scale)
-        logsumexp, read, found = _read(queries, bank, own, own_logits, same)
+        logsumexp, read = _read(queries, bank, own, own_logits, SAME_COSINE / teacher_temperature)
         (student_norm, teacher_norm), (student_mean, teacher_mean) = logsumexp.chunk(2), read.chunk(2, dim=1)
         student_query, teacher_query = queries.chunk(2, dim=1)
         entropy = teacher_norm - (teacher_query * teacher_mean).sum(0)
-        if half_own:
-            share = found[len(teacher) :].to(entropy.dtype) / 2  # of the target that is others': none without others
-            entropy = share * (math.log(4) + entropy)
-            teacher_mean = torch.lerp(teacher.T, teacher_mean, share)
         cross_entropy = student_norm - (student_query * teacher_mean).sum(0)
         slope = (student_mean - teacher_mean).T / student_temperature  # (batch, dim)
     return _with_slope(student, cross_entropy, slope), _with_slope(student, cross_entropy - entropy, slope)
@@ -123,52 +103,13 @@ def infonce_terms(student: Tensor, teacher: Tensor, bank: Tensor, student_temper
         queries = torch.cat([student / student_temperature, teacher]).T.contiguous()  # (dim, 2 * batch)
         own = teacher.T.repeat(1, 2)  # (dim, 2 * batch)
         own_logits = (queries * own).sum(0)
-        logsumexp, read, _ = _read(queries, bank, own, own_logits, SAME_COSINE)
+        logsumexp, read = _read(queries, bank, own, own_logits, SAME_COSINE)
         slope = (read[:, : len(student)] - teacher.T).T / student_temperature  # (batch, dim)
         value = (logsumexp - own_logits)[: len(student)]
     return _with_slope(student, value, slope)
 
 
-def temperature_of_perplexity(teacher: Tensor, bank: Tensor, perplexity: float) -> Tensor:
-    """The temperature at which each teacher row's softmax over the bank has a perplexity above 1, (batch, 1).
-
-    Of rows of any scale, (batch, dim) and (bank, dim); copies of a row count as none. Between 0.0001 and 100: the
-    nearest where none is right.
-    """
-    found = []
-    for rows in torch.split(unit(teacher), max(1, SOLVER_ELEMENTS // len(bank))):
-        slices = (keys.to(rows.dtype) for keys in torch.split(bank, SLICE_ROWS))
-        cosines = [ratio(rows @ keys.T, torch.linalg.vector_norm(keys, dim=-1)) for keys in slices]
-        others = [
-            cosine.masked_fill(cosine >= SAME_COSINE, -1e4) for cosine in cosines
-        ]  # no weight at any temperature
-        found.append(_solve_temperature(torch.cat(others, dim=1), math.log(perplexity)))
-    return torch.cat(found)
-
-
-def _solve_temperature(similarity: Tensor, entropy: float) -> Tensor:
-    """From (rows, bank) to (rows, 1), by Newton's steps on the logarithm of 1 / temperature, kept inside a bracket."""
-    similarity = similarity - similarity.amax(-1, keepdim=True)  # at most 0, so that nothing overflows
-    low = similarity.new_full((len(similarity), 1), math.log(1e-2))
-    high = torch.full_like(low, math.log(1e4))
-    log_beta = torch.full_like(low, math.log(30.0))
-    for _ in range(10):
-        beta = log_beta.exp()
-        weights = (similarity * beta).exp_()
-        total = weights.sum(-1, keepdim=True)
-        mean = (weights * similarity).sum(-1, keepdim=True) / total
-        square = (weights * similarity**2).sum(-1, keepdim=True) / total
-        excess = total.log() - beta * mean - entropy  # falls as beta grows, by beta**2 times the variance
-        low, high = torch.where(excess > 0, log_beta, low), torch.where(excess > 0, high, log_beta)
-        slope = (beta**2 * (square - mean**2)).clamp(min=1e-12)
-        newton = log_beta + excess / slope
-        log_beta = torch.where((newton >= low) & (newton <= high), newton, (low + high) / 2)
-    return (-log_beta).exp()
-
-
-def _read(
-    queries: Tensor, bank: Tensor, own: Tensor, own_logits: Tensor, same: float | Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _read(queries: Tensor, bank: Tensor, own: Tensor, own_logits: Tensor, same: float) -> tuple[Tensor, Tensor]:
     """Softmax attention over the rows of the bank, made unit, and each query's own column, a slice at a time.
 
     Args:
@@ -176,11 +117,11 @@ def _read(
         bank: (bank, dim).
         own: Unit columns, (dim, 2 * batch).
         own_logits: Theirs, (2 * batch,); -inf for no candidate.
-        same: The teacher's logit from which on a row is a copy of an example's own, one or (batch,).
+        same: The teacher's logit from which on a row is a copy of an example's own.
 
     Returns:
-        The logsumexp of all logits, (2 * batch,), the softmax mean of the candidates, (dim, 2 * batch), and whether
-        there was a candidate, (2 * batch,): where there was none, the others are 0.
+        The logsumexp of all logits, (2 * batch,), and the softmax mean of the candidates, (dim, 2 * batch); 0 where
+        there was no candidate.
     """
     batch, floor = queries.shape[1] // 2, torch.finfo(queries.dtype).min / 2  # below any logit, and finite
     highest = own_logits.clamp(min=floor)
@@ -208,7 +149,7 @@ def _read(
         total = total * rescale + weights.sum(0)
         read.mul_(rescale).addmm_(rows.T, weights)
     found = total > 0
-    return (highest + total.log()).masked_fill(~found, 0), ratio(read, total), found
+    return (highest + total.log()).masked_fill(~found, 0), ratio(read, total)
 
 
 class _WithSlope(torch.autograd.Function):

@@ -1,14 +1,20 @@
 """The body of a transformers model: the part that computes hidden states, and how to read its output."""
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models import auto  # whose `modeling_auto` is loaded when it is used
+from transformers.utils import ModelOutput, logging
+
+logger = logging.get_logger(__name__)
+
+Split = Callable[[Tensor], tuple[Tensor, Tensor]]  # one tensor as two: what goes on in a model, what is pooled
 
 _KEEP, _OUTPUT = "_hf_rrd_keep", "_hf_rrd_output"  # on a body: whether to keep the next output, and what was kept
 _HEAD = re.compile("For[A-Z]|LMHead")  # in the name of a model's class
@@ -107,6 +113,51 @@ def placed(inputs: dict[str, Any], body: nn.Module) -> dict[str, Any]:
     return {name: place(value) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
 
 
+# ---- What a head reads ----
+
+
+@torch.no_grad()
+def reader_of(model: nn.Module, inputs: dict[str, Any]) -> tuple[nn.Module, int] | None:
+    """The module whose input is what a classifier's last layer reads, one row an example, and the width of that.
+
+    It is that layer, or a dropout right before it. None of a model whose logits do not come from such a layer: it has
+    no head, or one that reads tokens or maps.
+
+    Args:
+        model: A transformers model.
+        inputs: Of a forward with one example.
+    """
+    calls: list[tuple[nn.Module, Any, Any]] = []
+    hooks = [
+        module.register_forward_hook(lambda module, args, output: calls.append((module, (*args, None)[0], output)))
+        for module in model.modules()
+        if not list(module.children()) or reads_rows(module)  # as one that an adapter is around
+    ]
+    training = model.training
+    try:
+        logits = getattr(model.eval()(**inputs), "logits", None)
+    except Exception as error:  # it takes other inputs than its body, or its weights are elsewhere
+        if is_classifier(model):
+            logger.warning_once(
+                f"{type(model).__name__} could not be run on a blank example ({error}), so what its classifier reads "
+                "is not known: where that is asked for, its embedding is pooled as without a head."
+            )
+        return None
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    times = Counter(id(module) for module, *_ in calls)
+    last = next((place for place, (_, _, output) in enumerate(calls) if logits is not None and output is logits), 0)
+    if last == 0 or not isinstance(read := calls[last][1], Tensor) or read.dim() != 2 or len(read) != 1:
+        return None
+    dropout, _, dropped = calls[last - 1]
+    reader = calls[last][0]
+    if isinstance(dropout, nn.Dropout) and dropped.data_ptr() == read.data_ptr():  # it gives what it got
+        reader = dropout if times[id(dropout)] == 1 else reader
+    return (reader, read.shape[1]) if times[id(reader)] == 1 and reads_rows(reader) else None
+
+
 # ---- Its output ----
 
 
@@ -117,27 +168,44 @@ def watch(body: nn.Module) -> Callable[[], None]:
     """
     if is_watched(body):
         return lambda: None
-    return body.register_forward_hook(_keep_output).remove
+    return (
+        body.register_forward_pre_hook(_keep_input) if reads_rows(body) else body.register_forward_hook(_keep_output)
+    ).remove
 
 
 def is_watched(body: nn.Module) -> bool:
     """Whether the body is watched already."""
-    return _keep_output in body._forward_hooks.values()
+    return _keep_output in body._forward_hooks.values() or _keep_input in body._forward_pre_hooks.values()
 
 
-def _keep_output(module: nn.Module, args: Any, output: Any) -> None:
-    if module.__dict__.pop(_KEEP, False):
-        module.__dict__[_OUTPUT] = BaseModelOutputWithPooling(pooler_output=args[0]) if reads_rows(module) else output
+def _keep_output(module: nn.Module, args: Any, output: Any) -> Any:
+    if not (split := module.__dict__.pop(_KEEP, False)):
+        return None
+    if split is True or not isinstance(output, ModelOutput):
+        module.__dict__[_OUTPUT] = output
+        return None
+    whole = dict(output.items())
+    parts = {name: split(each) for name, each in whole.items() if isinstance(each, Tensor) and each.requires_grad}
+    module.__dict__[_OUTPUT] = type(output)(**whole | {name: part[1] for name, part in parts.items()})
+    return type(output)(**whole | {name: part[0] for name, part in parts.items()})
+
+
+def _keep_input(module: nn.Module, args: Any) -> Any:
+    if not (split := module.__dict__.pop(_KEEP, False)):
+        return None
+    onwards, kept = (args[0], args[0]) if split is True else split(args[0])
+    module.__dict__[_OUTPUT] = BaseModelOutputWithPooling(pooler_output=kept)
+    return onwards, *args[1:]
 
 
 def reads_rows(body: nn.Module) -> bool:
-    """Whether the body is the last layer of a timm classifier, so that its input is the embedding."""
-    return hasattr(body, "in_features")
+    """Whether the module is a layer of a classifier, whose input is the embedding."""
+    return isinstance(body, nn.Dropout) or hasattr(body, "in_features")
 
 
-def keep_next(body: nn.Module) -> None:
-    """Ask a watched body to keep the output of its next forward."""
-    body.__dict__[_KEEP] = True
+def keep_next(body: nn.Module, split: Split | bool = True) -> None:
+    """Ask a watched body to keep the output of its next forward, or of what `split` gives the part that is for us."""
+    body.__dict__[_KEEP] = split
 
 
 def take_kept(body: nn.Module) -> Any:

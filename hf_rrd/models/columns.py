@@ -13,11 +13,14 @@ CACHED_COLUMNS = ("teacher_embedding", "teacher_logits")  # stand in for a teach
 Accepted = list[str] | None  # the names of a forward's arguments; None for a forward that takes anything
 
 
-def forward_columns(model: nn.Module) -> Accepted:
-    """The names of a model's forward arguments; None for a forward that takes `**kwargs` alone."""
+def forward_columns(model: nn.Module, labels: bool = False) -> Accepted:
+    """The names of a model's forward arguments; None for a forward that takes `**kwargs` alone.
+
+    With `labels` these are read, too, by a `compute_loss_func`.
+    """
     parameters = inspect.signature(unwrapped(model).forward).parameters.values()
     names = [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
-    return names or None
+    return [*names, *["labels"] * labels] if names else None
 
 
 def is_teacher_input(name: str) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -13,12 +14,29 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models import auto
 
 from hf_rrd.errors import described
-from hf_rrd.models.body import body_of, forget, keep_next, main_input_of, place_of, reads_rows, take_kept, watch
+from hf_rrd.models.body import (
+    body_of,
+    forget,
+    is_headless,
+    keep_next,
+    main_input_of,
+    place_of,
+    reader_of,
+    reads_rows,
+    take_kept,
+    unwrapped,
+    watch,
+)
 from hf_rrd.models.columns import forward_columns
 from hf_rrd.models.pooling import POOLERS
 
-# A key of `POOLERS`, "auto", or a function from the body's output and the attention mask to (batch, width).
+# A key of `POOLERS`, "auto", "head", or a function from the body's output and the attention mask to (batch, width).
 Pooling = str | Callable[..., Any]
+
+
+def students(pooling: Pooling) -> Pooling:
+    """What a pooling means for a student: of "auto" that is "head"."""
+    return "head" if pooling == "auto" else pooling
 
 
 def embed(
@@ -33,8 +51,9 @@ def embed(
         model: A transformers model with a head or none, also inside PEFT or DistributedDataParallel; uncompiled here.
         inputs: Of its forward. `attention_mask` says which tokens are padding. Where a model counts its positions from
             the first token, as GPT-2 and BERT do, padding belongs on the right.
-        pooling: `"auto"`, the trainer's default, `"cls"`, `"mean"`, `"max"`, `"last_token"`, `"pooler"`, `"gap"`, or a
-            function `(body_output, attention_mask) -> (batch, width)`.
+        pooling: `"auto"`, the default for teachers, `"head"`, what a classifier's last layer reads, the default for
+            students (of a model without one the same as "auto"), `"cls"`, `"mean"`, `"max"`, `"last_token"`,
+            `"pooler"`, `"gap"`, or a function `(body_output, attention_mask) -> (batch, width)`.
         return_outputs: Whether to return what the forward gave, too, such as its logits.
 
     Returns:
@@ -59,25 +78,36 @@ def embed(
     main_input = main_input_of(embedder.body)
     if main_input not in inputs and not any(name in inputs for name in forward_columns(model) or inputs):
         raise ValueError(f"the model reads `{main_input}`, and `inputs` has {described(inputs)}.")
-    unwatch = watch(embedder.body)
-    keep_next(embedder.body)
+    unwatch = watch(embedder.watched)
+    keep_next(embedder.watched)
     try:
         with torch.compiler.set_stance("force_eager"):  # a compiled graph calls no hook
             outputs = model(**inputs)
-        embedding = embedder.pool(take_kept(embedder.body), inputs)
+        embedding = embedder.pool(take_kept(embedder.watched), inputs)
     finally:
-        forget(embedder.body)
+        forget(embedder.watched)
         unwatch()
     return (embedding, outputs) if return_outputs else embedding
 
 
 class Embedder:
-    """A model's body and the pooling of its output; `argument` is what the user knows the pooling as."""
+    """What is watched of a model, and the pooling of that; `argument` is what the user knows the pooling as.
+
+    Attributes:
+        body: The model's body.
+        watched: What to watch: the body, or with the pooling "head" the layer that its classifier reads from.
+        pooling: A key of `POOLERS` or a function.
+    """
 
     def __init__(self, model: nn.Module, pooling: Pooling = "auto", argument: str = "pooling") -> None:
-        self.body = body_of(model)
+        self.body = self.watched = body_of(model)
+        self._argument, self._read_width = argument, None
+        if pooling == "head":
+            found = None if is_headless(model) or reads_rows(self.body) else _known_reader(unwrapped(model), self.body)
+            if found is not None:
+                self.watched, self._read_width = found
+            pooling = "auto" if found is None else "pooler"
         self.pooling = auto_pooling(self.body) if pooling == "auto" else pooling
-        self._argument = argument
 
     def pool(self, outputs: Any, inputs: dict[str, Any]) -> Tensor:
         """From the body's output for these inputs to (batch, width); a ValueError if it is another number of rows."""
@@ -111,6 +141,8 @@ class Embedder:
         A config does not say it for all: an OPT may project its output, a Wav2Vec2 may end with an adapter. A
         ValueError says that the body gives no hidden states, or that there is no width either way.
         """
+        if self._read_width is not None:
+            return self._read_width
         if reads_rows(self.body):
             return int(self.body.in_features)
         (outputs, blank), name = _blank_outputs(self.body), type(self.body).__name__
@@ -188,13 +220,33 @@ def _towers_of(name: str) -> str:
     return f"{name} reads images and texts together. Load the part that reads yours: {which}." if all(found) else ""
 
 
+# Of models seen before: what they were made of, and their readers.
+_READERS: WeakKeyDictionary[nn.Module, tuple[list[int], tuple[nn.Module, int] | None]] = WeakKeyDictionary()
+
+
+def _known_reader(model: nn.Module, body: Any) -> tuple[nn.Module, int] | None:
+    parts = [*map(id, model.modules())]
+    if model not in _READERS or _READERS[model][0] != parts:  # its head may be another by now
+        _READERS[model] = parts, reader_of(model, _blank_inputs(body))
+    return _READERS[model][1]
+
+
+def _blank_inputs(body: Any) -> dict[str, Any]:
+    """One blank example of a body's kind."""
+    name = main_input_of(body)
+    blank = {name: _blank_input(body)}
+    if name == "input_ids" and body.config.is_encoder_decoder:
+        eos = body.config.eos_token_id
+        blank[name][:, -1] = eos if isinstance(eos, int) and eos < body.config.vocab_size else 1  # BART reads there
+    if name == "input_ids" and body.config.is_encoder_decoder and "decoder_input_ids" in (forward_columns(body) or ()):
+        blank["decoder_input_ids"] = blank[name]
+    return blank
+
+
 @torch.no_grad()
 def _blank_outputs(body: Any) -> tuple[Any, dict[str, Any]]:
     """The body's output for one blank input of its kind, or None where it does not take one; and the input."""
-    training, name = body.training, main_input_of(body)
-    blank = {name: _blank_input(body)}
-    if name == "input_ids" and body.config.is_encoder_decoder and "decoder_input_ids" in (forward_columns(body) or ()):
-        blank["decoder_input_ids"] = blank[name]
+    training, blank = body.training, _blank_inputs(body)
     try:
         return body.eval()(**blank), blank
     except Exception:

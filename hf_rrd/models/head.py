@@ -12,33 +12,41 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput, logging
 
-from hf_rrd.models.body import forget, is_headless, is_watched, keep_next, take_kept, unwrapped, watch
-from hf_rrd.models.embedding import Embedder, Pooling
+from hf_rrd.models.body import Split, forget, is_headless, is_watched, keep_next, take_kept, unwrapped, watch
+from hf_rrd.models.embedding import Embedder, Pooling, students
 
 logger = logging.get_logger(__name__)
 
 HEAD = "relational_head"  # the name of the head on the student
 WITH_EMBEDDING = "with_relational_embedding"  # the keyword of the student's forward that asks for the embedding
 EMBEDDING = "relational_embedding"  # the field of the student's output that holds it, projected
-POOLED = "relational_pooled"  # another, in evaluation mode, that holds it as the saved student has it: not projected
+POOLED = "relational_pooled"  # another that holds it as the saved student has it: not projected
 
 # The values of `student_projection=`: functions from the student's width and the teacher's to a module.
 STUDENT_PROJECTIONS: dict[str, Callable[[int, int], nn.Module]] = {
+    "centered": nn.Linear,
     "linear": nn.Linear,
-    "mlp": lambda width, dim: nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, dim)),
     "none": lambda width, dim: nn.Identity(),
 }
+GROUP = 16
+"""Rows of a micro-batch whose mean "centered" takes off: so one of 64 rows is the same as four of 16."""
+FEWEST = 8
+"""Rows of a micro-batch from which on it has a mean of its own."""
 
 
 class RelationalHead(nn.Module):
     """Projects what the student's embedder pools, whose body does not become a submodule, to the width `dim`.
 
     `projection` is a key of `STUDENT_PROJECTIONS`, whose start draws from `seed` and not from the global random state.
+    "centered" takes the mean of each `GROUP` rows off first, with its gradient: what examples have in common is kept
+    out of the comparison, as the teacher's mean is. In evaluation it takes off `mean`.
     """
 
     body_name: str  # of the body, as a submodule of the student
     undo: list[Callable[[], None]]  # what takes the hooks off again
     ignored: Any  # the student's `_keys_to_ignore_on_save` before
+    split: Split | None = None  # of the student's hidden states in training: for its own head, and for this one
+    mean: Tensor | None = None  # of the student's embeddings, (width,), as a training has measured it
 
     def __init__(self, embedder: Embedder, dim: int, projection: str, seed: int) -> None:
         super().__init__()
@@ -49,12 +57,21 @@ class RelationalHead(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.projection = STUDENT_PROJECTIONS[projection](embedder.width, dim)
+        self.centers = projection == "centered"
 
     def forward(self, pooled: Tensor) -> Tensor:
         """From (batch, width) to rows in float32, (batch, dim)."""
+        if self.centers:
+            pooled = self._centered(pooled.float())
         dtype = next(self.projection.parameters(), pooled).dtype
         rows: Tensor = self.projection(pooled.to(dtype)).float()
         return rows
+
+    def _centered(self, pooled: Tensor) -> Tensor:
+        if self.training and len(pooled) >= FEWEST:
+            groups = pooled.tensor_split(max(1, len(pooled) // GROUP))
+            return torch.cat([group - group.mean(0) for group in groups])
+        return pooled if self.mean is None else pooled - self.mean.to(pooled.device)
 
     def pool(self, outputs: Any, inputs: dict[str, Any]) -> Tensor:
         """The body's output for these inputs as one row per example, (batch, width)."""
@@ -65,16 +82,16 @@ class RelationalHead(nn.Module):
 
 
 def attach_head(
-    student: nn.Module, dim: int, projection: str = "linear", pooling: Pooling = "auto", seed: int = 0
+    student: nn.Module, dim: int, projection: str = "centered", pooling: Pooling = "auto", seed: int = 0
 ) -> RelationalHead:
     """Give the student a head, in place of one that it may have from an earlier trainer.
 
     Afterwards the output of `student(..., with_relational_embedding=True)` has the field `relational_embedding`: rows
-    in float32, (batch, dim); in evaluation mode also `relational_pooled`: these before the projection, (batch, width).
+    in float32, (batch, dim); and `relational_pooled`: these before the projection, (batch, width).
     """
     detach_head(student)
-    head = RelationalHead(Embedder(student, pooling, "student_pooling"), dim, projection, seed)
-    head.body_name = next(name for name, each in student.named_modules() if each is head.embedder.body)
+    head = RelationalHead(Embedder(student, students(pooling), "student_pooling"), dim, projection, seed)
+    head.body_name = next(name for name, each in student.named_modules() if each is head.embedder.watched)
     reference = next(student.parameters())
     head.to(dtype=reference.dtype if reference.is_floating_point() else None)
     put_head(student, head)
@@ -155,7 +172,7 @@ class StudentOutputs(NamedTuple):
     task_loss: Tensor | None
     outputs: Any  # as the model gives them without us
     embedding: Tensor | None = None  # projected, (batch, dim)
-    pooled: Tensor | None = None  # before that, (batch, width); in evaluation mode
+    pooled: Tensor | None = None  # before that, (batch, width)
 
 
 def split_embedding(outputs: Any) -> tuple[Any, Tensor | None, Tensor | None]:
@@ -164,7 +181,9 @@ def split_embedding(outputs: Any) -> tuple[Any, Tensor | None, Tensor | None]:
         return outputs, None, None
     plain = {key: value for key, value in outputs.items() if key not in (EMBEDDING, POOLED)}
     pooled = outputs.get(POOLED)
-    if pooled is not None and "last_hidden_state" in plain:  # of a headless student an evaluation collects rows alone
+    if (
+        not torch.is_grad_enabled() and "last_hidden_state" in plain
+    ):  # of a headless student an evaluation collects rows alone
         return ModelOutput(embedding=pooled), outputs[EMBEDDING], pooled
     return type(outputs).__mro__[1](**plain), outputs[EMBEDDING], pooled
 
@@ -182,7 +201,8 @@ def _ask_body(student: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[An
     wanted = kwargs.pop(WITH_EMBEDDING, False)
     student.__dict__[WITH_EMBEDDING] = wanted
     if wanted:
-        keep_next(_watched_body(student))
+        split = head_of(student).split if student.training else None
+        keep_next(_watched_body(student), split or True)
     return args, kwargs
 
 
@@ -195,7 +215,7 @@ def _add_embedding(student: nn.Module, args: Any, kwargs: dict[str, Any], output
         raise ValueError(f"the student must return a ModelOutput, got {type(outputs).__name__}. Set return_dict=True.")
     head = head_of(student)
     pooled = head.pool(take_kept(_watched_body(student)), kwargs)
-    ours = {EMBEDDING: head(pooled), POOLED: None if student.training else pooled}
+    ours = {EMBEDDING: head(pooled), POOLED: pooled}
     output_class: Any = type(outputs)
     return _extended(output_class)(**dict(outputs.items()), **ours)
 

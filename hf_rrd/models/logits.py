@@ -107,16 +107,25 @@ class LogitPair:
     Args:
         student: Its model.
         teacher: Its model; None where its logits are cached.
-        cached: Of cached logits what `cache_teacher_outputs` noted: `classes` and `problem_type` of their teacher.
+        cached: Of cached logits what `cache_teacher_outputs` noted, `classes` and `problem_type` of their teacher; and
+            their `width`.
         of_data: The names of the labels' classes, for a student whose config has none.
         own_loss: Whether the task loss is the student's own, which reads labels as transformers does.
+        same_classes: Whether both sides must have as many classes, which may be the same. `is_known` says whether they
+            are: by their names, or because cached logits of unknown names are as many.
 
     Raises:
         ValueError: They cannot be compared.
     """
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module | None, cached: Mapping[str, Any], of_data: Names, own_loss: bool
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        cached: Mapping[str, Any],
+        of_data: Names,
+        own_loss: bool,
+        same_classes: bool = False,
     ) -> None:
         models = [unwrapped(student)] if teacher is None else [unwrapped(student), unwrapped(teacher)]
         self.student, self.own_loss = models[0], own_loss
@@ -137,10 +146,18 @@ class LogitPair:
         if len(set(sizes)) == 2:
             raise _refusal(f"both sides need the same classes: the teacher has {sizes[1]}, the student {sizes[0]}")
         self.layout: Any = layouts[0] if layouts else None
+        own, others = names_of(student), cached.get("classes") or (teacher and names_of(teacher))
+        self.is_known = True
+        if same_classes:
+            of_names = self.layout in NAMED and others and class_order(own, others, of_data) is not None
+            of_width = self.layout in NAMED and not others and cached.get("width") in [(size,) for size in sizes]
+            self.is_known = bool(of_names or of_width)
+            if not self.is_known and (self.layout not in NAMED or len(own or ()) != len(others or ())):
+                raise _refusal("nothing tells that both sides have the same classes")
         self._given_problem_type()
         self._order: Tensor | None = None  # where each of the student's classes is among the teacher's
         if self.layout in NAMED:
-            self._match(names_of(student), cached.get("classes") or names_of(teacher), of_data)
+            self._match(own, others or None, of_data)
         elif self.layout == "letters":  # of which the inputs, samples of sound, do not tell
             logger.warning_once("`kd_weight`: both sides are taken to number letters alike, by an equal `vocab.json`.")
 
@@ -154,6 +171,17 @@ class LogitPair:
                 f"`kd_weight`: the classes of the {' and the '.join(unnamed)} have no names: {taken}. If that is "
                 "wrong, give both configs an `id2label`."
             )
+
+    def in_order(self, teacher: Tensor) -> Tensor:
+        """The teacher's logits with the classes, the last dimension, in the student's order."""
+        if self._order is None:
+            return teacher
+        self._order = self._order.to(teacher.device)
+        return teacher.index_select(-1, self._order)
+
+    def kind_of(self, logits: Tensor, inputs: Mapping[str, Any]) -> str:
+        """What logits of a batch are: of `ONE` class, of `SEVERAL` at once, or `NUMBERS`."""
+        return self._problem_type(self.layout or _layout_in(logits, inputs), logits, inputs)
 
     def terms(
         self, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any], temperature: float, loss: str = "kl"
@@ -172,9 +200,7 @@ class LogitPair:
             if teacher.shape[2:] != student.shape[2:]:
                 teacher = F.interpolate(teacher.float(), student.shape[2:], mode="bilinear", align_corners=False)
             student, teacher = student.movedim(1, -1), teacher.movedim(1, -1)
-        if self._order is not None:
-            self._order = self._order.to(teacher.device)
-            teacher = teacher.index_select(-1, self._order)
+        teacher = self.in_order(teacher)
         problem_type, counted = self._problem_type(layout, student, inputs), self._counted(layout, student, inputs)
         if loss == "dist":
             if problem_type != ONE or layout in ("spans", "choices"):

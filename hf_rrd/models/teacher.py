@@ -79,10 +79,10 @@ class Teacher:
         if wants_embedding:
             self._embedder = Embedder(model, pooling, "teacher_pooling")
             self.body, self.width = self._embedder.body, self._embedder.width
-            self.pooling = self._embedder.pooling
+            self.pooling = self._embedder.pooling if self._embedder.watched is self.body else "head"
             weights = place_of(self.body)[1]
             self.dtype = weights if weights in (torch.float16, torch.bfloat16) else torch.float32
-            watch(self.body)
+            watch(self._embedder.watched)
 
     def cached_as(self, width: int, dtype: torch.dtype) -> None:
         """Take over the form of cached embeddings, in place of a model's."""
@@ -196,6 +196,7 @@ class Teacher:
         assert self.model is not None
         self.model.eval()
         device = getattr(inputs.get(main_input_of(self.body)), "device", None)
+        watched = self.body if self._embedder is None else self._embedder.watched
         if self.columns is not None and "use_cache" in self.columns:
             inputs = {**inputs, "use_cache": False}
         mask = inputs.get("attention_mask")
@@ -204,15 +205,15 @@ class Teacher:
         with named_errors("the teacher", inputs):
             try:
                 if self._embedder is not None:
-                    keep_next(self.body)
+                    keep_next(watched)
                 outputs = self._forward(**placed(inputs, self.body))
                 logits = logits_of(outputs) if self.wants_logits else None
                 logits = None if logits is None else logits.to(device)
                 if self._embedder is None:
                     return TeacherOutputs(logits=logits)
-                pooled = self._embedder.pool(take_kept(self.body), inputs)
+                pooled = self._embedder.pool(take_kept(watched), inputs)
             finally:
-                forget(self.body)
+                forget(watched)
             if pooled.shape[1:] != (self.width,):
                 raise ValueError(
                     f"the teacher's embedding must be {self.width} wide, got shape {tuple(pooled.shape)}."

@@ -1,19 +1,21 @@
 """The facts of a run, gathered while it goes."""
 
 import math
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_rrd.losses.in_batch import BATCH_LOSSES
+from hf_rrd.config import WEIGHTS
 from hf_rrd.models.pooling import name_of
 from hf_rrd.results.card import write_card
 from hf_rrd.results.facts import CardFacts, DataFacts, Metric, hub_name, last_losses, source_of
 from hf_rrd.results.measure import size_of
 from hf_rrd.results.report import DistillationReport
 from hf_rrd.training.checkpoint import flaw_in
+from hf_rrd.training.distillation import BANK_LOSSES
 from hf_rrd.training.terms import LOGGED
 
 Names = str | list[str] | None
@@ -27,13 +29,19 @@ class FactsCallback(TrainerCallback):
         train_dataset: The training set.
         processing_class: What is saved beside the student.
         own_optimizer: Whether the optimizer is the user's own: then the settings do not describe it.
+        weights: Gives the weights of the terms, by the names of the settings, where these say "auto".
     """
 
     def __init__(
-        self, teacher: nn.Module | None, train_dataset: Any, processing_class: Any = None, own_optimizer: bool = False
+        self,
+        teacher: nn.Module | None,
+        train_dataset: Any,
+        processing_class: Any = None,
+        own_optimizer: bool = False,
+        weights: Callable[[], dict[str, float]] = dict,
     ) -> None:
         self.teacher, self.train_dataset = teacher, train_dataset
-        self.processing_class, self.own_optimizer = processing_class, own_optimizer
+        self.processing_class, self.own_optimizer, self.weights = processing_class, own_optimizer, weights
         self.report: DistillationReport | None = None  # the last one since a training began
         self.sources: dict[str, dict[str, str]] = {}  # by prefix, of which data the metrics are
         self.best_step: int | None = None  # where the student is not that of the last step
@@ -116,20 +124,21 @@ class FactsCallback(TrainerCallback):
 
     def _settings(self) -> dict[str, Any]:
         """Those of ours that had a part in this run."""
-        args = self.args
-        names = ["task_weight", "relational_weight", "kd_weight"]
+        args, weights = self.args, self.weights()
+        weights = {name: weights.get(name, getattr(self.args, name)) for name in WEIGHTS}
+        names = []
         learned = last_losses(self.state.log_history)  # a weight may have come down to 0 since
-        if args.kd_weight > 0 or "kd_loss" in learned:
+        if weights["kd_weight"] or "kd_loss" in learned:
             names += ["kd_loss", "kd_temperature"]
-        if args.relational_weight > 0 or "relational_loss" in learned:
-            names += ["relational_loss", "student_projection", "teacher_projection", "projection_dim"]
-            names += ["student_pooling", "teacher_pooling"]
-            if args.relational_loss not in BATCH_LOSSES:
+        if weights["relational_weight"] or "relational_loss" in learned:
+            names += ["balance_losses", "relational_loss", "student_projection", "teacher_projection"]
+            names += ["projection_dim", "student_pooling", "teacher_pooling"]
+            if args.relational_terms.keys() & set(BANK_LOSSES):
                 names += ["bank_size", "include_own", "student_temperature"]
-            if args.relational_loss == "rrd":
-                names += ["teacher_temperature" if args.teacher_perplexity is None else "teacher_perplexity"]
+            if "rrd" in args.relational_terms:
+                names += ["teacher_temperature"]
         names += ["alignment_examples"] * (args.alignment_examples > 0)
-        settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        settings = weights | {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
         return {name: name_of(value) if callable(value) else value for name, value in settings.items()}
 
     def _training(self) -> dict[str, Any]:

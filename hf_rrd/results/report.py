@@ -17,7 +17,7 @@ from hf_rrd.errors import named_errors
 from hf_rrd.files import write_json
 from hf_rrd.models.body import body_of, placed, unwrapped
 from hf_rrd.models.columns import CACHED_COLUMNS, TEACHER_PREFIX, forward_columns, student_inputs, teacher_inputs
-from hf_rrd.models.embedding import embed
+from hf_rrd.models.embedding import embed, students
 from hf_rrd.models.logits import Names, class_order, names_of
 from hf_rrd.models.teacher import load_teacher
 from hf_rrd.results.alignment import EmbeddingLog
@@ -134,7 +134,8 @@ def compare_models(
     facts: dict[str, Any] = {name: size_of(model) for name, model in models.items()}
     with evaluating(models.values()), preserved_randomness():  # a loader draws a seed
         loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
-        tensors = _outputs(loader, models, {"student": student_pooling, "teacher": teacher_pooling}, label_names)
+        poolings = {"student": students(student_pooling), "teacher": teacher_pooling}
+        tensors = _outputs(loader, models, poolings, label_names)
         batches = [collate([dataset[i] for i in range(min(count, len(dataset)))]) for count in (1, 32)]
         for name, inputs in _inputs_of(batches[0], models, label_names).items():
             facts[name] |= flops_of(models[name], inputs) | {"latency_ms": {}}
@@ -300,7 +301,7 @@ def compare_in_run(
     how = (args.per_device_eval_batch_size, args.student_pooling, args.teacher_pooling, label_names)
     most = args.alignment_examples or 4096  # the same as an evaluation's
     report = compare_models(student, teacher, dataset, data_collator, *how, alignment_examples=most)
-    learned = max(args.relational_weight, args.kd_weight) > 0
+    learned = args.relational_weight != 0 or args.kd_weight != 0
     if teacher is None and learned and not any(name.startswith("teacher_") for name in report.tensors):
         logger.warning(
             "The report has no teacher: the trainer has none, and the data set not its cached outputs. Pass it: "

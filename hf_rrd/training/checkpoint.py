@@ -74,7 +74,7 @@ def load_sidecar(folder: str) -> tuple[State, dict[str, str]]:
         about = said_of(folder)
         for key, tensor in load_file(path).items():
             group, _, name = key.partition(".")
-            if group not in ("head", "teacher_projection", "bank", "reference"):
+            if group not in ("head", "teacher_projection", "bank", "reference", "balance"):
                 raise ValueError(f"{key!r} is of none of the groups of a sidecar")
             if tensor.dtype not in PRECISIONS:
                 raise ValueError(f"{key} must be in floating point of 16 to 64 bits, got {tensor.dtype}")

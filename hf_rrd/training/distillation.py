@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,19 +10,33 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from hf_rrd.losses.bank import FeatureBank
-from hf_rrd.losses.in_batch import BATCH_LOSSES
+from hf_rrd.losses.in_batch import BATCH_LOSSES, own_space_loss
 from hf_rrd.losses.relational import infonce_terms, relational_terms
 from hf_rrd.losses.rows import unit
 from hf_rrd.models.head import RelationalHead, StudentOutputs, attach_head, detach_head, head_of, load_head, put_head
 from hf_rrd.models.logits import LogitPair, logits_of
 from hf_rrd.models.teacher import Teacher, TeacherOutputs
+from hf_rrd.training.balance import Balance
 from hf_rrd.training.checkpoint import State
 from hf_rrd.training.data import is_map_style, preserved_randomness, sample_of
 from hf_rrd.training.projection import TeacherProjection, check_variety
-from hf_rrd.training.terms import weights_of
+from hf_rrd.training.terms import Weights, weights_of
 
-RELATIONAL_LOSSES = ("rrd", "infonce", *BATCH_LOSSES)
-"""The values of `relational_loss=`: the first two compare with the bank, the others within the micro-batch."""
+BANK_LOSSES = ("rrd", "infonce")
+"""The values of `relational_loss=` that compare with the bank."""
+
+RELATIONAL_LOSSES = (*BANK_LOSSES, *BATCH_LOSSES, "own_space")
+"""The values of `relational_loss=`, each alone or several with weights.
+
+The last is of the student's embedding as it is saved, the others of the projected one. All but those of the bank
+compare within the micro-batch.
+"""
+
+HARD = 10.0
+"""How many times as hard as the task a teacher of the student's own classes pulls, by default."""
+
+MEASURED = 1024
+"""Training examples on which the teacher's mean and directions are measured, unless bank or width ask for more."""
 
 MADE_WITH = ("teacher_pooling", "teacher_projection", "projection_dim")
 """Settings that are read when a trainer is made, and not again."""
@@ -33,6 +48,8 @@ NO_HEAD = (
 
 class Distillation:
     """`task_weight * task + kd_weight * KD(kd_temperature) + relational_weight * relational(...)`. No parameters.
+
+    Where the settings say so, the relational part is balanced: its gradient is scaled where it meets the others'.
 
     Owns the projection of the teacher's embeddings and the bank of them, which is full from the first step on. Each
     example is compared with the bank as it was before the step, plus one column of its own; rows wait until
@@ -61,7 +78,9 @@ class Distillation:
         self.logits: LogitPair | None = None
         self.reference: Tensor | None = None
         self.pending: list[Tensor] = []
+        self.balance: Balance | None = None  # where there is a head
         self.seed: int = broadcast_object_list([args.seed])[0]  # each process may have one of its own
+        self._teacher = teacher
         self._fits = False  # the training set, into the bank
         self._learned = {"relational_weight": teacher.wants_embedding, "kd_weight": teacher.wants_logits}
         self._made_with = {name: getattr(args, name) for name in MADE_WITH} if teacher.wants_embedding else {}
@@ -72,7 +91,17 @@ class Distillation:
     @property
     def rows(self) -> int:
         """How many rows the settings give the bank: none for a loss that compares within the micro-batch."""
-        return 0 if self.args.relational_loss in BATCH_LOSSES else int(self.args.bank_size)
+        return int(self.args.bank_size) if self.args.relational_terms.keys() & set(BANK_LOSSES) else 0
+
+    def weights(self) -> Weights:
+        """The weights of the terms as they are now, by the names of the settings."""
+        weights = {name: getattr(self.args, name) for name in ("task_weight", "kd_weight", "relational_weight")}
+        shares_classes = self._learned["kd_weight"]
+        if weights["kd_weight"] == "auto":
+            weights["kd_weight"] = float(shares_classes)
+        if weights["relational_weight"] == "auto":
+            weights["relational_weight"] = HARD if shares_classes else 1.0
+        return weights
 
     @property
     def is_calibrated(self) -> bool:
@@ -86,6 +115,10 @@ class Distillation:
         """Whether the bank holds the whole training set, so that no newer rows can come."""
         return self.reference is not None and (self._fits or len(self.reference) < self.rows)
 
+    def leave_out_logits(self) -> None:
+        """Learn none, because the teacher has not the student's classes."""
+        self._learned["kd_weight"], self._teacher.wants_logits, self.logits = False, False, None
+
     def attach(self, student: nn.Module) -> None:
         """Give a student the head that the comparison needs, in place of an earlier one, or take that off."""
         self.student = student
@@ -94,6 +127,7 @@ class Distillation:
         else:
             how = (self.args.student_projection, self.args.student_pooling, self.seed)
             self.head = attach_head(student, self.projection.dim, *how)
+            self.balance = Balance(self.head.embedder.width)
 
     def wear(self) -> None:
         """Put on the student what `attach` gave it, if that was taken off since, by us, a user or another trainer."""
@@ -115,6 +149,8 @@ class Distillation:
         """Move the bank to a device; the projection follows what it reads."""
         if self.bank is not None:
             self.bank.to(device)
+        if self.balance is not None:
+            self.balance.to(device)
 
     # ---- The loss ----
 
@@ -136,9 +172,9 @@ class Distillation:
             ValueError: The teacher has logits, or an embedding, and the student has none; a weight has left the 0 that
                 this object was made with; or there is no term at all.
         """
+        weights = self.weights()
         for name, learned in self._learned.items():
-            weight = getattr(self.args, name)
-            if weight > 0 and not learned:
+            if (weight := weights[name]) > 0 and not learned:
                 raise ValueError(f"`{name}` was 0 when the trainer was made and is {weight} now. Make a new trainer.")
         terms = {} if student.task_loss is None else {"task_loss": student.task_loss}
         if teacher.logits is not None:
@@ -149,7 +185,7 @@ class Distillation:
         if teacher.embedding is not None and (training or self.is_calibrated):
             if student.embedding is None:
                 raise ValueError(NO_HEAD)
-            terms |= self.relational_terms(student.embedding, teacher.embedding, training)
+            terms |= self.relational_terms(student.embedding, teacher.embedding, training, student.pooled)
         if not terms:
             raise ValueError(
                 "nothing to compare with: this batch has neither labels to learn nor a teacher's outputs that can be "
@@ -157,32 +193,56 @@ class Distillation:
             )
         return terms
 
-    def relational_terms(self, student: Tensor, teacher_embedding: Tensor, training: bool) -> dict[str, Tensor]:
-        """`relational_loss`, and of "rrd" also `relational_kl`; in training the teacher's rows wait for the bank.
+    def relational_terms(
+        self, student: Tensor, teacher_embedding: Tensor, training: bool, pooled: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """`relational_loss`, the weighted sum, and each that is not the whole of it; of "rrd" also `relational_kl`.
+
+        In training the teacher's rows wait for the bank.
 
         Args:
             student: The student's projected embeddings, (batch, dim).
             teacher_embedding: The teacher's, (batch, width).
             training: Evaluation leaves the bank as it is.
+            pooled: The student's embeddings before the projection, (batch, width).
         """
         assert self.projection is not None and self.bank is not None
-        args, teacher = self.args, self.projection(teacher_embedding)
+        teacher = self.projection(teacher_embedding)
         student = student.to(teacher.device)
-        if args.relational_loss in BATCH_LOSSES:
-            return {"relational_loss": BATCH_LOSSES[args.relational_loss](student, teacher)}
-        if self.bank.size == 0:
-            bank = teacher  # the micro-batch itself
+        if pooled is not None and training and self.balance is not None:
+            self.balance.add(pooled)
+        losses = self.args.relational_terms
+        terms = self._bank_terms(student, teacher, training) if losses.keys() & set(BANK_LOSSES) else {}
+        for name in [name for name in losses if name in BATCH_LOSSES]:  # in one order on all processes
+            terms[f"relational_{name}"] = BATCH_LOSSES[name](student, teacher)
+        if pooled is not None and "own_space" in losses:
+            terms["relational_own_space"] = own_space_loss(pooled, teacher)
+        if [*losses.values()] != [1.0]:
+            # Of each example, as far as the losses are: an evaluation's mean then does not depend on its batches.
+            loss = torch.zeros((), device=teacher.device)
+            for name, weight in losses.items():
+                loss = loss + weight * terms[f"relational_{name}"]
+            return {"relational_loss": loss, **terms}
+        return {"relational_loss": terms.pop(f"relational_{[*losses][0]}"), **terms}
+
+    def _bank_terms(self, student: Tensor, teacher: Tensor, training: bool) -> dict[str, Tensor]:
+        args, bank = self.args, self.bank
+        assert bank is not None
+        if bank.size == 0:
+            rows = teacher  # the micro-batch itself
         elif training or self.reference is None:
-            bank = self.bank.filled
+            rows = bank.filled
         else:
-            bank = self.reference
-        if training and self.bank.size > 0 and not self.is_whole:
+            rows = self.reference
+        if training and bank.size > 0 and not self.is_whole:
             self.pending.append(teacher)
-        if args.relational_loss == "infonce":
-            return {"relational_loss": infonce_terms(student, teacher, bank, args.student_temperature)}
-        how = (args.student_temperature, args.teacher_temperature, args.include_own, args.teacher_perplexity)
-        loss, divergence = relational_terms(student, teacher, bank, *how)
-        return {"relational_loss": loss, "relational_kl": divergence}
+        terms = {}
+        if "infonce" in args.relational_terms:
+            terms["relational_infonce"] = infonce_terms(student, teacher, rows, args.student_temperature)
+        if "rrd" in args.relational_terms:
+            how = (args.student_temperature, args.teacher_temperature, args.include_own)
+            terms["relational_rrd"], terms["relational_kl"] = relational_terms(student, teacher, rows, *how)
+        return terms
 
     def kd_terms(self, student_logits: Tensor, teacher_logits: Tensor, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """`kd_loss` of each example, (batch,); of "dist" their mean."""
@@ -193,10 +253,24 @@ class Distillation:
     def total(self, terms: dict[str, Tensor]) -> Tensor:
         """The weighted sum of the terms' means, a scalar. `relational_kl` is for reading and has no weight."""
         return torch.stack(
-            [weight * terms[name].mean() for name, weight in weights_of(self.args, terms).items()]
+            [weight * terms[name].mean() for name, weight in weights_of(self.weights(), terms).items()]
         ).sum()
 
     # ---- The bank ----
+
+    def end_step(self, step: Any, accelerator: Any) -> None:
+        """Put the rows of an optimizer step into the bank, and balance the next one by what this one measured.
+
+        Args:
+            step: The `StepExamples` of all processes.
+            accelerator: Of the trainer.
+        """
+        self.update_bank(step.gather)
+        if self.balance is not None and self.head is not None and (self.head.centers or self.head.split is not None):
+            scale = step.processes * (1.0 if accelerator.scaler is None else accelerator.scaler.get_scale())
+            total = partial(accelerator.reduce, reduction="sum")
+            self.balance.update(self.weights()["relational_weight"], step.total, total, scale)
+            self.head.mean = self.balance.mean
 
     def update_bank(self, gather: Callable[[Tensor], Tensor]) -> None:
         """Put the step's rows, gathered from all processes, into the bank: unit rows, which fit any dtype."""
@@ -221,6 +295,13 @@ class Distillation:
         if head_of(student) is not self.head:
             raise ValueError(NO_HEAD)
         self.pending.clear()
+        if self.balance is not None and self.head is not None:
+            self.to(self.args.device)  # a student of `model_init` has a new one
+            self.balance.clear()
+            self.head.mean = self.balance.mean
+            weights = self.weights()
+            competes = self.args.balance_losses and weights["task_weight"] + weights["kd_weight"] > 0
+            self.head.split = self.balance.split if competes else None
         self.reference, self._fits = None, is_map_style(dataset) and len(dataset) <= self.rows
         if self.bank is not None:
             self.bank.clear()
@@ -242,10 +323,10 @@ class Distillation:
         Raises:
             ValueError: An embedding is not finite, all are alike, or there are too few to fit the projection.
         """
-        projection, bank, examples = self.projection, self.bank, self.args.calibration_examples
+        projection, bank = self.projection, self.bank
         if projection is None or bank is None or dataset is None:
             return
-        count = bank.size if projection.is_ready else max(examples, bank.size)
+        count = bank.size if projection.is_ready else max(MEASURED, bank.size, 2 * projection.dim)
         if count == 0:
             return
         with preserved_randomness():
@@ -255,7 +336,7 @@ class Distillation:
         if not embeddings.isfinite().all():
             raise ValueError("the teacher's embedding is not finite (nan or inf) on examples of `train_dataset`.")
         if not projection.is_ready:
-            projection.fit(embeddings[:examples])
+            projection.fit(embeddings)
             projection.load_state_dict(share(projection.state_dict()))  # the same to the bit on all processes
         rows = unit(projection(embeddings))
         check_variety(embeddings, rows)
@@ -266,9 +347,10 @@ class Distillation:
     # ---- A checkpoint ----
 
     def state_dict(self, head: bool = True) -> State:
-        """All there is to save: `teacher_projection`, `bank`, the `reference`, and `head` unless it is sharded."""
+        """All there is to save: projection, bank, reference, balance, and the head unless it is sharded."""
         bank = None if self.is_whole else self.bank  # which then is the reference
-        parts = {"head": self.head if head else None, "teacher_projection": self.projection, "bank": bank}
+        parts: dict[str, Any] = {"head": self.head if head else None, "teacher_projection": self.projection}
+        parts |= {"bank": bank, "balance": self.balance}
         state = {name: dict(part.state_dict()) for name, part in parts.items() if part is not None}
         return state if self.reference is None else state | {"reference": {"rows": self.reference.clone()}}
 
@@ -284,3 +366,6 @@ class Distillation:
             self.projection.load_state_dict(state.get("teacher_projection", {}))
         if self.head is not None and head:
             load_head(self.head, state.get("head", {}))
+        if self.balance is not None and self.head is not None:
+            self.balance.load_state_dict(state.get("balance", {}))
+            self.head.mean = self.balance.mean

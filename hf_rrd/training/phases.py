@@ -7,6 +7,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import default_compute_objective
 
 from hf_rrd.models.head import check_optimizer
+from hf_rrd.training.evidence import knows_classes
 from hf_rrd.training.streams import WholeSteps, warn_of_new_pass
 from hf_rrd.training.terms import objective_without_terms
 
@@ -21,6 +22,11 @@ class Phases(TrainerCallback):
         """An empty or a restored state."""
         trainer = self.trainer  # which may begin anew after a step for which the memory did not suffice
         student = trainer._unwrapped_student()
+        if trainer.args.kd_weight == "auto" and trainer.distillation.logits is not None:
+            how = (trainer.get_test_dataloader, trainer._prepare_inputs, trainer.accelerator, trainer.args)
+            pair, seed = trainer.distillation.logits, trainer.distillation.seed
+            if not knows_classes(trainer.train_dataset, seed, trainer._teacher, pair, *how):
+                trainer.distillation.leave_out_logits()
         trainer.distillation.start(student, trainer.train_dataset)
         check_optimizer(student, trainer.optimizer)
         if getattr(trainer, "compute_objective", None) is default_compute_objective:  # a hyperparameter search's
@@ -35,9 +41,9 @@ class Phases(TrainerCallback):
             warn_of_new_pass(trainer.train_dataset, trainer.state.epoch)
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """The teacher's rows of the step go into the bank."""
+        """The teacher's rows of the step go into the bank, and what it measured is used from the next one on."""
         if self.trainer._step is not None:
-            self.trainer.distillation.update_bank(self.trainer._step.gather)
+            self.trainer.distillation.end_step(self.trainer._step, self.trainer.accelerator)
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A run that was resumed at its end is neither evaluated nor saved again."""

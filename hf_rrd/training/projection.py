@@ -13,13 +13,14 @@ MEASURED_PROJECTIONS = ("center", "pca")
 
 
 class TeacherProjection:
-    """`(embedding - mean) @ matrix`, frozen.
+    """`(embedding - mean) @ matrix / scale`, frozen.
 
     Args:
         width: Of the teacher's embedding.
         dim: Of the result; None keeps the width.
         kind: "none"; "center": less the mean; "pca": less the mean, onto the `dim` directions of largest variance;
-            "orthogonal": a random projection with orthonormal columns.
+            both over one scale for all, so that an entry of a row is 1 in the quadratic mean; "orthogonal": a random
+            projection with orthonormal columns.
         seed: Of the random projection.
 
     Raises:
@@ -31,6 +32,7 @@ class TeacherProjection:
         self.width = width
         self.dim = width if dim is None else dim
         self.mean: Tensor | None = None  # (width,)
+        self.scale: Tensor | None = None  # (1,)
         self.matrix: Tensor | None = None  # (width, dim), contiguous: as it comes out of a checkpoint, to the bit
         if kind in ("none", "center") and self.dim != width:
             raise ValueError(
@@ -71,11 +73,13 @@ class TeacherProjection:
             largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))  # (1, dim)
             # One sign of the two that each direction has.
             self.matrix = (directions * largest.sign()).float().contiguous()
-        self.mean = mean.float()
+        projected = rows - mean if self.matrix is None else (rows - mean) @ self.matrix.double()
+        scale = projected.square().mean().sqrt()
+        self.mean, self.scale = mean.float(), torch.where(scale > 0, scale, 1).float().view(1)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All there is to save: `mean`, (width,), and `matrix`, (width, dim), as far as there are any."""
-        tensors = {"mean": self.mean, "matrix": self.matrix}
+        """All there is to save, as far as there is: `mean`, (width,), `scale`, (1,), and `matrix`, (width, dim)."""
+        tensors = {"mean": self.mean, "scale": self.scale, "matrix": self.matrix}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -85,14 +89,16 @@ class TeacherProjection:
             ValueError: It is of another kind or another width.
         """
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        expected: dict[str, tuple[int, ...]] = {"mean": (self.width,)} if self.kind in MEASURED_PROJECTIONS else {}
+        expected: dict[str, tuple[int, ...]] = (
+            {"mean": (self.width,), "scale": (1,)} if self.kind in MEASURED_PROJECTIONS else {}
+        )
         expected |= {"matrix": (self.width, self.dim)} if self.kind in ("pca", "orthogonal") else {}
         if shapes != expected:
             raise ValueError(
                 f"the saved teacher projection has {shapes}, teacher_projection={self.kind!r} has {expected}. It was "
                 "saved with another teacher or other settings."
             )
-        self.mean, self.matrix = state.get("mean"), state.get("matrix")
+        self.mean, self.scale, self.matrix = (state.get(name) for name in ("mean", "scale", "matrix"))
 
     def __call__(self, embedding: Tensor) -> Tensor:
         """From (batch, width) to rows in float32, (batch, dim)."""
@@ -114,6 +120,9 @@ class TeacherProjection:
             if self.matrix is not None:
                 self.matrix = self.matrix.to(embedding.device)
                 embedding = embedding @ self.matrix
+            if self.scale is not None:
+                self.scale = self.scale.to(embedding.device)
+                embedding = embedding / self.scale
         return embedding
 
 

@@ -2,18 +2,21 @@
 
 from typing import Any
 
+import numpy as np
 from torch import nn
 from transformers import DataCollatorWithFlattening
-from transformers.utils import find_labels
+from transformers.utils import find_labels, logging
 
-from hf_rrd.models.body import unwrapped
+from hf_rrd.models.body import is_headless, unwrapped
 from hf_rrd.models.embedding import PACKED
 from hf_rrd.models.head import check_student
-from hf_rrd.models.logits import LogitPair
+from hf_rrd.models.logits import NAMED, LogitPair, layout_of
 from hf_rrd.models.teacher import Teacher, check_teacher, load_teacher
 from hf_rrd.training.data import Preview, check_dataset, noted_logits
 from hf_rrd.training.distillation import Distillation
 from hf_rrd.training.distributed import check_same_lengths
+
+logger = logging.get_logger(__name__)
 
 
 def check_data(training_set: Preview, eval_dataset: Any, student: Any, args: Any, data_collator: Any) -> None:
@@ -22,7 +25,7 @@ def check_data(training_set: Preview, eval_dataset: Any, student: Any, args: Any
     check_same_lengths("eval_dataset", eval_dataset)
     check_dataset("train_dataset", training_set.dataset)
     check_dataset("eval_dataset", eval_dataset)
-    if args.relational_weight > 0 and isinstance(data_collator, DataCollatorWithFlattening):
+    if args.relational_weight != 0 and isinstance(data_collator, DataCollatorWithFlattening):
         raise ValueError(f"`data_collator` is a {type(data_collator).__name__}: {PACKED}.")
     names = args.label_names or (None if student is None else find_labels(type(unwrapped(student))))
     if args.task_weight > 0 and training_set.dataset is not None and data_collator is None and names:
@@ -48,8 +51,20 @@ def prepared(
     if teacher.model is not None:
         check_teacher(teacher.model, student)
     if teacher.wants_logits:
-        known = (noted_logits(training_set.dataset), training_set.classes, loss_is_its_own)
-        distillation.logits = LogitPair(student, teacher.model, *known)
+        columns = {} if training_set.dataset is None else training_set.example
+        width = np.shape(columns.get("teacher_logits", ()))[-1:]
+        noted = {"width": width, **noted_logits(training_set.dataset)}
+        known = (noted, training_set.classes, loss_is_its_own)
+        automatic = distillation.args.kd_weight == "auto"
+        try:
+            distillation.logits = LogitPair(student, teacher.model, *known, same_classes=automatic)
+        except ValueError as error:
+            if not automatic:
+                raise
+            # Without embeddings nothing is learned from the teacher.
+            say = logger.info if teacher.wants_embedding else logger.warning
+            say(f"No distillation of logits: {error}")
+            distillation.leave_out_logits()
     distillation.attach(student)
     if optimizer is not None and distillation.head is not None:
         # Into the first group: a scheduler that was made with the optimizer knows no more of them.
@@ -63,7 +78,9 @@ def teacher_for(teacher: Any, args: Any, training_set: Preview, student: nn.Modu
     Raises:
         ValueError: There is neither; or it cannot be loaded, or not teach this student.
     """
-    wants_embedding, wants_logits = args.relational_weight > 0, args.kd_weight > 0
+    wants_embedding, wants_logits = args.relational_weight != 0, args.kd_weight not in (0, "auto")
+    if args.kd_weight == "auto":
+        wants_logits = teacher is not None or training_set.has("teacher_logits")  # until `prepared` looks closer
     needed = wants_embedding or wants_logits
     if isinstance(teacher, nn.Module) and args.teacher_model_init_kwargs:
         raise ValueError(
@@ -74,6 +91,8 @@ def teacher_for(teacher: Any, args: Any, training_set: Preview, student: nn.Modu
     if model is not None and student is not None:
         check_teacher(model, student)
     compiled = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+    if args.kd_weight == "auto" and model is not None:
+        wants_logits = layout_of(model) in NAMED and not is_headless(model)
     made = Teacher(
         model, wants_embedding, wants_logits, args.teacher_pooling, compiled if args.torch_compile else None
     )
@@ -90,7 +109,7 @@ def teacher_for(teacher: Any, args: Any, training_set: Preview, student: nn.Modu
                 "training set with a `teacher_embedding` column. Got neither. relational_weight=0 does without."
             )
         made.cached_as(*shape)
-    if model is None and wants_logits and training_set.dataset is not None:
+    if model is None and wants_logits and args.kd_weight != "auto" and training_set.dataset is not None:
         if "teacher_logits" not in training_set.example:
             raise ValueError(
                 "`kd_weight` is above 0, so a teacher is needed: pass `teacher=` a model, a Hub name or a folder, or "

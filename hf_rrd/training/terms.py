@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,32 +22,38 @@ LOGGED = ("loss", *TERMS, PERPLEXITY)
 def objective_without_terms(metrics: dict[str, float]) -> float:
     """transformers' default objective of a hyperparameter search: the loss, or the sum of the user's own metrics."""
     ours = tuple(f"_{name}" for name in (*TERMS, PERPLEXITY))
-    own = {name: metrics[name] for name in metrics if not name.endswith(ours) and "_alignment_" not in name}
+    own = {
+        name: value
+        for name, value in metrics.items()
+        if not name.endswith(ours) and "_alignment_" not in name and "_relational_" not in name
+    }
     return float(default_compute_objective(own))
 
 
-def weights_of(args: Any, terms: Iterable[str]) -> dict[str, float]:
+Weights = dict[str, float]  # by the names of the settings: `task_weight`, `kd_weight`, `relational_weight`
+
+
+def weights_of(weights: Weights, terms: Iterable[str]) -> dict[str, float]:
     """The weights of the terms that have one, by their names."""
-    return {name: getattr(args, f"{name.removesuffix('_loss')}_weight") for name in terms if name.endswith("_loss")}
+    return {name: weights[f"{name.removesuffix('_loss')}_weight"] for name in terms if name.endswith("_loss")}
 
 
 class TermLog:
     """What the terms came to since the last log line, and during an evaluation. Adding never waits for the device.
 
     Args:
-        args: A `RelationalDistillationConfig`: whether the own key is a candidate, and half of the target.
+        weights: Gives the weights of the terms as they are now.
     """
 
-    def __init__(self, args: Any) -> None:
-        self.args = args
+    def __init__(self, weights: Callable[[], Weights]) -> None:
+        self.weights = weights
         self.window: dict[str, Tensor] = {}
-        self.lines_near_one = 0  # on end
         self._evaluated: list[Tensor] = []
         self._evaluated_names: list[str] = []
 
     def start_training(self) -> None:
         """Forget an earlier training."""
-        self.window, self.lines_near_one = {}, 0
+        self.window = {}
 
     def add(self, parts: dict[str, Tensor], share: float | Tensor) -> None:
         """Add a micro-batch's part of each term of an optimizer step, and its share of the step.
@@ -74,19 +79,12 @@ class TermLog:
         """
         window, self.window = self.window, {}
         names = [name for name in TERMS if name in window]
+        names += [name for name in window if name not in (*TERMS, "steps")]
         if not names:
             return {}
         device = window[names[0]].device
         sums = reduce(torch.stack([window[name].to(device) for name in (*names, "steps")]))
-        line = self._with_perplexity(dict(zip(names, (sums[:-1] / sums[-1]).tolist(), strict=True)))
-        self.lines_near_one = self.lines_near_one + 1 if line.get(PERPLEXITY, 2) < 1.1 else 0
-        if self.lines_near_one == 2 and self.args.include_own:
-            logger.warning_once(
-                f"The teacher's perplexity over the bank stays near 1 ({line[PERPLEXITY]:.2f}): each example has only "
-                "its own key to match, as in InfoNCE, and its neighbours have no say. Raise teacher_temperature, or "
-                "set teacher_perplexity=20."
-            )
-        return line
+        return _with_perplexity(dict(zip(names, (sums[:-1] / sums[-1]).tolist(), strict=True)))
 
     def start_evaluation(self) -> None:
         """Forget an earlier evaluation."""
@@ -105,21 +103,22 @@ class TermLog:
         the Trainer's: "Evaluation", or else.
         """
         if not self._evaluated:
-            if self.args.task_weight > 0 and description == "Evaluation":
+            if self.weights()["task_weight"] > 0 and description == "Evaluation":
                 logger.warning(
                     "An evaluation without labels, with `task_weight` above 0: it has no loss, no terms and no "
                     "alignment. Does the data set have the column of the training set's labels?"
                 )
             return {}
         means = torch.cat(self._evaluated).double().mean(0).tolist()
-        terms = self._with_perplexity(dict(zip(self._evaluated_names, means, strict=True)))
-        return {"loss": sum(weight * terms[name] for name, weight in weights_of(self.args, terms).items()), **terms}
+        terms = _with_perplexity(dict(zip(self._evaluated_names, means, strict=True)))
+        return {
+            "loss": sum(weight * terms[name] for name, weight in weights_of(self.weights(), terms).items()),
+            **terms,
+        }
 
-    def _with_perplexity(self, means: dict[str, float]) -> dict[str, float]:
-        # The relational loss less its divergence is the entropy of the teacher's distribution.
-        if "relational_kl" in means:
-            entropy = means["relational_loss"] - means["relational_kl"]
-            if self.args.include_own and self.args.teacher_perplexity is not None and entropy > 0:
-                entropy = 2 * entropy - math.log(4)  # of the half that is over the bank; the other half is the own key
-            means[PERPLEXITY] = math.exp(entropy)
-        return means
+
+def _with_perplexity(means: dict[str, float]) -> dict[str, float]:
+    # A relational loss less its divergence is the entropy of the teacher's distribution.
+    if "relational_kl" in means:
+        means[PERPLEXITY] = math.exp(means.get("relational_rrd", means["relational_loss"]) - means["relational_kl"])
+    return means

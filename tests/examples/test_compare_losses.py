@@ -74,16 +74,16 @@ def sentences(modules: Modules) -> Any:
 
 
 def test_with_few_labels_a_quarter_of_the_examples_is_labelled(modules: Modules, task: Any) -> None:
-    examples = modules[0].examples_of(task.train, "few", distils=True)
+    examples = modules[0].examples_of(task, "few", distils=True)
     labels = torch.stack([examples[index]["labels"] for index in range(len(examples))])
     assert len(examples) == 60 + 15
     assert (labels != -100).sum() == 15 + 15  # once among all, and once more
-    plain = modules[0].examples_of(task.train, "few", distils=False)
+    plain = modules[0].examples_of(task, "few", distils=False)
     assert [int(plain[index]["labels"]) for index in range(len(plain))] == [index % 4 for index in range(15)]
 
 
 def test_inputs_and_teacher_outputs_are_of_one_view(modules: Modules, task: Any) -> None:
-    examples = modules[0].examples_of(task.train, "none", distils=True)
+    examples = modules[0].examples_of(task, "none", distils=True)
     assert "labels" not in examples[0]
     seen = set()
     for _ in range(20):
@@ -96,7 +96,7 @@ def test_inputs_and_teacher_outputs_are_of_one_view(modules: Modules, task: Any)
 
 
 def test_a_teacher_without_a_head_has_no_logits_among_the_columns(modules: Modules, sentences: Any) -> None:
-    example = modules[0].examples_of(sentences.train, "none", distils=True)[0]
+    example = modules[0].examples_of(sentences, "none", distils=True)[0]
     assert example.keys() == {"input_ids", "attention_mask", "teacher_embedding"}
 
 

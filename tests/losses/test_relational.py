@@ -224,7 +224,6 @@ def test_in_float32_the_loss_is_that_of_float64_to_5e_6_for_64_examples_and_a_ba
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "rrd": losses.relational_loss,
     "rrd with its own key": partial(losses.relational_loss, include_own=True),
-    "rrd by perplexity": partial(losses.relational_loss, include_own=True, teacher_perplexity=6.0),
     "infonce": losses.infonce_loss,
 }
 
@@ -348,7 +347,6 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_tensor_grows_with_the_bank(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     monkeypatch.setattr(losses, "SLICE_ROWS", 64)
-    monkeypatch.setattr(losses, "SOLVER_ELEMENTS", 1000)
     student, teacher = (raw_rows(8, 16, seed=n, dtype=torch.float32).requires_grad_() for n in (1, 2))
     for rows in (100, 10_000):
         bank = raw_rows(rows, 16, seed=3).to(dtype)
@@ -356,9 +354,6 @@ def test_no_tensor_grows_with_the_bank(monkeypatch: pytest.MonkeyPatch, dtype: t
             relational_loss(student, teacher, bank, include_own=True).backward()
             losses.infonce_loss(student, teacher, bank).backward()
         assert largest.elements == 64 * 16  # a slice: of its logits for 16 queries, or of its rows
-        with LargestTensor() as largest:
-            losses.temperature_of_perplexity(teacher, bank, 6.0)
-        assert largest.elements <= max(64 * 16, rows)  # or one example's similarities
 
 
 @pytest.mark.parametrize("slice_rows", [WHOLE, 3])
@@ -484,68 +479,7 @@ def test_relational_loss_gives_on_cuda_what_they_give_on_the_cpu(
     torch.testing.assert_close(cuda_gradient.cpu(), gradient, rtol=tolerance, atol=tolerance)
 
 
-# ---- The temperature of a perplexity, and InfoNCE ----
-
-
-def naive_perplexity(teacher: Tensor, bank: Tensor, temperature: Tensor) -> list[float]:
-    """From the definition: the exponential of the entropy of each row's softmax."""
-    values = []
-    for row, scale in zip(teacher.double(), temperature.flatten().tolist(), strict=True):
-        logits = [float(naive_cosine(row, key)) / scale for key in bank.double()]
-        weights = [math.exp(logit - max(logits)) for logit in logits]
-        probabilities = [weight / sum(weights) for weight in weights]
-        values.append(math.exp(-sum(p * math.log(p) for p in probabilities if p > 0)))
-    return values
-
-
-@pytest.mark.parametrize("perplexity", [1.01, 2.0, 20.0, 49.0])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 1e-3)])
-def test_the_temperature_gives_each_row_the_perplexity(
-    monkeypatch: pytest.MonkeyPatch, perplexity: float, dtype: torch.dtype, tolerance: float
-) -> None:
-    monkeypatch.setattr(losses, "SOLVER_ELEMENTS", 100)  # two rows at a time
-    teacher, bank = raw_rows(7, 5, 0, dtype), raw_rows(50, 5, 1, dtype)
-    temperature = losses.temperature_of_perplexity(teacher, bank, perplexity)
-    assert temperature.shape == (7, 1)
-    assert naive_perplexity(teacher, bank, temperature) == pytest.approx([perplexity] * 7, rel=tolerance)
-
-
-def test_a_perplexity_above_the_banks_rows_means_all_of_them_alike() -> None:
-    teacher, bank = unit_rows(3, 5, 0), unit_rows(4, 5, 1)
-    temperature = losses.temperature_of_perplexity(teacher, bank, 20.0)
-    assert naive_perplexity(teacher, bank, temperature) == pytest.approx([4.0] * 3, rel=1e-3)
-
-
-@pytest.mark.parametrize("include_own", [False, True])
-@pytest.mark.parametrize("slice_rows", [WHOLE, 6])
-def test_with_a_perplexity_the_target_is_half_own_key_and_half_neighbours(
-    include_own: bool, slice_rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
-    student, teacher, bank = raw_rows(5, 4, 0).requires_grad_(), raw_rows(5, 4, 1), raw_rows(17, 4, 2)
-    cross_entropy, divergence = losses.relational_terms(
-        student, teacher, bank, 0.1, include_own=include_own, teacher_perplexity=6.0
-    )
-    temperature = losses.temperature_of_perplexity(teacher, bank, 6.0)
-    teacher, bank = F.normalize(teacher, dim=-1), F.normalize(bank, dim=-1)
-    for index in range(5):
-        target = F.softmax(bank @ teacher[index] / temperature[index], dim=0)
-        keys = bank
-        if include_own:
-            target = torch.cat([target / 2, torch.tensor([0.5], dtype=torch.float64)])
-            keys = torch.cat([bank, teacher[index : index + 1]])
-        log_probs = F.log_softmax(keys @ F.normalize(student[index], dim=0) / 0.1, dim=0)
-        expected = -(target * log_probs).sum()
-        assert abs(cross_entropy[index] - expected) < 1e-9
-        assert abs(divergence[index] - (expected + (target * target.log()).sum())) < 1e-9
-        (gradient,) = torch.autograd.grad(expected, student)
-        (found,) = torch.autograd.grad(cross_entropy[index], student, retain_graph=True)
-        assert (gradient - found).abs().max() < 1e-9
-
-
-def test_a_perplexity_of_one_is_refused() -> None:
-    with pytest.raises(ValueError, match="`teacher_perplexity` must be above 1, got 1"):
-        relational_loss(unit_rows(2, 4, 0), unit_rows(2, 4, 1), unit_rows(3, 4, 2), teacher_perplexity=1)
+# ---- InfoNCE ----
 
 
 @pytest.mark.parametrize("rows", [0, 1, 17])

@@ -95,7 +95,7 @@ def test_the_banks_dtype_is_that_of_the_teachers_embeddings(tmp_path: Path) -> N
         ({}, torch.bfloat16, torch.bfloat16),
         ({"bf16": True}, torch.float32, torch.float32),  # the last normalisation is in float32 under autocast
     ):
-        run = trainer(tmp_path, teacher=teacher_vit().to(weights), calibration_examples=8, **settings)
+        run = trainer(tmp_path, teacher=teacher_vit().to(weights), **settings)
         run.train()
         assert run.distillation.bank.filled.dtype == expected
 

@@ -431,11 +431,12 @@ def test_the_best_model_may_be_the_most_alike(tmp_path: Path) -> None:
     assert run.evaluate()["eval_alignment_cka"] == pytest.approx(max(values), abs=1e-6)
 
 
-def test_training_outputs_carry_no_pooled_embedding(tmp_path: Path) -> None:
-    run = trainer(tmp_path, alignment_examples=100)
-    inputs = {"pixel_values": Images(4).pixels, "with_relational_embedding": True}
-    assert "relational_pooled" not in run.model.train()(**inputs)
-    assert run.model.eval()(**inputs)["relational_pooled"].shape == (4, 16)
+def test_outputs_carry_the_pooled_embedding_where_it_is_asked_for_alone(tmp_path: Path) -> None:
+    student, pixels = trainer(tmp_path).model, Images(4).pixels
+    for mode in (True, False):
+        student.train(mode)
+        assert student(pixels, with_relational_embedding=True)["relational_pooled"].shape == (4, 16)
+        assert "relational_pooled" not in student(pixels)
 
 
 @pytest.mark.parametrize(("length", "count"), [(1, 1), (5, 9), (9, 5), (10, 3), (7, 1)])

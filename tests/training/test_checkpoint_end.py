@@ -114,9 +114,13 @@ def test_how_far_a_resumed_run_is_bitwise_the_same(
     [
         ({}, {"relational_weight": 0.0}, "relational_weight above 0, this run has relational_weight 0"),
         ({"relational_weight": 0.0}, {}, "relational_weight 0, this run has relational_weight above 0"),
-        ({}, {"student_projection": "mlp"}, "student_projection linear, this run has student_projection mlp"),
         (
-            {"teacher_projection": "pca", "projection_dim": 8, "calibration_examples": 40},
+            {},
+            {"student_projection": "centered"},
+            "student_projection linear, this run has student_projection centered",
+        ),
+        (
+            {"teacher_projection": "pca", "projection_dim": 8},
             {"teacher_projection": "orthogonal", "projection_dim": 8},
             "teacher_projection pca, this run has teacher_projection orthogonal",
         ),

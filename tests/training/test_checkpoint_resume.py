@@ -19,6 +19,7 @@ needs_resume_of_several = pytest.mark.skipif(
     version("transformers").startswith("5.0."), reason="Trainer cannot resume several processes on a CPU there"
 )
 
+FAMILIES = ["vit", "bert", "the defaults"]
 # Of each kind one is among the fast tests.
 KILLS = [0, *(pytest.param(kill, marks=pytest.mark.slow) for kill in range(1, 10))]
 PAIR_KILLS = [0, *(pytest.param(kill, marks=pytest.mark.slow) for kill in range(1, 4))]
@@ -76,14 +77,14 @@ class Job:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folders = {family: tmp_path_factory.mktemp(family) for family in ("vit", "bert")}
+    folders = {family: tmp_path_factory.mktemp(family.replace(" ", "_")) for family in FAMILIES}
     for family, folder in folders.items():
         assert Job(family).train(folder) == [0]
     return folders
 
 
 @pytest.mark.parametrize("kill", KILLS)
-@pytest.mark.parametrize("family", ["vit", "bert"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_run_killed_at_a_random_moment_ends_bitwise_as_the_undisturbed_one(
     undisturbed: dict[str, Path], tmp_path: Path, family: str, kill: int
 ) -> None:

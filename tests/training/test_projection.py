@@ -14,11 +14,19 @@ def embeddings(count: int = 60, width: int = 8, seed: int = 0) -> Tensor:
     return torch.randn(count, width, generator=generator) * torch.arange(1, width + 1) + 5
 
 
-def test_center_takes_the_measured_mean_off() -> None:
+def test_center_takes_the_measured_mean_off_and_divides_by_one_scale_for_all() -> None:
     rows = embeddings()
     projection = TeacherProjection(8, None, "center", seed=0)
     projection.fit(rows)
-    assert (projection(rows) - (rows - rows.mean(0))).abs().max() < 1e-5
+    centered = rows - rows.mean(0)
+    assert (projection(rows) - centered / centered.square().mean().sqrt()).abs().max() < 1e-5
+    assert projection(rows).square().mean() == pytest.approx(1, abs=1e-5)
+
+
+def test_teacher_embeddings_that_are_all_alike_are_not_divided_by_0() -> None:
+    projection = TeacherProjection(8, None, "center", seed=0)
+    projection.fit(torch.ones(5, 8))
+    assert torch.equal(projection(torch.ones(2, 8)), torch.zeros(2, 8))
 
 
 @pytest.mark.parametrize("dim", [1, 3, 8])
@@ -26,7 +34,9 @@ def test_pca_is_scikit_learns_up_to_the_signs_of_its_directions(dim: int) -> Non
     rows, others = embeddings(), embeddings(7, seed=1)
     projection = TeacherProjection(8, dim, "pca", seed=0)
     projection.fit(rows)
-    expected = torch.tensor(PCA(dim).fit(rows.double().numpy()).transform(others.double().numpy()))
+    pca = PCA(dim).fit(rows.double().numpy())
+    expected = torch.tensor(pca.transform(others.double().numpy()))
+    expected /= torch.tensor(pca.transform(rows.double().numpy())).square().mean().sqrt()
     assert (projection(others).abs() - expected.abs()).abs().max() < 1e-5
 
 

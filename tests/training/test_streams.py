@@ -154,7 +154,7 @@ class Sized(Stream):
 
 @pytest.mark.parametrize(("workers", "steps"), [(0, 5), (2, 2)])
 def test_a_stream_with_a_length_trains_as_one_without(tmp_path: Path, workers: int, steps: int) -> None:
-    settings: dict[str, Any] = {"max_steps": steps, "gradient_accumulation_steps": 2, "calibration_examples": 20}
+    settings: dict[str, Any] = {"max_steps": steps, "gradient_accumulation_steps": 2}
     settings |= {"dataloader_num_workers": workers}
     sized, other = (trainer(tmp_path, train_dataset=data, **settings) for data in (Sized(32), Stream(32)))
     sized.train()
@@ -178,7 +178,7 @@ class Prepared(torch.utils.data.IterableDataset[dict[str, Tensor]]):
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_stream_that_can_be_read_once_trains_as_one_that_can_be_read_again(tmp_path: Path, cached: bool) -> None:
-    settings: dict[str, Any] = {"calibration_examples": 20, "teacher_projection": "center"}
+    settings: dict[str, Any] = {"teacher_projection": "center"}
     settings |= {"teacher": None} if cached else {}
     once, again = (trainer(tmp_path, train_dataset=Prepared(kind, cached), **settings) for kind in (True, False))
     once.train()

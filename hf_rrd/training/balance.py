@@ -1,0 +1,122 @@
+"""How hard the teacher pulls at a student: its relational terms against the task, where their gradients meet."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+WINDOW = 10
+"""Steps over which the pull of the relational terms and the mean of the student's embeddings are averaged."""
+
+
+class Balance:
+    """Scales the gradient of the relational terms to a multiple of that of task and KD, where the two meet.
+
+    They meet at the student's hidden states, which both its own head and the comparison read. There `split` makes one
+    tensor two; in the backward pass it measures the gradient of each and scales that of the comparison. A step is
+    scaled by what the steps before it measured, so it is the same however its batch is cut, and the device is never
+    waited for. The first step in which the comparison pulls only measures.
+
+    Of the task it is the mean norm over all steps so far: a task that is learned by heart pulls no more, and its
+    teacher shall go on. Of the relational terms it is a moving average, of their loss before its weight, so that a
+    weight may change from step to step. Where the task does not pull at all, nothing is scaled.
+
+    Args:
+        width: Of the student's embedding, whose moving average is measured, too.
+
+    Attributes:
+        state: Steps, pull of the task, pull of the relational terms of weight 1, mean of the embedding; (3 + width,).
+        factor: What the relational terms' gradient is multiplied by in the next step, a scalar.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.state = torch.zeros(3 + width)
+        self.factor = torch.zeros(())
+        self._squares = torch.zeros(2, requires_grad=True)  # whose gradient is what was measured
+        self._embeddings = torch.zeros(width)  # the sum of a step's
+
+    @property
+    def mean(self) -> Tensor:
+        """The moving average of the student's embedding, (width,)."""
+        return self.state[3:]
+
+    def split(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """A tensor as two equal ones: for the student's own head and for the comparison."""
+        return _at_border(hidden, self._squares, self.factor)
+
+    def add(self, embedding: Tensor) -> None:
+        """Add the student's embeddings of a micro-batch, (batch, width)."""
+        self._embeddings = self._embeddings.to(embedding.device) + embedding.detach().float().sum(0)
+
+    def clear(self) -> None:
+        """Forget all."""
+        for tensor in (self.state, self.factor, self._embeddings):
+            tensor.zero_()
+        self._squares.grad = None
+
+    def to(self, device: torch.device) -> None:
+        """Move all to a device."""
+        self.state, self.factor, self._embeddings = (
+            tensor.to(device) for tensor in (self.state, self.factor, self._embeddings)
+        )
+        self._squares = torch.zeros(2, device=device, requires_grad=True)
+
+    def update(self, weight: float, examples: float | Tensor, total: Callable[[Tensor], Tensor], scale: float) -> None:
+        """End an optimizer step.
+
+        Args:
+            weight: What the relational loss was multiplied by, 0 or more: how many times as hard as the task it pulls.
+            examples: Of the step, on all processes.
+            total: From this process's sums, (2 + width,), to those of all processes.
+            scale: What gradients were multiplied by: the processes, and what a loss scaler adds to that.
+        """
+        squares = self._squares.grad
+        if squares is None:
+            squares = torch.zeros_like(self._squares)
+        sums = total(torch.cat([squares, self._embeddings.to(squares.device)]))
+        self._squares.grad, self._embeddings = None, torch.zeros_like(self._embeddings)
+        (task, relation), mean = sums[:2].sqrt() / scale, sums[2:] / examples
+        steps, old_task, old_relation = self.state[:3].unbind()
+        steps = steps + 1
+        share = 1 / steps.clamp(max=WINDOW)
+        of_relation = torch.where(old_relation > 0, share, 1.0)  # the first that pulled counts whole
+        relation = torch.lerp(old_relation, relation / weight, of_relation) if weight > 0 else old_relation
+        new = torch.stack([steps, torch.lerp(old_task, task, 1 / steps), relation])
+        new = torch.cat([new, torch.lerp(self.mean, mean, share)])
+        self.state = torch.where(new.isfinite().all(), new, self.state)  # a step of float16 may overflow
+        _, task, relation = self.state[:3].unbind()
+        known = torch.where(relation > 0, task / relation.masked_fill(relation == 0, 1), 0.0)
+        self.factor = torch.where(task > 0, known, 1.0)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All there is to save: `measured`, (3 + width,), and `factor`, (1,)."""
+        return {"measured": self.state.clone(), "factor": self.factor.clone().view(1)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what was saved; a ValueError if it is of another student."""
+        if {name: tensor.shape for name, tensor in state.items()} != {"measured": self.state.shape, "factor": (1,)}:
+            raise ValueError("the saved balance of the losses is of another student, or lost. Start a new run.")
+        self.clear()
+        self.state, self.factor = state["measured"].to(self.state), state["factor"].to(self.factor).squeeze(0)
+
+
+class _Border(torch.autograd.Function):
+    """One tensor as two, and in the backward pass the scaled sum of their gradients and the sums of their squares."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, squares: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(factor)
+        ctx.place = squares.device
+        return hidden.view_as(hidden), hidden.view_as(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, task: Tensor, relation: Tensor) -> tuple[Tensor, Tensor, None]:
+        (factor,) = ctx.saved_tensors
+        squares = torch.stack([task.float().square().sum(), relation.float().square().sum()])
+        return torch.addcmul(task, relation, factor.to(task.device, task.dtype)), squares.to(ctx.place), None
+
+
+_at_border: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = _Border.apply
