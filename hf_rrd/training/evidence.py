@@ -23,8 +23,8 @@ ASKED = 1024
 MOSTLY = 0.75
 """How far a teacher that pulls hard has to come on the way from one answer for all to all answers right.
 
-A weaker one can do harm where its student could be better than it; as an embedding alone, which pulls as hard as the
-task, it does not.
+A weaker one can do harm where its student could be better than it; its embedding alone, which pulls as hard as the
+task, is the gentler way.
 """
 
 
