@@ -7,21 +7,24 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+START = 1e-3
+"""What the relational terms' gradient is multiplied by until it was measured."""
+
 WINDOW = 10
 """Steps over which the pull of the relational terms and the mean of the student's embeddings are averaged."""
 
 
 class Balance:
-    """Scales the gradient of the relational terms to a multiple of that of task and KD, where the two meet.
+    """Scales the relational terms so that at the student their gradient is as long as that of task and KD.
 
-    They meet at the student's hidden states, which both its own head and the comparison read. There `split` makes one
-    tensor two; in the backward pass it measures the gradient of each and scales that of the comparison. A step is
-    scaled by what the steps before it measured, so it is the same however its batch is cut, and the device is never
-    waited for. The first step in which the comparison pulls only measures.
+    The two meet at the student's hidden states, which both its own head and the comparison read. There `split` makes
+    one tensor two, and its backward pass measures the gradient of each. `scaled` multiplies the gradient of the
+    relational loss by their ratio in the steps before: so a step is the same however its batch is cut, the device is
+    never waited for, and what is minimised is a weighted sum of losses, for the projection as for the student.
 
     Of the task it is the mean norm over all steps so far: a task that is learned by heart pulls no more, and its
-    teacher shall go on. Of the relational terms it is a moving average, of their loss before its weight, so that a
-    weight may change from step to step. Where the task does not pull at all, nothing is scaled.
+    teacher shall go on. Of the relational terms it is a moving average, of their loss before its weight and scale, so
+    that a weight may change from step to step. Where the task does not pull at all, nothing is scaled.
 
     Args:
         width: Of the student's embedding, whose moving average is measured, too.
@@ -33,7 +36,7 @@ class Balance:
 
     def __init__(self, width: int) -> None:
         self.state = torch.zeros(3 + width)
-        self.factor = torch.zeros(())
+        self.factor = torch.tensor(START)
         self._squares = torch.zeros(2, requires_grad=True)  # whose gradient is what was measured
         self._embeddings = torch.zeros(width)  # the sum of a step's
 
@@ -44,7 +47,11 @@ class Balance:
 
     def split(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """A tensor as two equal ones: for the student's own head and for the comparison."""
-        return _at_border(hidden, self._squares, self.factor)
+        return _at_border(hidden, self._squares)
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """A loss as it is, whose gradient is scaled."""
+        return torch.lerp(loss.detach(), loss, self.factor.to(loss))
 
     def add(self, embedding: Tensor) -> None:
         """Add the student's embeddings of a micro-batch, (batch, width)."""
@@ -52,8 +59,9 @@ class Balance:
 
     def clear(self) -> None:
         """Forget all."""
-        for tensor in (self.state, self.factor, self._embeddings):
+        for tensor in (self.state, self._embeddings):
             tensor.zero_()
+        self.factor.fill_(START)
         self._squares.grad = None
 
     def to(self, device: torch.device) -> None:
@@ -82,12 +90,12 @@ class Balance:
         steps = steps + 1
         share = 1 / steps.clamp(max=WINDOW)
         of_relation = torch.where(old_relation > 0, share, 1.0)  # the first that pulled counts whole
-        relation = torch.lerp(old_relation, relation / weight, of_relation) if weight > 0 else old_relation
+        relation = torch.lerp(old_relation, relation / (weight * self.factor), of_relation) if weight else old_relation
         new = torch.stack([steps, torch.lerp(old_task, task, 1 / steps), relation])
         new = torch.cat([new, torch.lerp(self.mean, mean, share)])
         self.state = torch.where(new.isfinite().all(), new, self.state)  # a step of float16 may overflow
         _, task, relation = self.state[:3].unbind()
-        known = torch.where(relation > 0, task / relation.masked_fill(relation == 0, 1), 0.0)
+        known = torch.where(relation > 0, task / relation.masked_fill(relation == 0, 1), START)
         self.factor = torch.where(task > 0, known, 1.0)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -103,20 +111,18 @@ class Balance:
 
 
 class _Border(torch.autograd.Function):
-    """One tensor as two, and in the backward pass the scaled sum of their gradients and the sums of their squares."""
+    """One tensor as two, and in the backward pass the sum of their gradients and the sums of their squares."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, squares: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(factor)
+    def forward(ctx: Any, hidden: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
         ctx.place = squares.device
         return hidden.view_as(hidden), hidden.view_as(hidden)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, task: Tensor, relation: Tensor) -> tuple[Tensor, Tensor, None]:
-        (factor,) = ctx.saved_tensors
+    def backward(ctx: Any, task: Tensor, relation: Tensor) -> tuple[Tensor, Tensor]:
         squares = torch.stack([task.float().square().sum(), relation.float().square().sum()])
-        return torch.addcmul(task, relation, factor.to(task.device, task.dtype)), squares.to(ctx.place), None
+        return task + relation, squares.to(ctx.place)
 
 
-_at_border: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = _Border.apply
+_at_border: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = _Border.apply

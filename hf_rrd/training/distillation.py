@@ -49,7 +49,7 @@ NO_HEAD = (
 class Distillation:
     """`task_weight * task + kd_weight * KD(kd_temperature) + relational_weight * relational(...)`. No parameters.
 
-    Where the settings say so, the relational part is balanced: its gradient is scaled where it meets the others'.
+    Where the settings say so, the relational part is balanced: its gradient is scaled to the others' at the student.
 
     Owns the projection of the teacher's embeddings and the bank of them, which is full from the first step on. Each
     example is compared with the bank as it was before the step, plus one column of its own; rows wait until
@@ -114,6 +114,11 @@ class Distillation:
     def is_whole(self) -> bool:
         """Whether the bank holds the whole training set, so that no newer rows can come."""
         return self.reference is not None and (self._fits or len(self.reference) < self.rows)
+
+    @property
+    def is_balanced(self) -> bool:
+        """Whether the relational terms are scaled to the others: from `start` on, where there are others."""
+        return self.head is not None and self.head.split is not None
 
     def leave_out_logits(self) -> None:
         """Learn none, because the teacher has not the student's classes."""
@@ -251,10 +256,14 @@ class Distillation:
         return {"kd_loss": self.logits.terms(student_logits, teacher_logits, inputs, *how)}
 
     def total(self, terms: dict[str, Tensor]) -> Tensor:
-        """The weighted sum of the terms' means, a scalar. `relational_kl` is for reading and has no weight."""
-        return torch.stack(
-            [weight * terms[name].mean() for name, weight in weights_of(self.weights(), terms).items()]
-        ).sum()
+        """The weighted sum of the terms' means, a scalar; where the losses are balanced its gradient is, too.
+
+        `relational_kl` is for reading and has no weight.
+        """
+        means = {name: terms[name].mean() for name in terms if name.endswith("_loss")}
+        if self.balance is not None and self.is_balanced and "relational_loss" in means:
+            means["relational_loss"] = self.balance.scaled(means["relational_loss"])
+        return torch.stack([weight * means[name] for name, weight in weights_of(self.weights(), means).items()]).sum()
 
     # ---- The bank ----
 
@@ -266,7 +275,7 @@ class Distillation:
             accelerator: Of the trainer.
         """
         self.update_bank(step.gather)
-        if self.balance is not None and self.head is not None and (self.head.centers or self.head.split is not None):
+        if self.balance is not None and self.head is not None and (self.head.centers or self.is_balanced):
             scale = step.processes * (1.0 if accelerator.scaler is None else accelerator.scaler.get_scale())
             total = partial(accelerator.reduce, reduction="sum")
             self.balance.update(self.weights()["relational_weight"], step.total, total, scale)
