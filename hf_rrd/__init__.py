@@ -19,6 +19,7 @@ from hf_rrd.models.initialization import Initialization, student_from_teacher
 from hf_rrd.results.alignment import relational_alignment
 from hf_rrd.results.card import write_card
 from hf_rrd.results.report import DistillationReport, compare_models
+from hf_rrd.results.sentence_transformers import save_sentence_transformer
 from hf_rrd.trainer import RelationalDistillationTrainer
 from hf_rrd.training.caching import cache_teacher_outputs, with_views
 from hf_rrd.training.data import DataCollatorForDistillation
@@ -48,6 +49,7 @@ __all__ = [
     "relational_loss",
     "rkd_angle_loss",
     "rkd_distance_loss",
+    "save_sentence_transformer",
     "similarity_preserving_loss",
     "srd_loss",
     "student_from_teacher",

@@ -25,6 +25,7 @@ CHOICES = {
     "kd_loss": ("kl", "dist"),
     "student_projection": tuple(STUDENT_PROJECTIONS),
     "teacher_projection": TEACHER_PROJECTIONS,
+    "student_format": ("transformers", "sentence_transformers"),
 }
 # Of `teacher_model_init_kwargs` what may be shown and written; of any other only the name, as it may be a secret.
 SHOWN_KWARGS = {
@@ -105,6 +106,9 @@ class RelationalDistillationConfig(TrainingArguments):
             token of a decoder, CLS of a vision model that has one, otherwise the mean.
         teacher_pooling: How the teacher's hidden states become one embedding, as for a student without a head. Set it
             to what the teacher was trained with, 'mean' or 'cls' for most embedding models.
+        student_format: What save_model, checkpoints and pushes write: 'transformers', the plain student; or
+            'sentence_transformers', with its projection, an embedding model in its teacher's space, whose transformer
+            loads as a plain one, too.
         teacher_model_init_kwargs: Arguments of from_pretrained for a teacher given by name or folder, as a dict or
             JSON: revision, dtype, token, trust_remote_code.
 
@@ -129,6 +133,9 @@ class RelationalDistillationConfig(TrainingArguments):
     alignment_examples: int = 0
     student_pooling: str = "auto"
     teacher_pooling: str = "auto"
+    student_format: str = field(
+        default="transformers", metadata={"choices": ["transformers", "sentence_transformers"]}
+    )
     teacher_model_init_kwargs: dict[str, Any] | str | None = None  # a dict from here on
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "RelationalDistillationConfig":

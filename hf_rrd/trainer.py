@@ -33,6 +33,7 @@ from hf_rrd.results.hub import (
     unfinished,
 )
 from hf_rrd.results.report import DistillationReport, chosen_dataset, compare_in_run, teacher_of_report
+from hf_rrd.results.sentence_transformers import checked, save_format, scores_of
 from hf_rrd.training.checkpoint import (
     checkpoint_to_resume,
     explained_write_errors,
@@ -93,9 +94,11 @@ class RelationalDistillationTrainer(Trainer):
             preprocess_logits_for_metrics: As in `Trainer`. `compute_loss_func` gives the task loss: a sum divided
             by `num_items_in_batch`, or a mean over the micro-batch. An optimizer in `optimizers` gets the student's
             projection into its first group.
-        teacher: A transformers model, or a Hub name or folder of one; None where the data set has its outputs. It is
-            frozen and set to evaluation mode.
+        teacher: A transformers model or a SentenceTransformer, or a Hub name or folder of one; None where the data set
+            has its outputs. It is frozen and set to evaluation mode.
         teacher_processing_class: The teacher's tokenizer or processor, for the default collator.
+        evaluators: One or several evaluators of sentence-transformers, which each evaluation asks about the student as
+            an embedding model; of a dict of evaluation sets that of the first.
 
     Raises:
         ValueError: A model, a data set or their combination with the settings cannot be trained.
@@ -137,6 +140,7 @@ class RelationalDistillationTrainer(Trainer):
         *,
         teacher: PreTrainedModel | nn.Module | str | os.PathLike[str] | None = None,
         teacher_processing_class: Any = None,
+        evaluators: Any = None,
     ) -> None:
         args = RelationalDistillationConfig(output_dir="tmp_trainer") if args is None else args
         if not isinstance(args, RelationalDistillationConfig):
@@ -179,24 +183,18 @@ class RelationalDistillationTrainer(Trainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        takes_count = self.model_accepts_loss_kwargs and args.n_gpu <= 1
-        self._task = TaskLoss(self.accelerator, takes_count, compute_loss_func, self.model)
-        # Whatever a model does with the count of labels, the Trainer has to divide by the accumulation steps.
-        # transformers 5.0 does not where there is a `compute_loss_func`.
-        self.model_accepts_loss_kwargs = False
-        self._trainer_divides = compute_loss_func is None or hasattr(Trainer, "loss_is_scaled_for_ga")
-        self.loss_is_scaled_for_ga = False
-        self.current_gradient_accumulation_steps = 1  # outside of train(), for a `training_step` called by hand
+        self._task = TaskLoss.of_trainer(self, compute_loss_func)
         self._student_columns = forward_columns(self.model, compute_loss_func is not None and args.task_weight > 0)
         self._set_signature_columns_if_needed()
         raw = [name for each in sets.values() if each.is_transformed for name in each.dataset.column_names]
         self._signature_columns = [*self._signature_columns, *self._teacher.signature_columns, *raw]
         mend_wrap_policy(self.model, self.accelerator)
         identity = settings_of(self.distillation, train_dataset)
-        identity |= teacher_identity(self._teacher, args.teacher_pooling, preview)
+        identity |= teacher_identity(self._teacher, preview)
         self._identity = check_sources(identity, self._teacher, sets)
         place_teacher(self._teacher, self.accelerator)
         self.distillation.to(self.args.device)
+        self._evaluators = checked(evaluators, self)
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -230,7 +228,7 @@ class RelationalDistillationTrainer(Trainer):
             share = step.share(examples)
             terms = self._task.parts(terms, plain, student.outputs, step, share)
             self._terms.add(terms, share)
-            undone = self.current_gradient_accumulation_steps if self._trainer_divides else 1
+            undone = self.current_gradient_accumulation_steps if self._task.divides else 1
             loss = self.distillation.total(terms) * undone
             if self._step is None:  # nobody counted: `training_step` was called by hand
                 self.distillation.end_step(step, self.accelerator)
@@ -327,9 +325,10 @@ class RelationalDistillationTrainer(Trainer):
         how = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         with self.distillation.worn():
             output = super().evaluation_loop(*how)
+            scores = scores_of(self._evaluators, self, metric_key_prefix) if description == "Evaluation" else {}
         self._finite.raise_if_found()
         alignment = {f"alignment_{name}": value for name, value in self._embeddings.alignment().items()}
-        for name, value in (self._terms.evaluated(description) | alignment).items():
+        for name, value in (self._terms.evaluated(description) | alignment | scores).items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
 
@@ -426,6 +425,7 @@ class RelationalDistillationTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
         except PushError as error:
             logger.warning(str(error))
+        save_format(self, output_dir)
 
     def push_to_hub(
         self,

@@ -37,6 +37,7 @@ DEFAULTS = {
     "student_pooling": "auto",
     "teacher_pooling": "auto",
     "teacher_model_init_kwargs": None,
+    "student_format": "transformers",
 }
 FIELDS = {field.name: field for field in dataclasses.fields(RelationalDistillationConfig)}
 OURS = sorted(FIELDS.keys() - {field.name for field in dataclasses.fields(TrainingArguments)})
@@ -51,6 +52,7 @@ GIVEN = {
     "projection_dim": 64,
     "teacher_projection": "orthogonal",
     "teacher_pooling": "mean",
+    "student_format": "sentence_transformers",
     "teacher_model_init_kwargs": {"revision": "main", "trust_remote_code": False},
 }
 """Settings of every type, none of them the default."""
@@ -122,7 +124,7 @@ def test_a_setting_comes_from_the_command_line(tmp_path: Path, arguments: list[s
 
 
 def test_there_are_no_more_settings_of_ours_than_can_be_read_at_once() -> None:
-    assert len(OURS) == 18
+    assert len(OURS) == 19
 
 
 @pytest.mark.parametrize("weight", ["5e-1", 0.5, np.float32(0.5), torch.tensor(0.5)], ids=repr)
@@ -169,6 +171,7 @@ def test_settings_come_from_a_yaml_file(tmp_path: Path) -> None:
     file.write_text(
         f"output_dir: {tmp_path}\nkd_weight: 25e-2\nrelational_weight: 5e-1\nbalance_losses: false\n"
         "relational_loss:\n  rrd: 1\n  mse: 5e-1\nbank_size: 128\ninclude_own: false\nprojection_dim: 64\n"
+        "student_format: sentence_transformers\n"
         "teacher_projection: orthogonal\nteacher_pooling: mean\n"
         "teacher_model_init_kwargs:\n  revision: main\n  trust_remote_code: false\n",
         encoding="utf-8",

@@ -29,6 +29,7 @@ from hf_rrd.models.body import (
 )
 from hf_rrd.models.columns import forward_columns
 from hf_rrd.models.pooling import POOLERS
+from hf_rrd.models.sentence_transformers import opened, own_pooling
 
 # A key of `POOLERS`, "auto", "head", or a function from the body's output and the attention mask to (batch, width).
 Pooling = str | Callable[..., Any]
@@ -49,6 +50,7 @@ def embed(
 
     Args:
         model: A transformers model with a head or none, also inside PEFT or DistributedDataParallel; uncompiled here.
+            Or a SentenceTransformer, whose `"auto"` is what its own modules do.
         inputs: Of its forward. `attention_mask` says which tokens are padding. Where a model counts its positions from
             the first token, as GPT-2 and BERT do, padding belongs on the right.
         pooling: `"auto"`, the default for teachers, `"head"`, what a classifier's last layer reads, the default for
@@ -74,6 +76,7 @@ def embed(
         came = described(inputs) if is_dict else f"a {type(inputs).__name__}"
         made = "a tokenizer or a processor gives it with return_tensors='pt'"
         raise ValueError(f"`inputs` must be a dict of tensors, got {came}: {made}.")
+    model = opened(model, "model")
     embedder = Embedder(extract_model_from_parallel(model, keep_torch_compile=False), pooling)
     main_input = main_input_of(embedder.body)
     if main_input not in inputs and not any(name in inputs for name in forward_columns(model) or inputs):
@@ -107,7 +110,9 @@ class Embedder:
             if found is not None:
                 self.watched, self._read_width = found
             pooling = "auto" if found is None else "pooler"
-        self.pooling = auto_pooling(self.body) if pooling == "auto" else pooling
+        if pooling == "auto":
+            pooling = own_pooling(unwrapped(model)) or auto_pooling(self.body)
+        self.pooling = pooling
 
     def pool(self, outputs: Any, inputs: dict[str, Any]) -> Tensor:
         """From the body's output for these inputs to (batch, width); a ValueError if it is another number of rows."""

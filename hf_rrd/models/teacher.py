@@ -24,6 +24,7 @@ from hf_rrd.models.body import (
 from hf_rrd.models.columns import TEACHER_PREFIX, Accepted, forward_columns, own_columns, teacher_inputs
 from hf_rrd.models.embedding import Embedder, Pooling
 from hf_rrd.models.logits import layout_of, logits_of
+from hf_rrd.models.sentence_transformers import KIND, kind_of, load, opened
 
 logger = logging.get_logger(__name__)
 
@@ -249,22 +250,28 @@ def check_teacher(teacher: nn.Module, student: nn.Module) -> None:
         raise ValueError(f"{what}. Pass a copy as the teacher: copy.deepcopy(model).")
 
 
-def load_teacher(teacher: Any, kwargs: Any = None, argument: str = "teacher") -> Any:
+def load_teacher(teacher: Any, kwargs: Any = None, argument: str = "teacher", pooling: Any = None) -> Any:
     """A teacher by Hub name or folder, with the class that its config names; a model, or None, is returned as it is.
 
-    `argument` is what the user knows it as: a student that is only measured is loaded in the same way.
+    Of a SentenceTransformer, or where the pooling "auto" is to be used the name of one, it is the model inside, which
+    then has that one's own pooling. `argument` is what the user knows it as: a student that is only measured is loaded
+    in the same way.
 
     Raises:
         TypeError: It is none of these.
         ValueError: It cannot be loaded, with these `kwargs` of `from_pretrained`.
     """
     if teacher is None or isinstance(teacher, nn.Module):
-        return teacher
+        return opened(teacher, argument)
     if not isinstance(teacher, str | os.PathLike):
         raise TypeError(f"`{argument}` must be a model, a Hub name or a folder, got a {type(teacher).__name__}.")
     kwargs = kwargs or {}
     try:
-        return _loaded(teacher, kwargs)
+        kind = kind_of(teacher, kwargs) if pooling == "auto" else None
+        whole = kind == "SentenceTransformer"
+        model = opened(load(teacher, kwargs), argument) if whole else _loaded(teacher, kwargs)
+        model.__dict__[KIND], model.__dict__[LOADED_FROM] = kind, _origin(teacher, kwargs)
+        return model
     except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         given = f" with `teacher_model_init_kwargs` {sorted(kwargs)}" if kwargs else ""
         has_adapters = os.path.isfile(os.path.join(teacher, "adapter_config.json"))
@@ -280,9 +287,11 @@ def _loaded(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Any:
     remote = [each for each in getattr(config, "auto_map", None) or {} if each.startswith("AutoModel")]
     classes = [*(getattr(config, "architectures", None) or [])[:1], *remote, "AutoModel"]
     found: Iterator[Any] = (getattr(transformers, each, None) for each in classes)
-    model = next(each for each in found if _is_model_class(each)).from_pretrained(name, **kwargs)
-    model.__dict__[LOADED_FROM] = (str(name), _commit_of(name, kwargs.get("revision"), kwargs.get("cache_dir")))
-    return model
+    return next(each for each in found if _is_model_class(each)).from_pretrained(name, **kwargs)
+
+
+def _origin(name: Any, kwargs: dict[str, Any]) -> tuple[str, str | None]:
+    return str(name), _commit_of(name, kwargs.get("revision"), kwargs.get("cache_dir"))
 
 
 def _is_model_class(found: Any) -> bool:

@@ -116,9 +116,9 @@ def compare_models(
         ValueError: The data set has no examples, or is a stream; a model cannot be loaded; or a processing class is
             given beside a `data_collator`, which would not use it.
     """
-    models: dict[str, nn.Module] = {"student": load_teacher(student, argument="student")}
+    models: dict[str, nn.Module] = {"student": load_teacher(student, argument="student", pooling=student_pooling)}
     if teacher is not None:
-        models["teacher"] = load_teacher(teacher)
+        models["teacher"] = load_teacher(teacher, pooling=teacher_pooling)
     check_dataset("dataset", dataset)
     if not is_map_style(dataset) or len(dataset) == 0:
         raise ValueError(
@@ -243,7 +243,7 @@ def _alignment(tensors: dict[str, Tensor], most: int) -> dict[str, Any]:
 
 def teacher_of_report(teacher: Any, args: Any) -> nn.Module:
     """A teacher that is given to a run's report alone, loaded as the run would load it, on the run's device."""
-    model: nn.Module = load_teacher(teacher, args.teacher_model_init_kwargs)
+    model: nn.Module = load_teacher(teacher, args.teacher_model_init_kwargs, pooling=args.teacher_pooling)
     return model.to(args.device)
 
 

@@ -30,20 +30,26 @@ class Balance:
         width: Of the student's embedding, whose moving average is measured, too.
 
     Attributes:
-        state: Steps, pull of the task, pull of the relational terms of weight 1, mean of the embedding; (3 + width,).
+        state: Steps, pull of the task, pull of the relational terms of weight 1, mean square of the length of the
+            student's rows, mean of its embedding; (4 + width,).
         factor: What the relational terms' gradient is multiplied by in the next step, a scalar.
     """
 
     def __init__(self, width: int) -> None:
-        self.state = torch.zeros(3 + width)
+        self.state = torch.zeros(4 + width)
         self.factor = torch.tensor(START)
         self._squares = torch.zeros(2, requires_grad=True)  # whose gradient is what was measured
-        self._embeddings = torch.zeros(width)  # the sum of a step's
+        self._rows = torch.zeros(1 + width)  # a step's sums
 
     @property
     def mean(self) -> Tensor:
         """The moving average of the student's embedding, (width,)."""
-        return self.state[3:]
+        return self.state[4:]
+
+    @property
+    def row_norm(self) -> Tensor:
+        """The moving average of the length of the student's projected rows, in the quadratic mean, a scalar."""
+        return self.state[3].sqrt()
 
     def split(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """A tensor as two equal ones: for the student's own head and for the comparison."""
@@ -53,22 +59,21 @@ class Balance:
         """A loss as it is, whose gradient is scaled."""
         return torch.lerp(loss.detach(), loss, self.factor.to(loss))
 
-    def add(self, embedding: Tensor) -> None:
-        """Add the student's embeddings of a micro-batch, (batch, width)."""
-        self._embeddings = self._embeddings.to(embedding.device) + embedding.detach().float().sum(0)
+    def add(self, embedding: Tensor, rows: Tensor) -> None:
+        """Add the student's embeddings of a micro-batch, (batch, width), and these projected, (batch, dim)."""
+        squares, sums = rows.detach().float().square().sum(), embedding.detach().float().sum(0)
+        self._rows = self._rows.to(sums.device) + torch.cat([squares.to(sums.device).view(1), sums])
 
     def clear(self) -> None:
         """Forget all."""
-        for tensor in (self.state, self._embeddings):
+        for tensor in (self.state, self._rows):
             tensor.zero_()
         self.factor.fill_(START)
         self._squares.grad = None
 
     def to(self, device: torch.device) -> None:
         """Move all to a device."""
-        self.state, self.factor, self._embeddings = (
-            tensor.to(device) for tensor in (self.state, self.factor, self._embeddings)
-        )
+        self.state, self.factor, self._rows = (t.to(device) for t in (self.state, self.factor, self._rows))
         self._squares = torch.zeros(2, device=device, requires_grad=True)
 
     def update(self, weight: float, examples: float | Tensor, total: Callable[[Tensor], Tensor], scale: float) -> None:
@@ -77,29 +82,29 @@ class Balance:
         Args:
             weight: What the relational loss was multiplied by, 0 or more: how many times as hard as the task it pulls.
             examples: Of the step, on all processes.
-            total: From this process's sums, (2 + width,), to those of all processes.
+            total: From this process's sums, (3 + width,), to those of all processes.
             scale: What gradients were multiplied by: the processes, and what a loss scaler adds to that.
         """
         squares = self._squares.grad
         if squares is None:
             squares = torch.zeros_like(self._squares)
-        sums = total(torch.cat([squares, self._embeddings.to(squares.device)]))
-        self._squares.grad, self._embeddings = None, torch.zeros_like(self._embeddings)
-        (task, relation), mean = sums[:2].sqrt() / scale, sums[2:] / examples
+        sums = total(torch.cat([squares, self._rows.to(squares.device)]))
+        self._squares.grad, self._rows = None, torch.zeros_like(self._rows)
+        (task, relation), rows = sums[:2].sqrt() / scale, sums[2:] / examples
         steps, old_task, old_relation = self.state[:3].unbind()
         steps = steps + 1
         share = 1 / steps.clamp(max=WINDOW)
         of_relation = torch.where(old_relation > 0, share, 1.0)  # the first that pulled counts whole
         relation = torch.lerp(old_relation, relation / (weight * self.factor), of_relation) if weight else old_relation
         new = torch.stack([steps, torch.lerp(old_task, task, 1 / steps), relation])
-        new = torch.cat([new, torch.lerp(self.mean, mean, share)])
+        new = torch.cat([new, torch.lerp(self.state[3:], rows, share)])
         self.state = torch.where(new.isfinite().all(), new, self.state)  # a step of float16 may overflow
         _, task, relation = self.state[:3].unbind()
         known = torch.where(relation > 0, task / relation.masked_fill(relation == 0, 1), START)
         self.factor = torch.where(task > 0, known, 1.0)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All there is to save: `measured`, (3 + width,), and `factor`, (1,)."""
+        """All there is to save: `measured`, (4 + width,), and `factor`, (1,)."""
         return {"measured": self.state.clone(), "factor": self.factor.clone().view(1)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

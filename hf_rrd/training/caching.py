@@ -72,8 +72,8 @@ def cache_teacher_outputs(
 
     Args:
         dataset: Map-style or streamed, one or a dict of them.
-        teacher: A transformers model, or a Hub name or folder of one. It is frozen, set to evaluation mode and moved
-            to the process's device.
+        teacher: A transformers model or a SentenceTransformer, or a Hub name or folder of one. It is frozen, set to
+            evaluation mode and moved to the process's device.
         batch_size: Examples of one forward, on each process. Texts are sorted by length within a file first.
         data_collator: From whole examples to a batch, as in training. Default: pads and stacks the teacher's columns.
         processing_class: The teacher's tokenizer or feature extractor, for the default.
@@ -108,21 +108,22 @@ def cache_teacher_outputs(
         raise ValueError(f"`dtype` must be one of ['float16', 'float32'], got {dtype!r}.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be 1 or more, got {batch_size}.")
-    model = load_teacher(teacher, teacher_model_init_kwargs)
+    model = load_teacher(teacher, teacher_model_init_kwargs, pooling=pooling)
     if model is None:
         raise TypeError("`teacher` must be a model, a Hub name or a folder, got None.")
     with_logits = is_classifier(model) if with_logits is None else with_logits
     if with_logits and is_headless(model):
         raise ValueError(f"`with_logits` needs a teacher with a head, got {type(model).__name__}.")
+    frozen = Teacher(model, wants_embedding=True, wants_logits=with_logits, pooling=pooling)
     reader = Reader(
-        teacher=Teacher(model, wants_embedding=True, wants_logits=with_logits, pooling=pooling),
+        teacher=frozen,
         collate=data_collator,
         processing_class=processing_class,
         batch_size=batch_size,
         num_workers=num_workers,
         with_logits=with_logits,
         dtype=dtype,
-        settings={"weights": weights_hash(model), "pooling": pooling},
+        settings={"weights": weights_hash(model), "pooling": frozen.pooling},
     )
     if projection_dim is None and teacher_projection in ("pca", "orthogonal"):
         raise ValueError(f"teacher_projection={teacher_projection!r} needs a `projection_dim`, got None. Try 128.")

@@ -215,7 +215,7 @@ class Distillation:
         teacher = self.projection(teacher_embedding)
         student = student.to(teacher.device)
         if pooled is not None and training and self.balance is not None:
-            self.balance.add(pooled)
+            self.balance.add(pooled, student)
         losses = self.args.relational_terms
         terms = self._bank_terms(student, teacher, training) if losses.keys() & set(BANK_LOSSES) else {}
         for name in [name for name in losses if name in BATCH_LOSSES]:  # in one order on all processes
@@ -275,7 +275,7 @@ class Distillation:
             accelerator: Of the trainer.
         """
         self.update_bank(step.gather)
-        if self.balance is not None and self.head is not None and (self.head.centers or self.is_balanced):
+        if self.balance is not None and self.head is not None:
             scale = step.processes * (1.0 if accelerator.scaler is None else accelerator.scaler.get_scale())
             total = partial(accelerator.reduce, reduction="sum")
             self.balance.update(self.weights()["relational_weight"], step.total, total, scale)

@@ -45,14 +45,14 @@ def weights_sample(model: nn.Module) -> str:
     return _hash_of(model, _samples(unwrapped(model)))
 
 
-def teacher_identity(teacher: Teacher, pooling: Any, training_set: Preview) -> dict[str, str]:
+def teacher_identity(teacher: Teacher, training_set: Preview) -> dict[str, str]:
     """By the name of the column, what stands for the source of the outputs that a run learns.
 
     That is the model with its pooling, or a sample of a cached column; of a stream's column only the name is known.
     """
     identity, model = {}, ""
     for column, wanted, how in (
-        ("teacher_embedding", teacher.wants_embedding, f", pooling {known_as(pooling)}"),
+        ("teacher_embedding", teacher.wants_embedding, f", pooling {known_as(teacher.pooling)}"),
         ("teacher_logits", teacher.wants_logits, ""),
     ):
         if wanted and (teacher.model is None or training_set.has(column)):

@@ -11,6 +11,7 @@ from hf_rrd.models.body import is_headless, unwrapped
 from hf_rrd.models.embedding import PACKED
 from hf_rrd.models.head import check_student
 from hf_rrd.models.logits import NAMED, LogitPair, layout_of
+from hf_rrd.models.sentence_transformers import is_cross_encoder, is_sentence_transformer
 from hf_rrd.models.teacher import Teacher, check_teacher, load_teacher
 from hf_rrd.training.data import Preview, check_dataset, noted_logits
 from hf_rrd.training.distillation import Distillation
@@ -21,6 +22,10 @@ logger = logging.get_logger(__name__)
 
 def check_data(training_set: Preview, eval_dataset: Any, student: Any, args: Any, data_collator: Any) -> None:
     """Raise a ValueError for data sets that are empty, of other lengths elsewhere, or without labels for the task."""
+    if is_sentence_transformer(student):
+        inside = "Pass the transformers model inside, `model[0].auto_model`, with its pooling as `student_pooling`"
+        saved = "student_format='sentence_transformers' saves one"
+        raise ValueError(f"`model` is a SentenceTransformer. {inside}; {saved}.")
     check_same_lengths("train_dataset", training_set.dataset)
     check_same_lengths("eval_dataset", eval_dataset)
     check_dataset("train_dataset", training_set.dataset)
@@ -87,9 +92,13 @@ def teacher_for(teacher: Any, args: Any, training_set: Preview, student: nn.Modu
             f"`teacher_model_init_kwargs` {sorted(args.teacher_model_init_kwargs)} are for a teacher that is given by "
             "its name or folder, and `teacher` is a model. Load it with them, or leave them out."
         )
-    model = load_teacher(teacher, args.teacher_model_init_kwargs) if needed else None
+    pooling = args.teacher_pooling if wants_embedding else None
+    model = load_teacher(teacher, args.teacher_model_init_kwargs, pooling=pooling) if needed else None
     if model is not None and student is not None:
         check_teacher(model, student)
+        if is_headless(student) and is_cross_encoder(model):
+            what = f"`teacher` is a cross-encoder, which scores pairs, and the student a {type(student).__name__}"
+            raise ValueError(f"{what}, which embeds one text. Pass an embedding model, or a student with a head.")
     compiled = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
     if args.kd_weight == "auto" and model is not None:
         wants_logits = layout_of(model) in NAMED and not is_headless(model)

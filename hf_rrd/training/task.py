@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import Trainer
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.trainer_pt_utils import nested_detach
 
@@ -32,10 +33,26 @@ class TaskLoss:
 
     def __init__(self, accelerator: Accelerator, in_forward: bool, func: Any, student: nn.Module) -> None:
         self.accelerator, self.in_forward, self.func = accelerator, in_forward, func
+        self.divides = True
         self.uses_count = None if in_forward or func is not None else False
         config = getattr(unwrapped(student), "config", None)
         self._shifts = LOSS_MAPPING.get(getattr(unwrapped(student), "loss_type", None)) is ForCausalLMLoss
         self._shifts &= not getattr(config, "is_encoder_decoder", False)
+
+    @classmethod
+    def of_trainer(cls, trainer: Any, func: Any) -> "TaskLoss":
+        """That of a trainer, which then always divides by the accumulation steps, whatever a model does with a count.
+
+        transformers 5.0 does not where there is a `compute_loss_func`; `divides` says whether the trainer does.
+        """
+        task = cls(
+            trainer.accelerator, trainer.model_accepts_loss_kwargs and trainer.args.n_gpu <= 1, func, trainer.model
+        )
+        trainer.model_accepts_loss_kwargs = False
+        task.divides = func is None or hasattr(Trainer, "loss_is_scaled_for_ga")
+        trainer.loss_is_scaled_for_ga = False
+        trainer.current_gradient_accumulation_steps = 1  # outside of train(), for a `training_step` called by hand
+        return task
 
     def labels_in(self, batch: Mapping[str, Any]) -> Tensor | None:
         """How many labels of a batch the loss is about, as a scalar; None where that is not known."""

@@ -88,16 +88,17 @@ def test_a_loss_scaler_and_more_processes_change_nothing() -> None:
     one.update(1.0, 4, alone, scale=1.0)
     pulled(many, 1024 * 2 * task[:2], 1024 * 2 * relation[:2])  # of the other process the other two rows
     other = 1024 * 2 * torch.stack([task[2:].norm(), START * relation[2:].norm()])
-    many.update(1.0, 4, lambda sums: sums + torch.cat([other.square(), torch.zeros(2)]), scale=2 * 1024)
+    many.update(1.0, 4, lambda sums: sums + torch.cat([other.square(), torch.zeros(3)]), scale=2 * 1024)
     torch.testing.assert_close(one.state, many.state)
 
 
-def test_the_mean_of_the_students_embeddings_is_theirs() -> None:
-    balance, rows = Balance(3), torch.randn(10, 3)
-    balance.add(rows[:4])
-    balance.add(rows[4:])
+def test_the_mean_of_the_students_embeddings_and_the_length_of_its_rows_are_theirs() -> None:
+    balance, embeddings, rows = Balance(3), torch.randn(10, 3), torch.randn(10, 5)
+    balance.add(embeddings[:4], rows[:4])
+    balance.add(embeddings[4:], rows[4:])
     balance.update(1.0, 10, alone, scale=1.0)
-    torch.testing.assert_close(balance.mean, rows.mean(0))
+    torch.testing.assert_close(balance.mean, embeddings.mean(0))
+    torch.testing.assert_close(balance.row_norm, rows.square().sum(-1).mean().sqrt())
 
 
 def test_what_is_saved_is_taken_over_and_of_another_student_refused() -> None:

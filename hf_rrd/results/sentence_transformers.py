@@ -1,0 +1,229 @@
+"""A student as a model of sentence-transformers, which answers in its teacher's space."""
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+import torch
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import AutoModel
+
+from hf_rrd.models.head import RelationalHead
+from hf_rrd.models.sentence_transformers import MISSING
+from hf_rrd.results.measure import evaluating
+from hf_rrd.training.data import preserved_randomness
+from hf_rrd.training.projection import TeacherProjection
+
+POOLINGS = {"mean": "mean", "cls": "cls", "max": "max", "last_token": "lasttoken"}
+"""Of our poolings those that the library has, with its names."""
+
+FORMAT = "sentence_transformers"
+"""The value of `student_format=` that writes such a model."""
+
+TRANSFORMER_FILES = ("config.json", "generation_config.json", "README.md")  # and weights: these are there already
+
+
+def save_sentence_transformer(
+    trainer: Any,
+    folder: str | os.PathLike[str],
+    *,
+    prompts: dict[str, str] | None = None,
+    default_prompt_name: str | None = None,
+    truncate_dim: int | None = None,
+) -> None:
+    """Write a trainer's student as a model of sentence-transformers: Transformer, Pooling, Dense, Normalize.
+
+    The Dense layer is the student's projection, with what the teacher's projection took off put back. So a row of the
+    student is one of the teacher's space, and can be looked for among the teacher's own:
+    `student.encode(query) @ teacher_index.T`. With `matryoshka_dims` and teacher_projection="pca" it stays in the
+    turned space, whose first dimensions carry most. `from_pretrained(folder)` loads the transformer alone.
+
+    Args:
+        trainer: A `RelationalDistillationTrainer`, after its training.
+        folder: Where to write. Tokenizer or processor are the trainer's `processing_class`; the length is that of the
+            longest text in the training set, if that has a column `input_ids`, else the tokenizer's.
+        prompts, default_prompt_name, truncate_dim: As of `SentenceTransformer`, to be saved with it.
+
+    Raises:
+        ImportError: The library is missing.
+        ValueError: The student is not compared with a teacher's embedding, is sharded over processes, has no
+            processing class, or its pooling is none of the library's.
+    """
+    student = trainer._unwrapped_student()
+    with trainer.distillation.worn():
+        if trainer.is_world_process_zero():
+            student.save_pretrained(folder)
+            add_modules(trainer, folder, prompts, default_prompt_name, truncate_dim)
+
+
+def add_modules(
+    trainer: Any,
+    folder: str | os.PathLike[str],
+    prompts: dict[str, str] | None = None,
+    default_prompt_name: str | None = None,
+    truncate_dim: int | None = None,
+) -> None:
+    """Write beside a saved student what makes a model of sentence-transformers of it."""
+    model = sentence_transformer_of(trainer)
+    model.prompts.update(prompts or {})
+    model.truncate_dim = truncate_dim
+    if default_prompt_name is not None and default_prompt_name not in model.prompts:
+        raise ValueError(f"`default_prompt_name` must be one of {sorted(model.prompts)}, got {default_prompt_name!r}.")
+    model.default_prompt_name = default_prompt_name
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".modules-") as temporary:
+        model.save(temporary, create_model_card=False)
+        kept = [path for path in Path(temporary).iterdir() if not _is_students(path)]
+        for path in sorted(kept, key=lambda path: path.name == "modules.json"):  # the mark of a whole one comes last
+            target = Path(folder, path.name)
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(path, target)
+
+
+def _is_students(path: Path) -> bool:
+    return path.name in TRANSFORMER_FILES or path.name.startswith(("model", "adapter_"))
+
+
+def check_format(args: Any, head: RelationalHead | None, processing_class: Any) -> None:
+    """Raise an error where a student cannot become a model of sentence-transformers."""
+    what = "a student as a model of sentence-transformers"
+    if importlib.util.find_spec("sentence_transformers") is None:
+        raise ImportError(f"{what} {MISSING}.")
+    if head is None:
+        raise ValueError(f"{what} has to be compared with its teacher's embedding. Set relational_weight above 0.")
+    embedder = head.embedder
+    if embedder.watched is not embedder.body or embedder.pooling not in POOLINGS:
+        pooling = "head" if embedder.watched is not embedder.body else embedder.pooling
+        raise ValueError(
+            f"{what} needs a pooling that the library has, one of {sorted(POOLINGS)}, got {pooling!r}. Set "
+            "`student_pooling` to one of them."
+        )
+    if not hasattr(processing_class, "save_pretrained"):
+        raise ValueError(
+            f"{what} needs its tokenizer or processor: pass `processing_class`, got {processing_class!r}."
+        )
+    if args.fsdp or args.deepspeed:
+        raise ValueError(f"{what} has to be whole on a process, and FSDP or DeepSpeed shard it. Train it without.")
+
+
+@preserved_randomness()
+def sentence_transformer_of(trainer: Any) -> Any:
+    """A `SentenceTransformer` of the trainer's student as it is now: it has the student's own weights, not a copy."""
+    distillation, processing_class = trainer.distillation, trainer._facts.processing_class
+    head, args = distillation.head, trainer.args
+    check_format(args, head, processing_class)
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Dense, Normalize, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    body = head.embedder.body
+    with tempfile.TemporaryDirectory() as shell:  # the library builds its first module from a folder
+        AutoModel.from_config(body.config).save_pretrained(shell)
+        processing_class.save_pretrained(shell)
+        length = longest_text(trainer.train_dataset)
+        first = Transformer(shell, processor_kwargs={} if length is None else {"model_max_length": length})
+    first.model = body
+    modules: list[nn.Module] = [first, Pooling(head.embedder.width, POOLINGS[head.embedder.pooling])]
+    turned = getattr(args, "matryoshka_dims", None) is not None
+    weight, bias = dense_of(head, distillation.projection, distillation.balance.row_norm, turned)
+    if not _is_identity(weight, bias):
+        how: dict[str, Any] = {"activation_function": nn.Identity(), "init_weight": weight, "init_bias": bias}
+        modules.append(Dense(weight.shape[1], weight.shape[0], **how))
+    model = SentenceTransformer(modules=[*modules, Normalize()], device=str(args.device), similarity_fn_name="cosine")
+    return model.eval()
+
+
+@torch.no_grad()
+def dense_of(
+    head: RelationalHead, projection: TeacherProjection, row_norm: Tensor, turned: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Weight, (out, width), and bias, (out,), of the layer from a student's embedding to its teacher's space.
+
+    With the head's rows `r = A x + a` and the teacher's `t = (y - mean) M / scale`, that of x is `k r M^T + mean`. The
+    losses mostly see the directions of rows: k gives them the length that the teacher's have, `sqrt(dim) * scale` over
+    the student's.
+
+    Args:
+        head: Of the student.
+        projection: Of the teacher.
+        row_norm: The quadratic mean of the lengths of the student's rows; 0 where it was not measured.
+        turned: Leave out `M^T` and the mean: a row stays in the space in which it is compared.
+    """
+    linear = head.projection
+    if isinstance(linear, nn.Linear):
+        weight, bias = linear.weight.float().cpu(), linear.bias.float().cpu()
+    else:
+        weight, bias = torch.eye(head.embedder.width), torch.zeros(head.embedder.width)
+    if head.centers and head.mean is not None:
+        bias = bias - weight @ head.mean.float().cpu()
+    mean, scale, matrix = (
+        None if each is None else each.float().cpu() for each in (projection.mean, projection.scale, projection.matrix)
+    )
+    if turned and matrix is not None:
+        return weight, bias
+    if scale is not None and row_norm > 0:
+        length = scale * projection.dim**0.5 / row_norm.float().cpu()
+        weight, bias = length * weight, length * bias
+    if matrix is not None:
+        weight, bias = matrix @ weight, matrix @ bias
+    return weight, bias if mean is None else bias + mean
+
+
+def _is_identity(weight: Tensor, bias: Tensor) -> bool:
+    same = weight.shape[0] == weight.shape[1] and torch.equal(weight, torch.eye(len(weight)))
+    return same and not bias.any()
+
+
+def longest_text(dataset: Any) -> int | None:
+    """Tokens of the longest text of a data set that is tokenized; None where that is not known without reading it."""
+    column = "input_ids"
+    if not isinstance(dataset, Dataset) or column not in dataset.column_names or dataset.format["type"] == "custom":
+        return None
+    return int(pc.max(pc.list_value_length(dataset.data.column(column))).as_py())
+
+
+def scores_of(evaluators: list[Any], trainer: Any, prefix: str) -> dict[str, float]:
+    """What evaluators of sentence-transformers say of the student as it is now, on all processes.
+
+    Args:
+        evaluators: Each gives numbers by name, or one number, which then is called by its class.
+        trainer: Of the student.
+        prefix: Of the evaluation's metrics. Of several sets the first asks, and the others have nothing.
+    """
+    sets = trainer.eval_dataset
+    if not evaluators or (isinstance(sets, dict) and not prefix.endswith(f"_{next(iter(sets), '')}")):
+        return {}
+    scores: dict[str, float] = {}
+    if trainer.is_world_process_zero():
+        model = sentence_transformer_of(trainer)
+        with preserved_randomness(), evaluating([model]):
+            for each in evaluators:
+                found = each(model, steps=trainer.state.global_step)
+                scores |= found if isinstance(found, dict) else {type(each).__name__: found}
+    (scores,) = broadcast_object_list([scores])
+    return {name: float(score) for name, score in scores.items()}
+
+
+def checked(evaluators: Any, trainer: Any) -> list[Any]:
+    """A trainer's evaluators, none, one or several, as a list.
+
+    An error where the student is to become a model of sentence-transformers, for them or to be saved, and cannot.
+    """
+    found = list(evaluators) if isinstance(evaluators, list | tuple) else [evaluators] if evaluators else []
+    if wrong := [type(each).__name__ for each in found if not callable(each)]:
+        raise ValueError(f"`evaluators` must be evaluators of sentence-transformers, got {wrong}.")
+    if found or trainer.args.student_format == FORMAT:
+        check_format(trainer.args, trainer.distillation.head, trainer._facts.processing_class)
+    return found
+
+
+def save_format(trainer: Any, folder: str | None) -> None:
+    """Write beside a saved student, by default in `output_dir`, what `student_format` asks for."""
+    if trainer.args.student_format == FORMAT and trainer.args.should_save:
+        add_modules(trainer, folder or trainer.args.output_dir)
