@@ -87,8 +87,6 @@ class RelationalDistillationConfig(TrainingArguments):
         bank_size: Rows in the bank of teacher embeddings, 0 or more; never more than there are training examples. It
             is full from the first step, for which a teacher reads as many examples. 0 compares within the micro-batch,
             whose result depends on how the batch is cut.
-        include_own: Whether an example is also compared with its own teacher embedding. Turn it off to compare with
-            other examples only.
         projection_dim: Width in which teacher and student are compared, 1 or more. Unset: the teacher's own width.
             Set it, with teacher_projection, for a smaller bank.
         student_projection: From the student's embedding to that width, trained and then thrown away: 'centered',
@@ -126,7 +124,6 @@ class RelationalDistillationConfig(TrainingArguments):
     student_temperature: float = 0.1
     teacher_temperature: float = 0.02
     bank_size: int = 4096
-    include_own: bool = True
     projection_dim: int | None = None
     student_projection: str = field(default="centered", metadata={"choices": list(STUDENT_PROJECTIONS)})
     teacher_projection: str = field(default="center", metadata={"choices": list(TEACHER_PROJECTIONS)})
@@ -233,20 +230,7 @@ class RelationalDistillationConfig(TrainingArguments):
         )
 
     def _validate_bank(self) -> None:
-        size, own, losses = self.bank_size, self.include_own, self.relational_terms
-        _require(isinstance(own, bool), f"`include_own` must be True or False, got {own!r}.")
-        _require(
-            own or "infonce" not in losses,
-            "relational_loss='infonce' is about the own key: leave `include_own` on, got False.",
-        )
-        _require(
-            own or size != 0,
-            "`include_own=False` needs a bank, got bank_size=0: within a micro-batch each example finds its own key. "
-            "Set bank_size above 0.",
-        )
-        _require(
-            own or size != 1, "`bank_size=1` without `include_own` leaves nothing to tell apart: the loss is always 0."
-        )
+        size, losses = self.bank_size, self.relational_terms
         least = {name: FEWEST_EXAMPLES.get(name, 2 if size == 0 else 1) for name in losses}
         loss, fewest = max(least.items(), key=lambda each: each[1])
         for name, in_use in (("train", True), ("eval", self.eval_strategy != "no")):

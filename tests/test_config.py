@@ -29,7 +29,6 @@ DEFAULTS = {
     "student_temperature": 0.1,
     "teacher_temperature": 0.02,
     "bank_size": 4096,
-    "include_own": True,
     "projection_dim": None,
     "student_projection": "centered",
     "teacher_projection": "center",
@@ -48,7 +47,6 @@ GIVEN = {
     "balance_losses": False,
     "relational_loss": {"rrd": 1.0, "mse": 0.5},
     "bank_size": 128,
-    "include_own": False,
     "projection_dim": 64,
     "teacher_projection": "orthogonal",
     "teacher_pooling": "mean",
@@ -90,8 +88,6 @@ def test_the_command_line_without_our_arguments_gives_the_defaults_too(tmp_path:
     [
         (["--bank_size", "128"], "bank_size", 128),
         (["--bank_size", "0"], "bank_size", 0),
-        (["--no_include_own"], "include_own", False),
-        (["--include_own", "False"], "include_own", False),
         (["--teacher_pooling", "mean"], "teacher_pooling", "mean"),
         (["--student_pooling", "cls"], "student_pooling", "cls"),
         (["--relational_weight", "0.5"], "relational_weight", 0.5),
@@ -124,7 +120,7 @@ def test_a_setting_comes_from_the_command_line(tmp_path: Path, arguments: list[s
 
 
 def test_there_are_no_more_settings_of_ours_than_can_be_read_at_once() -> None:
-    assert len(OURS) == 19
+    assert len(OURS) == 18
 
 
 @pytest.mark.parametrize("weight", ["5e-1", 0.5, np.float32(0.5), torch.tensor(0.5)], ids=repr)
@@ -170,7 +166,7 @@ def test_settings_come_from_a_yaml_file(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text(
         f"output_dir: {tmp_path}\nkd_weight: 25e-2\nrelational_weight: 5e-1\nbalance_losses: false\n"
-        "relational_loss:\n  rrd: 1\n  mse: 5e-1\nbank_size: 128\ninclude_own: false\nprojection_dim: 64\n"
+        "relational_loss:\n  rrd: 1\n  mse: 5e-1\nbank_size: 128\nprojection_dim: 64\n"
         "student_format: sentence_transformers\n"
         "teacher_projection: orthogonal\nteacher_pooling: mean\n"
         "teacher_model_init_kwargs:\n  revision: main\n  trust_remote_code: false\n",
@@ -239,7 +235,6 @@ def test_a_whole_number_may_come_in_another_type(tmp_path: Path, name: str, valu
         ({"bank_size": True}, "`bank_size` must be a whole number, got True"),
         ({"bank_size": 1.5}, "`bank_size` must be a whole number, got 1.5"),
         ({"bank_size": [128]}, r"`bank_size` must be a whole number, got \[128\]"),
-        ({"bank_size": 0, "include_own": False}, "`include_own=False` needs a bank, got bank_size=0"),
         ({"projection_dim": 0}, "`projection_dim` must be 1 or more, got 0. Try 128, or leave it out"),
         ({"projection_dim": -8}, "`projection_dim` must be 1 or more, got -8"),
         ({"kd_weight": "much"}, "`kd_weight` must be a number, got 'much'"),
@@ -255,7 +250,6 @@ def test_a_whole_number_may_come_in_another_type(tmp_path: Path, name: str, valu
             ({"relational_loss": {"mse": 1, "rrd": value}}, "weights in `relational_loss` must be positive and finite")
             for value in (0, -1, float("nan"), float("inf"))
         ),
-        ({"relational_loss": {"mse": 1, "infonce": 1}, "include_own": False}, "'infonce' .*leave `include_own` on"),
         (
             {"relational_loss": {"rrd": 1, "pkt": 1}, "per_device_train_batch_size": 2},
             "'pkt' compares .* `per_device_train_batch_size` is 2: .* always 0. Set it to 3 or more.$",
@@ -288,7 +282,6 @@ def test_a_whole_number_may_come_in_another_type(tmp_path: Path, name: str, valu
             {"relational_loss": "rkd_angle", "per_device_eval_batch_size": 1, "eval_strategy": "epoch"},
             "'rkd_angle' compares .* `per_device_eval_batch_size` is 1: .* always 0",
         ),
-        ({"relational_loss": "infonce", "include_own": False}, "'infonce' .*leave `include_own` on, got False"),
         ({"student_pooling": "sum"}, r"`student_pooling` must be one of \['auto', 'head', 'cls', .*got 'sum'"),
         ({"teacher_pooling": "sum"}, r"`teacher_pooling` must be one of \['auto', 'head', 'cls', .*got 'sum'"),
         ({"teacher_pooling": None}, r"`teacher_pooling` must be one of \['auto', 'head', 'cls', .*got None"),
@@ -313,7 +306,7 @@ def test_a_setting_out_of_its_range_is_refused_with_its_name_and_value(
         {"relational_loss": {"rrd": 1e-6, "own_space": 1e6}},
         {"alignment_examples": 2, "relational_weight": "auto"},
         {"bank_size": 0},
-        {"bank_size": 2, "include_own": False},
+        {"bank_size": 1},
         {"projection_dim": 1},
         {"student_temperature": 0.01},
         {"relational_loss": "mse", "bank_size": 0, "per_device_train_batch_size": 1},
@@ -445,3 +438,5 @@ def test_a_misspelt_setting_is_refused_with_what_may_be_meant(tmp_path: Path) ->
         settings(tmp_path, teacher_temprature=0.1)
     with pytest.raises(TypeError, match="Config has no argument `xyz`.$"):
         settings(tmp_path, xyz=0.1)
+    with pytest.raises(TypeError, match="Config has no argument `include_own`."):
+        settings(tmp_path, include_own=False)  # the losses have it still

@@ -586,7 +586,7 @@ def test_only_the_teacher_receives_token_type_ids_that_the_student_does_not_take
         {"gradient_accumulation_steps": 3},
         {"gradient_accumulation_steps": 4, "logging_steps": 2},
         {"bank_size": 0},
-        {"include_own": False, "teacher_temperature": 0.2},
+        {"teacher_temperature": 0.2},
     ],
 )
 def test_logged_loss_is_the_weighted_sum_of_the_logged_terms(settings: dict[str, Any], tmp_path: Path) -> None:

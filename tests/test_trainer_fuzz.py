@@ -199,7 +199,7 @@ SENSIBLE: dict[str, list[Any]] = {
 COMPARISONS: list[dict[str, Any]] = [
     {},
     {"bank_size": 2},
-    {"bank_size": 7, "include_own": False},
+    {"bank_size": 7},
     {"relational_loss": {"rrd": 1, "mse": 0.5}, "bank_size": 5},
     {"relational_loss": '{"rrd": 1, "own_space": 1e-1}', "per_device_train_batch_size": 4},
     {"relational_loss": {"infonce": "2", "srd": 0.1}, "per_device_train_batch_size": 4},
@@ -228,7 +228,6 @@ ODD: dict[str, list[Any]] = {name: [*NUMBERS, *ODD_NUMBERS] for name in NUMERIC}
     "balance_losses": ["no", 2, {}],
     "kd_loss": ["KL", ["kl"]],
     "bank_size": [1, 8.0, 8.5, False, "Auto", "-3", "8.0", 2**62],
-    "include_own": ["no", 0],
     "projection_dim": [1, 16, WIDTH, WIDTH + 1, False, 8.0],
     "student_projection": ["none", "mlp2"],
     "teacher_projection": ["pca", "PCA", "center"],
@@ -297,7 +296,6 @@ CORNERS: list[dict[str, Any]] = [
     {"bank_size": 2**70},
     {"projection_dim": True, "teacher_projection": "orthogonal"},
     {"projection_dim": 8.0, "teacher_projection": "orthogonal"},
-    {"include_own": torch.ones(2)},
     {"per_device_train_batch_size": 8, "dataloader_drop_last": True},
 ]
 """Rare among the drawn ones."""

@@ -240,19 +240,9 @@ def test_a_long_mean_does_not_overflow_in_float16() -> None:
     assert mean_pool(outputs, torch.ones(1, 2048)).tolist() == [[40.0, 40.0]]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"bank_size": 1, "include_own": False}, "`bank_size=1` without `include_own`.*always 0"),
-        (
-            {"bank_size": 0, "per_device_train_batch_size": 1},
-            "compares within the micro-batch.*always 0",
-        ),
-    ],
-)
-def test_a_bank_that_could_teach_nothing_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        trainer(tmp_path, **changes)
+def test_a_bank_that_could_teach_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="compares within the micro-batch.*always 0"):
+        trainer(tmp_path, bank_size=0, per_device_train_batch_size=1)
 
 
 def test_a_name_in_place_of_the_student_is_refused(tmp_path: Path) -> None:

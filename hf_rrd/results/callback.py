@@ -134,7 +134,7 @@ class FactsCallback(TrainerCallback):
             names += ["balance_losses", "relational_loss", "student_projection", "teacher_projection"]
             names += ["projection_dim", "student_pooling", "teacher_pooling"]
             if args.relational_terms.keys() & set(BANK_LOSSES):
-                names += ["bank_size", "include_own", "student_temperature"]
+                names += ["bank_size", "student_temperature"]
             if "rrd" in args.relational_terms:
                 names += ["teacher_temperature"]
         names += ["alignment_examples"] * (args.alignment_examples > 0)

@@ -245,7 +245,7 @@ class Distillation:
         if "infonce" in args.relational_terms:
             terms["relational_infonce"] = infonce_terms(student, teacher, rows, args.student_temperature)
         if "rrd" in args.relational_terms:
-            how = (args.student_temperature, args.teacher_temperature, args.include_own)
+            how = (args.student_temperature, args.teacher_temperature, True)
             terms["relational_rrd"], terms["relational_kl"] = relational_terms(student, teacher, rows, *how)
         return terms
 

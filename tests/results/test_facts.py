@@ -78,11 +78,11 @@ def test_the_versions_are_those_of_what_is_loaded() -> None:
 def test_the_facts_come_back_from_json_and_what_is_unknown_is_not_in_it() -> None:
     facts = CardFacts("a", "transformers", ModelFacts("Vit", 10, teacher_layers=[0, 2]), tags=["b"])
     facts.usage, facts.metrics = Usage("input_ids", False), [Metric("accuracy", 0.0, split="test")]
-    facts.losses, facts.settings = {"loss": 1.0}, {"include_own": False}
+    facts.losses, facts.settings = {"loss": 1.0}, {"balance_losses": False}
     told = facts.to_json()
     assert told["student"] == {"class_name": "Vit", "parameters": 10, "teacher_layers": [0, 2]}
     assert told["metrics"] == [{"name": "accuracy", "value": 0.0, "split": "test"}]
-    assert told["settings"] == {"include_own": False}
+    assert told["settings"] == {"balance_losses": False}
     assert not {"teacher", "dataset", "report", "license", "training"} & told.keys()
     assert CardFacts.from_json(json.loads(json.dumps(told))) == facts
 
