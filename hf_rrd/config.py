@@ -89,6 +89,9 @@ class RelationalDistillationConfig(TrainingArguments):
             whose result depends on how the batch is cut.
         projection_dim: Width in which teacher and student are compared, 1 or more. Unset: the teacher's own width.
             Set it, with teacher_projection, for a smaller bank.
+        matryoshka_dims: Widths, as a list (on the command line JSON, "[384, 128, 64]"), to which the student's
+            projected embedding may be cut: each relational loss but 'own_space' is the mean over the leading
+            dimensions of both sides, as many as each says. The full width counts only if it is among them.
         student_projection: From the student's embedding to that width, trained and then thrown away: 'centered',
             linear after the mean of each 16 examples is taken off, with its gradient; 'linear', without; or 'none'
             where the widths are equal.
@@ -125,6 +128,7 @@ class RelationalDistillationConfig(TrainingArguments):
     teacher_temperature: float = 0.02
     bank_size: int = 4096
     projection_dim: int | None = None
+    matryoshka_dims: list[int] | str | None = None  # a list, also from JSON
     student_projection: str = field(default="centered", metadata={"choices": list(STUDENT_PROJECTIONS)})
     teacher_projection: str = field(default="center", metadata={"choices": list(TEACHER_PROJECTIONS)})
     alignment_examples: int = 0
@@ -151,6 +155,9 @@ class RelationalDistillationConfig(TrainingArguments):
         if isinstance(self.relational_loss, dict):
             weights = self.relational_loss.items()
             self.relational_loss = {name: _number(f"relational_loss[{name!r}]", weight) for name, weight in weights}
+        self.matryoshka_dims = _read_json("matryoshka_dims", self.matryoshka_dims)
+        if isinstance(self.matryoshka_dims, list | tuple):
+            self.matryoshka_dims = [each if isinstance(each, bool) else _whole(each) for each in self.matryoshka_dims]
         self._read_strings()
         self.teacher_model_init_kwargs = _init_kwargs(self.teacher_model_init_kwargs)
         self.validate()
@@ -215,6 +222,7 @@ class RelationalDistillationConfig(TrainingArguments):
         )
         self._validate_measures()
         self._validate_bank()
+        self._validate_prefixes()
 
     def _validate_measures(self) -> None:
         examples, projection = self.alignment_examples, self.teacher_projection
@@ -241,6 +249,21 @@ class RelationalDistillationConfig(TrainingArguments):
                 f"relational loss is always 0. Set it to {fewest} or more"
                 + ("." if loss in FEWEST_EXAMPLES else ", or bank_size above 0."),
             )
+
+    def _validate_prefixes(self) -> None:
+        dims, advice = self.matryoshka_dims, "Try [384, 128, 64], or leave it out."
+        if dims is None:
+            return
+        taken = isinstance(dims, list) and len(dims) > 0
+        _require(taken, f"`matryoshka_dims` must be a list of one width or more, got {dims!r}. {advice}")
+        for each in dims:
+            _check_count("matryoshka_dims", each, 1, advice)
+        _require(len({*dims}) == len(dims), f"`matryoshka_dims` must name each width once, got {dims}. {advice}")
+        _require(
+            [*self.relational_terms] != ["own_space"],
+            f"`matryoshka_dims` is {dims}, and relational_loss='own_space' alone compares whole embeddings before "
+            "the projection. Leave it out, or add another relational loss.",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As in `TrainingArguments`; a callable pooling by its name, of the teacher's arguments what is no secret."""
@@ -300,8 +323,8 @@ def _whole(value: Any) -> Any:
 
 
 def _read_json(name: str, value: Any) -> Any:
-    """A dict that came from the command line as JSON; anything else as it is."""
-    if not isinstance(value, str) or not value.lstrip().startswith("{"):
+    """A dict or a list that came from the command line as JSON; anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("{", "[")):
         return value
     try:
         return json.loads(value)

@@ -30,6 +30,7 @@ DEFAULTS = {
     "teacher_temperature": 0.02,
     "bank_size": 4096,
     "projection_dim": None,
+    "matryoshka_dims": None,
     "student_projection": "centered",
     "teacher_projection": "center",
     "alignment_examples": 0,
@@ -48,6 +49,7 @@ GIVEN = {
     "relational_loss": {"rrd": 1.0, "mse": 0.5},
     "bank_size": 128,
     "projection_dim": 64,
+    "matryoshka_dims": [64, 16],
     "teacher_projection": "orthogonal",
     "teacher_pooling": "mean",
     "student_format": "sentence_transformers",
@@ -101,6 +103,7 @@ def test_the_command_line_without_our_arguments_gives_the_defaults_too(tmp_path:
         (["--relational_loss", '{"rrd": 1, "mse": 0.5}'], "relational_loss", {"rrd": 1.0, "mse": 0.5}),
         (["--teacher_temperature", "5e-2"], "teacher_temperature", 0.05),
         (["--projection_dim", "64"], "projection_dim", 64),
+        (["--matryoshka_dims", "[384, 256, 128, 64]"], "matryoshka_dims", [384, 256, 128, 64]),
         (["--student_projection", "linear"], "student_projection", "linear"),
         (["--teacher_projection", "orthogonal"], "teacher_projection", "orthogonal"),
         (
@@ -120,7 +123,7 @@ def test_a_setting_comes_from_the_command_line(tmp_path: Path, arguments: list[s
 
 
 def test_there_are_no_more_settings_of_ours_than_can_be_read_at_once() -> None:
-    assert len(OURS) == 18
+    assert len(OURS) == 19
 
 
 @pytest.mark.parametrize("weight", ["5e-1", 0.5, np.float32(0.5), torch.tensor(0.5)], ids=repr)
@@ -167,6 +170,7 @@ def test_settings_come_from_a_yaml_file(tmp_path: Path) -> None:
     file.write_text(
         f"output_dir: {tmp_path}\nkd_weight: 25e-2\nrelational_weight: 5e-1\nbalance_losses: false\n"
         "relational_loss:\n  rrd: 1\n  mse: 5e-1\nbank_size: 128\nprojection_dim: 64\n"
+        "matryoshka_dims: [64, 16]\n"
         "student_format: sentence_transformers\n"
         "teacher_projection: orthogonal\nteacher_pooling: mean\n"
         "teacher_model_init_kwargs:\n  revision: main\n  trust_remote_code: false\n",
@@ -212,6 +216,13 @@ def test_a_whole_number_may_come_in_another_type(tmp_path: Path, name: str, valu
     assert type(getattr(config, name)) is int
 
 
+@pytest.mark.parametrize("given", [(8, 4), ["8", 4.0], [8e0, "4e0"], np.array([8, 4]).tolist(), "[8, 4.0]"], ids=repr)
+def test_widths_may_come_in_another_type(tmp_path: Path, given: Any) -> None:
+    config = settings(tmp_path, matryoshka_dims=given)
+    assert config.matryoshka_dims == [8, 4] and {type(each) for each in config.matryoshka_dims} == {int}
+    assert json.loads(config.to_json_string())["matryoshka_dims"] == [8, 4]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -237,6 +248,24 @@ def test_a_whole_number_may_come_in_another_type(tmp_path: Path, name: str, valu
         ({"bank_size": [128]}, r"`bank_size` must be a whole number, got \[128\]"),
         ({"projection_dim": 0}, "`projection_dim` must be 1 or more, got 0. Try 128, or leave it out"),
         ({"projection_dim": -8}, "`projection_dim` must be 1 or more, got -8"),
+        *(
+            ({"matryoshka_dims": value}, "`matryoshka_dims` must be a list of one width or more, got .* Try .384, 128")
+            for value in ([], 64, "64", "384 64", {64: 1}, True)
+        ),
+        ({"matryoshka_dims": "[384, 64"}, r"`matryoshka_dims` is no JSON: .*got '\[384, 64'"),
+        *(
+            ({"matryoshka_dims": [8, value]}, f"`matryoshka_dims` must be a whole number, got {value!r}. Try ")
+            for value in (True, 1.5, None, "half")
+        ),
+        *(
+            ({"matryoshka_dims": [8, value]}, f"`matryoshka_dims` must be 1 or more, got {value}. Try ")
+            for value in (0, -8)
+        ),
+        ({"matryoshka_dims": [8, 4, 8]}, r"`matryoshka_dims` must name each width once, got \[8, 4, 8\]"),
+        (
+            {"matryoshka_dims": [8], "relational_loss": "own_space"},
+            r"`matryoshka_dims` is \[8\], and relational_loss='own_space' alone compares whole embeddings",
+        ),
         ({"kd_weight": "much"}, "`kd_weight` must be a number, got 'much'"),
         ({"task_weight": "auto"}, "`task_weight` must be a number, got 'auto'"),
         ({"kd_loss": "crd"}, r"`kd_loss` must be one of \['kl', 'dist'\], got 'crd'"),
@@ -308,6 +337,8 @@ def test_a_setting_out_of_its_range_is_refused_with_its_name_and_value(
         {"bank_size": 0},
         {"bank_size": 1},
         {"projection_dim": 1},
+        {"matryoshka_dims": [1]},
+        {"matryoshka_dims": [64, 384], "relational_loss": {"own_space": 1.0, "mse": 1.0}},
         {"student_temperature": 0.01},
         {"relational_loss": "mse", "bank_size": 0, "per_device_train_batch_size": 1},
         {"relational_loss": "pkt", "per_device_train_batch_size": 3},

@@ -132,7 +132,7 @@ class FactsCallback(TrainerCallback):
             names += ["kd_loss", "kd_temperature"]
         if weights["relational_weight"] or "relational_loss" in learned:
             names += ["balance_losses", "relational_loss", "student_projection", "teacher_projection"]
-            names += ["projection_dim", "student_pooling", "teacher_pooling"]
+            names += ["projection_dim", "matryoshka_dims", "student_pooling", "teacher_pooling"]
             if args.relational_terms.keys() & set(BANK_LOSSES):
                 names += ["bank_size", "student_temperature"]
             if "rrd" in args.relational_terms:

@@ -19,7 +19,7 @@ from hf_rrd.models.teacher import Teacher, TeacherOutputs
 from hf_rrd.training.balance import Balance
 from hf_rrd.training.checkpoint import State
 from hf_rrd.training.data import is_map_style, preserved_randomness, sample_of
-from hf_rrd.training.projection import TeacherProjection, check_variety
+from hf_rrd.training.projection import TeacherProjection, check_variety, prefixes_of
 from hf_rrd.training.terms import Weights, weights_of
 
 BANK_LOSSES = ("rrd", "infonce")
@@ -38,7 +38,7 @@ HARD = 10.0
 MEASURED = 1024
 """Training examples on which the teacher's mean and directions are measured, unless bank or width ask for more."""
 
-MADE_WITH = ("teacher_pooling", "teacher_projection", "projection_dim")
+MADE_WITH = ("teacher_pooling", "teacher_projection", "projection_dim", "matryoshka_dims")
 """Settings that are read when a trainer is made, and not again."""
 
 NO_HEAD = (
@@ -63,6 +63,7 @@ class Distillation:
     Attributes:
         projection: Of the teacher's embeddings; None where the run learns none.
         bank: The rows that they are compared with; None where the run learns none.
+        prefixes: The widths in which they are compared, the widest first; none stands for all of them at once.
         reference: The rows that the bank began with, (rows, dim); None before, or where there is no training set.
         student, head: From `attach` on. The head stays None where the run learns no embeddings; after a training it is
             on the student only while that is compared.
@@ -73,6 +74,7 @@ class Distillation:
         self.args = args
         self.projection: TeacherProjection | None = None
         self.bank: FeatureBank | None = None
+        self.prefixes: list[int] = []
         self.student: nn.Module | None = None
         self.head: RelationalHead | None = None
         self.logits: LogitPair | None = None
@@ -87,6 +89,7 @@ class Distillation:
         if teacher.width is not None:
             self.projection = TeacherProjection(teacher.width, args.projection_dim, args.teacher_projection, self.seed)
             self.bank = FeatureBank(self.rows, self.projection.dim, teacher.dtype)
+            self.prefixes = prefixes_of(args.matryoshka_dims, self.projection.dim)
 
     @property
     def rows(self) -> int:
@@ -216,10 +219,13 @@ class Distillation:
         student = student.to(teacher.device)
         if pooled is not None and training and self.balance is not None:
             self.balance.add(pooled, student)
-        losses = self.args.relational_terms
-        terms = self._bank_terms(student, teacher, training) if losses.keys() & set(BANK_LOSSES) else {}
-        for name in [name for name in losses if name in BATCH_LOSSES]:  # in one order on all processes
-            terms[f"relational_{name}"] = BATCH_LOSSES[name](student, teacher)
+        losses, rows = self.args.relational_terms, self._candidates(teacher, training)
+        if self.prefixes:
+            # Stored are unit rows of the full width: of their leading dimensions the losses make unit rows anew.
+            each = [self._compared(student[:, :dim], teacher[:, :dim], rows[:, :dim]) for dim in self.prefixes]
+            terms = {name: torch.stack([part[name] for part in each]).mean(0) for name in each[0]}
+        else:
+            terms = self._compared(student, teacher, rows)
         if pooled is not None and "own_space" in losses:
             terms["relational_own_space"] = own_space_loss(pooled, teacher)
         if [*losses.values()] != [1.0]:
@@ -230,23 +236,25 @@ class Distillation:
             return {"relational_loss": loss, **terms}
         return {"relational_loss": terms.pop(f"relational_{[*losses][0]}"), **terms}
 
-    def _bank_terms(self, student: Tensor, teacher: Tensor, training: bool) -> dict[str, Tensor]:
-        args, bank = self.args, self.bank
-        assert bank is not None
-        if bank.size == 0:
-            rows = teacher  # the micro-batch itself
-        elif training or self.reference is None:
-            rows = bank.filled
-        else:
-            rows = self.reference
-        if training and bank.size > 0 and not self.is_whole:
+    def _candidates(self, teacher: Tensor, training: bool) -> Tensor:
+        """The rows that the losses of the bank compare with; in training the teacher's new ones wait to be of them."""
+        assert self.bank is not None
+        if self.bank.size == 0:
+            return teacher  # the micro-batch itself
+        if training and not self.is_whole:
             self.pending.append(teacher)
-        terms = {}
+        return self.bank.filled if training or self.reference is None else self.reference
+
+    def _compared(self, student: Tensor, teacher: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        """The terms in the teacher's space by name, in one order on all processes."""
+        args, terms = self.args, {}
         if "infonce" in args.relational_terms:
             terms["relational_infonce"] = infonce_terms(student, teacher, rows, args.student_temperature)
         if "rrd" in args.relational_terms:
             how = (args.student_temperature, args.teacher_temperature, True)
             terms["relational_rrd"], terms["relational_kl"] = relational_terms(student, teacher, rows, *how)
+        for name in [name for name in args.relational_terms if name in BATCH_LOSSES]:
+            terms[f"relational_{name}"] = BATCH_LOSSES[name](student, teacher)
         return terms
 
     def kd_terms(self, student_logits: Tensor, teacher_logits: Tensor, inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -348,7 +356,8 @@ class Distillation:
             projection.fit(embeddings)
             projection.load_state_dict(share(projection.state_dict()))  # the same to the bit on all processes
         rows = unit(projection(embeddings))
-        check_variety(embeddings, rows)
+        for dim in self.prefixes or [projection.dim]:
+            check_variety(embeddings, unit(rows[:, :dim]))
         bank.clear()
         bank.enqueue(rows[: bank.size])
         self.reference = bank.filled

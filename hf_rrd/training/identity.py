@@ -69,6 +69,7 @@ def settings_of(distillation: Any, training_set: Any) -> dict[str, str]:
         return {"relational_weight": "0"}
     names = ("student_projection", "teacher_projection", "projection_dim")
     settings = {name: str(getattr(distillation.args, name)) for name in names}
+    settings["matryoshka_dims"] = str(distillation.prefixes or "none")
     if distillation.rows > 0:
         fits = is_map_style(training_set) and len(training_set) <= distillation.rows
         settings["bank_size"] = "for the whole training set" if fits else str(distillation.rows)

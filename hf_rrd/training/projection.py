@@ -2,8 +2,11 @@
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from hf_rrd.losses.relational import SAME_COSINE
+
+logger = logging.get_logger(__name__)
 
 TEACHER_PROJECTIONS = ("none", "center", "pca", "orthogonal")
 """The values of `teacher_projection=`."""
@@ -126,6 +129,19 @@ class TeacherProjection:
         return embedding
 
 
+def prefixes_of(dims: list[int] | None, width: int) -> list[int]:
+    """The widths of `matryoshka_dims`, the widest first; a ValueError for one beyond the rows that are compared."""
+    prefixes = sorted(dims or [], reverse=True)
+    if prefixes and prefixes[0] > width:
+        raise ValueError(f"`matryoshka_dims` must be at most the width that is compared, {width}, got {dims}.")
+    if prefixes and prefixes[0] < width:
+        logger.warning(
+            f"`matryoshka_dims` {dims} leaves out the full width, {width}: the student learns nothing in what "
+            f"comes after the first {prefixes[0]} dimensions. Add {width} to use whole embeddings, too."
+        )
+    return prefixes
+
+
 def check_variety(embeddings: Tensor, rows: Tensor) -> None:
     """Raise a ValueError where a teacher tells no example from another, so that a student would have nothing to learn.
 
@@ -138,6 +154,6 @@ def check_variety(embeddings: Tensor, rows: Tensor) -> None:
     if len(rows) > 1 and bool(alike | (rows.mean(0).square().sum() >= SAME_COSINE)):
         raise ValueError(
             f"the teacher's embeddings of {len(rows)} training examples are all alike (cosines of {SAME_COSINE} or "
-            "more), so there is no relation to learn. Set another teacher_pooling or teacher_projection='center', or "
-            "take another teacher."
+            f"more) in the {rows.shape[1]} dimensions that are compared, so there is no relation to learn. Set "
+            "another teacher_pooling or teacher_projection='center', or take another teacher."
         )

@@ -129,6 +129,8 @@ def test_how_far_a_resumed_run_is_bitwise_the_same(
             {"teacher_projection": "orthogonal", "projection_dim": 12},
             "projection_dim 8, this run has projection_dim 12",
         ),
+        ({}, {"matryoshka_dims": [24, 8]}, r"matryoshka_dims none, this run has matryoshka_dims \[24, 8\]"),
+        ({"matryoshka_dims": [24, 8]}, {}, r"matryoshka_dims \[24, 8\], this run has matryoshka_dims none"),
         ({"relational_loss": "rkd_distance"}, {}, "bank_size none, this run has bank_size 20"),
         ({}, {"bank_size": 40}, "bank_size 20, this run has bank_size 40"),
         ({"bank_size": 4096}, {}, "bank_size for the whole training set, this run has bank_size 20"),
@@ -151,6 +153,7 @@ def test_a_run_with_other_settings_than_a_checkpoint_says_which(
     ("then", "now"),
     [
         ({}, {"relational_loss": "infonce"}),
+        ({"matryoshka_dims": [8, 24]}, {"matryoshka_dims": [24, 8]}),
         ({}, {"relational_loss": "rkd_distance"}),
         ({"kd_weight": 0.0}, {"kd_weight": 1.0}),
         ({"bank_size": 60}, {"bank_size": 4096, "train_dataset": Images(56)}),
