@@ -100,7 +100,8 @@ class RelationalDistillationConfig(TrainingArguments):
             bank; 'orthogonal' does so at random.
         alignment_examples: Evaluation examples whose embeddings are compared with the teacher's at each evaluation, 0
             or more, spread evenly over it. Set it to some thousand to have eval_alignment_cka,
-            eval_alignment_rank_correlation and eval_alignment_neighbor_overlap, also as metric_for_best_model.
+            eval_alignment_rank_correlation, eval_alignment_neighbor_overlap and eval_teacher_retrieval@1 and @10, also
+            as metric_for_best_model.
         student_pooling: From the student's hidden states to one embedding: 'auto', 'head', 'cls', 'mean', 'max',
             'last_token', 'pooler', 'gap', or in Python a callable (body_output, attention_mask) -> (batch, width).
             'auto' and 'head': what the last layer of its classifier reads; without one, as for a teacher, the last

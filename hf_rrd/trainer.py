@@ -236,8 +236,9 @@ class RelationalDistillationTrainer(Trainer):
                 self._finite.note(self.state.global_step + 1, "the loss", loss)
         else:
             loss = self.distillation.total(terms)
-            self._terms.add_evaluated(terms, examples, self.accelerator.gather_for_metrics)
-            self._embeddings.add(student.pooled, teacher.embedding, self.accelerator.gather_for_metrics)
+            gather = self.accelerator.gather_for_metrics
+            self._terms.add_evaluated(terms, examples, gather)
+            self._embeddings.add(student.pooled, teacher.embedding, gather, student.embedding)
         return (loss, student.outputs) if return_outputs else loss
 
     # ---- Training ----
@@ -327,9 +328,8 @@ class RelationalDistillationTrainer(Trainer):
             output = super().evaluation_loop(*how)
             scores = scores_of(self._evaluators, self, metric_key_prefix) if description == "Evaluation" else {}
         self._finite.raise_if_found()
-        alignment = {f"alignment_{name}": value for name, value in self._embeddings.alignment().items()}
-        for name, value in (self._terms.evaluated(description) | alignment | scores).items():
-            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        measured = self._terms.evaluated(description) | self._embeddings.measured(self.distillation.target)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in (measured | scores).items()})
         return output
 
     # ---- Checkpoints ----

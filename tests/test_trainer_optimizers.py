@@ -100,6 +100,7 @@ def test_an_optimizer_without_the_head_is_refused_when_the_training_starts(tmp_p
         ("eval_kd_loss", False),
         ("eval_alignment_cka", True),
         ("eval_b_alignment_rank_correlation", True),
+        ("eval_b_teacher_retrieval@1", True),
         ("eval_accuracy", True),
     ],
 )

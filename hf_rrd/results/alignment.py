@@ -1,4 +1,7 @@
-"""How alike two embedding sets are, by measures that no rotation and no scale can change; at an evaluation, too."""
+"""How alike two embedding sets are, by measures that no rotation and no scale can change, and how near their rows.
+
+Both are measured at an evaluation, too.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +15,9 @@ EXACT_EXAMPLES = 4096
 
 BLOCK, STEPS = 1024, 2**19
 """Examples on each side of a block, and the steps from 0 to 1 that tell its similarities apart: finer is rounding."""
+
+ROUNDING = 1e-5
+"""Cosines of rows in float32 that differ by no more are equal."""
 
 
 @torch.no_grad()
@@ -54,6 +60,30 @@ def relational_alignment(student: Any, teacher: Any, neighbors: int = 10, debias
     return {"cka": cka, "rank_correlation": float(rank_correlation), "neighbor_overlap": float(overlap)}
 
 
+@torch.no_grad()
+def teacher_retrieval(student: Tensor, teacher: Tensor) -> dict[str, float]:
+    """The share of examples whose student row finds its own teacher row among those of all, by cosine. In blocks.
+
+    What is no more similar than the own row, such as a copy of it, does not come before it. A row of zeros finds none.
+
+    Args:
+        student, teacher: Rows in one space, (examples, dim), of the same examples in the same order.
+
+    Returns:
+        `teacher_retrieval@1`: how many find it first, 0 to 1. `teacher_retrieval@10`: among the first 10.
+
+    Raises:
+        ValueError: As for `relational_alignment`.
+    """
+    check_sets(student, teacher)
+    student, teacher = (_unit(rows, torch.float32) for rows in (student, teacher))
+    least = (student * teacher).sum(1, keepdim=True) + ROUNDING  # (examples, 1)
+    blocks = [slice(start, start + BLOCK) for start in range(0, len(student), BLOCK)]
+    before = torch.cat([(student[block] @ teacher.T > least[block]).sum(1) for block in blocks])  # (examples,)
+    finds = student.any(1)
+    return {f"teacher_retrieval@{most}": float(((before < most) & finds).double().mean()) for most in (1, 10)}
+
+
 class EmbeddingLog:
     """Teacher's and student's embeddings of the same examples, on the host.
 
@@ -63,40 +93,60 @@ class EmbeddingLog:
 
     def __init__(self, examples: int) -> None:
         self.examples = examples
-        self._student, self._teacher = torch.empty(0), torch.empty(0)  # later (kept, width) each
+        self._kept = torch.empty(0)  # later (kept, all widths): side by side, as `_widths` says
+        self._widths: list[int] = []
         self._seen, self._stride = 0, 1
 
-    def add(self, student: Tensor | None, teacher: Tensor | None, gather: Callable[[Tensor], Tensor]) -> None:
+    def add(
+        self,
+        student: Tensor | None,
+        teacher: Tensor | None,
+        gather: Callable[[Tensor], Tensor],
+        projected: Tensor | None = None,
+    ) -> None:
         """Add an evaluated batch, if it has both and any are wanted.
 
         Args:
             student: (batch, width).
             teacher: (batch, another width).
             gather: From this process's rows to those of all processes, without duplicates.
+            projected: The student's rows in its teacher's space, (batch, dim).
         """
         if self.examples == 0 or student is None or teacher is None:
             return
-        width = student.shape[1]
-        both = gather(torch.cat([student.detach().float(), teacher.detach().float().to(student.device)], dim=1))
-        kept = both[-self._seen % self._stride :: self._stride].cpu()
-        self._seen += len(both)
-        self._student = torch.cat([self._student, kept[:, :width]])
-        self._teacher = torch.cat([self._teacher, kept[:, width:]])
-        while len(self._student) > 2 * self.examples:  # memory does not grow with the evaluation
-            self._student, self._teacher, self._stride = self._student[::2], self._teacher[::2], 2 * self._stride
+        parts = [rows for rows in (student, teacher, projected) if rows is not None]
+        self._widths = [rows.shape[1] for rows in parts]
+        rows = gather(torch.cat([rows.detach().float().to(student.device) for rows in parts], dim=1))
+        kept = rows[-self._seen % self._stride :: self._stride].cpu()
+        self._seen += len(rows)
+        self._kept = torch.cat([self._kept, kept])
+        while len(self._kept) > 2 * self.examples:  # memory does not grow with the evaluation
+            self._kept, self._stride = self._kept[::2], 2 * self._stride
 
     def alignment(self) -> dict[str, float]:
-        """`known_alignment` of what was added."""
-        return known_alignment(self._student, self._teacher, self.examples)
+        """`relational_alignment` of at most so many of the examples, without what so few leave undefined."""
+        if len(self._kept) < 2:
+            return {}
+        student, teacher, *_ = self._sets()
+        measured = relational_alignment(student, teacher)
+        return {name: value for name, value in measured.items() if value == value}
 
+    def measured(self, target: Callable[[Tensor], Tensor | None]) -> dict[str, float]:
+        """The same by its names in a log, and `teacher_retrieval` of the same examples.
 
-def known_alignment(student: Tensor, teacher: Tensor, most: int) -> dict[str, float]:
-    """`relational_alignment` of at most so many of the examples, without what so few leave undefined."""
-    if len(student) < 2:
-        return {}
-    some = evenly_spaced(len(student), most)
-    measured = relational_alignment(student[some], teacher[some])
-    return {name: value for name, value in measured.items() if value == value}
+        Args:
+            target: From the teacher's embeddings to what the student's projected rows are to be, maybe no wider than
+                their first dimensions; None where that is not known.
+        """
+        found = {f"alignment_{name}": value for name, value in self.alignment().items()}
+        if not found or len(self._widths) < 3:
+            return found
+        _, teacher, projected = self._sets()
+        rows = target(teacher)
+        return found if rows is None else found | teacher_retrieval(projected[:, : rows.shape[1]], rows)
+
+    def _sets(self) -> tuple[Tensor, ...]:
+        return torch.split_with_sizes(self._kept[evenly_spaced(len(self._kept), self.examples)], self._widths, dim=1)
 
 
 def evenly_spaced(count: int, most: int) -> Tensor:

@@ -170,7 +170,8 @@ class FactsCallback(TrainerCallback):
         history = self.state.log_history
         step = self.state.global_step if self.best_step is None else self.best_step
         end = max((place for place, line in enumerate(history) if "train_runtime" in line), default=len(history))
-        others = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", *LOGGED)
+        others = {"runtime", "samples_per_second", "steps_per_second", "model_preparation_time", *LOGGED}
+        others |= {"teacher_retrieval@1", "teacher_retrieval@10"}
         metrics: dict[tuple[str, str], Metric] = {}  # by name and data set
         for place, line in enumerate(history):
             prefix = prefix_of(line)

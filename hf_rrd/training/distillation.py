@@ -236,6 +236,13 @@ class Distillation:
             return {"relational_loss": loss, **terms}
         return {"relational_loss": terms.pop(f"relational_{[*losses][0]}"), **terms}
 
+    @torch.no_grad()
+    def target(self, teacher_embedding: Tensor) -> Tensor | None:
+        """What the student's rows are to be, as wide as is compared, (batch, dim); None where that is not known."""
+        if self.projection is None or not self.projection.is_ready:
+            return None
+        return self.projection(teacher_embedding)[:, : self.prefixes[0] if self.prefixes else None]
+
     def _candidates(self, teacher: Tensor, training: bool) -> Tensor:
         """The rows that the losses of the bank compare with; in training the teacher's new ones wait to be of them."""
         assert self.bank is not None

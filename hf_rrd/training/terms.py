@@ -22,10 +22,11 @@ LOGGED = ("loss", *TERMS, PERPLEXITY)
 def objective_without_terms(metrics: dict[str, float]) -> float:
     """transformers' default objective of a hyperparameter search: the loss, or the sum of the user's own metrics."""
     ours = tuple(f"_{name}" for name in (*TERMS, PERPLEXITY))
+    parts = ("_alignment_", "_relational_", "_teacher_retrieval@")
     own = {
         name: value
         for name, value in metrics.items()
-        if not name.endswith(ours) and "_alignment_" not in name and "_relational_" not in name
+        if not name.endswith(ours) and not any(part in name for part in parts)
     }
     return float(default_compute_objective(own))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_rrd import cache_teacher_outputs, relational_alignment
-from hf_rrd.results.alignment import EmbeddingLog, evenly_spaced
+from hf_rrd.results.alignment import EmbeddingLog, evenly_spaced, teacher_retrieval
 from tests.builders import Images, be_process, run_together, tiny_vit, trainer
 
 SIZES = [2, 3, 50, 1000]
@@ -377,10 +377,10 @@ def test_memory_does_not_grow_with_the_evaluation() -> None:
     log, rows = EmbeddingLog(10), torch.arange(1000.0).unsqueeze(1)
     for batch in rows.split(7):
         log.add(batch, batch.expand(-1, 3), lambda rows: rows)
-        assert len(log._student) == len(log._teacher) <= 20
-    kept = log._student[:, 0]
+        assert len(log._kept) <= 20
+    kept = log._kept[:, 0]
     assert kept[0] == 0 and len(set(kept.diff().tolist())) == 1, "evenly spread"
-    assert log._teacher.shape == (len(kept), 3) and torch.equal(log._teacher[:, 2], kept)
+    assert log._kept.shape == (len(kept), 4) and torch.equal(log._kept[:, 3], kept)
 
 
 def test_cached_outputs_stand_in_for_the_teacher(tmp_path: Path) -> None:
@@ -439,6 +439,125 @@ def test_outputs_carry_the_pooled_embedding_where_it_is_asked_for_alone(tmp_path
         assert "relational_pooled" not in student(pixels)
 
 
+# ---- Whether the student's row finds its own teacher's ----
+
+
+def naive_retrieval(student: Tensor, teacher: Tensor) -> dict[str, float]:
+    found = {1: 0, 10: 0}
+    for number, row in enumerate(student):
+        cosines = [float(row @ other / (row.norm() * other.norm())) for other in teacher]
+        place = sum(cosine > cosines[number] + 1e-5 for cosine in cosines)
+        for most in found:
+            found[most] += place < most
+    return {f"teacher_retrieval@{most}": count / len(student) for most, count in found.items()}
+
+
+@pytest.mark.parametrize("block", [1024, 7])
+@pytest.mark.parametrize("count", [2, 60])
+def test_retrieval_is_that_of_a_loop_over_all_pairs(count: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_rrd.results.alignment.BLOCK", block)
+    teacher = embeddings(count, 8, seed=1)
+    student = 3 * (teacher + embeddings(count, 8, seed=2))
+    found = teacher_retrieval(student, teacher)
+    assert found == pytest.approx(naive_retrieval(student, teacher))
+    assert count == 2 or 0.1 < found["teacher_retrieval@1"] < found["teacher_retrieval@10"] < 1
+
+
+def test_a_student_in_its_teachers_place_finds_all_and_one_elsewhere_none() -> None:
+    rows = embeddings(50, 8, seed=1)
+    assert teacher_retrieval(rows.float(), 7 * rows) == {"teacher_retrieval@1": 1.0, "teacher_retrieval@10": 1.0}
+    assert teacher_retrieval(-rows, rows) == {"teacher_retrieval@1": 0.0, "teacher_retrieval@10": 0.0}
+    assert teacher_retrieval(torch.zeros_like(rows), rows)["teacher_retrieval@10"] == 0.0  # not a tie with all
+
+
+def test_copies_of_a_teachers_row_do_not_come_before_it() -> None:
+    rows = embeddings(5, 8, seed=1).repeat(12, 1)  # each twelve times
+    assert teacher_retrieval(rows, rows)["teacher_retrieval@1"] == 1.0
+    noisy = rows + 1e-7 * embeddings(60, 8, seed=2)
+    assert teacher_retrieval(rows, noisy)["teacher_retrieval@1"] == 1.0
+    other = rows.roll(1, 0)  # the row of another: its twelve come first
+    assert teacher_retrieval(other, rows) == {"teacher_retrieval@1": 0.0, "teacher_retrieval@10": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ((embeddings(1, 8, 0), embeddings(1, 8, 0)), "two sets of the same 2 or more examples"),
+        ((embeddings(3, 8, 0), embeddings(4, 8, 0)), "two sets of the same 2 or more examples"),
+        ((embeddings(3, 8, 0) / 0, embeddings(3, 8, 0)), "`student` must be finite, got nan or infinity in 3 of 3"),
+    ],
+)
+def test_retrieval_refuses_what_are_no_rows_of_the_same_examples(rows: tuple[Tensor, Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        teacher_retrieval(*rows)
+
+
+def retrieved(metrics: dict[str, float]) -> dict[str, float]:
+    return {name.removeprefix("eval_"): value for name, value in metrics.items() if "retrieval" in name}
+
+
+@pytest.mark.parametrize(
+    ("settings", "width"),
+    [
+        ({}, 24),
+        ({"teacher_projection": "center", "student_projection": "centered"}, 24),
+        ({"teacher_projection": "pca", "projection_dim": 12}, 12),
+        ({"teacher_projection": "center", "matryoshka_dims": [4, 9]}, 9),
+    ],
+    ids=repr,
+)
+def test_an_evaluation_says_how_many_projected_rows_find_their_own_teachers(
+    tmp_path: Path, settings: dict[str, Any], width: int
+) -> None:
+    data, teacher = Images(40, seed=3), tiny_vit(width=24, seed=1)
+    run = trainer(tmp_path, teacher=teacher, eval_dataset=data, alignment_examples=100, max_steps=9, **settings)
+    run.train()
+    found = retrieved(run.evaluate())
+    with torch.no_grad():
+        pooled, rows = (model.eval().vit(data.pixels).last_hidden_state[:, 0] for model in (run.model, teacher))
+        projected, target = run.distillation.head(pooled), run.distillation.projection(rows)
+    assert found == pytest.approx(naive_retrieval(projected[:, :width], target[:, :width]))
+    assert 0 < found["teacher_retrieval@1"] < found["teacher_retrieval@10"] < 1
+    run.args.per_device_eval_batch_size = 3
+    assert retrieved(run.evaluate()) == found
+
+
+def test_retrieval_is_among_as_many_examples_as_the_settings_say(tmp_path: Path) -> None:
+    data, teacher = Images(41, seed=3), tiny_vit(width=24, seed=1)
+    run = trainer(tmp_path, teacher=teacher, eval_dataset=data, alignment_examples=11)
+    some = data.pixels[torch.arange(0, 41, 4)]
+    with torch.no_grad():
+        pooled, rows = (model.eval().vit(some).last_hidden_state[:, 0] for model in (run.model, teacher))
+        expected = naive_retrieval(run.distillation.head(pooled), rows)
+    assert retrieved(run.evaluate()) == pytest.approx(expected)
+
+
+def test_without_training_examples_to_measure_there_is_no_retrieval(tmp_path: Path) -> None:
+    for projection, known in (("none", True), ("center", False)):
+        run = trainer(tmp_path, train_dataset=None, teacher_projection=projection, alignment_examples=8)
+        metrics = run.evaluate(Images(8))
+        assert ("eval_teacher_retrieval@1" in metrics) == known and "eval_alignment_cka" in metrics
+
+
+def test_the_best_model_may_be_the_one_whose_rows_find_their_teachers(tmp_path: Path) -> None:
+    run = trainer(
+        tmp_path,
+        eval_dataset=Images(40, seed=3),
+        alignment_examples=40,
+        metric_for_best_model="teacher_retrieval@10",
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        max_steps=4,
+    )
+    run.train()
+    values = [entry["eval_teacher_retrieval@10"] for entry in run.state.log_history if "eval_loss" in entry]
+    assert len(values) == 4 and run.state.best_metric == max(values) and run.args.greater_is_better
+    assert run.evaluate()["eval_teacher_retrieval@10"] == max(values)
+
+
 @pytest.mark.parametrize(("length", "count"), [(1, 1), (5, 9), (9, 5), (10, 3), (7, 1)])
 def test_evenly_takes_the_first_the_last_and_none_twice(length: int, count: int) -> None:
     rows = evenly_spaced(length, count)
@@ -450,7 +569,8 @@ def _evaluate(rank: int, processes: int, port: int, folder: str) -> None:
     be_process(rank, processes, port)
     torch.set_num_threads(1)
     run = trainer(folder, eval_dataset=Images(21, seed=3), alignment_examples=12, per_device_eval_batch_size=4)
-    found = reported(run.evaluate())
+    metrics = run.evaluate()
+    found = reported(metrics) | retrieved(metrics)
     Path(folder, f"{processes}-{rank}.txt").write_text(repr(found))
 
 
