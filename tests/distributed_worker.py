@@ -132,6 +132,7 @@ SCENARIOS: dict[str, tuple[dict[str, Any], int]] = {
     ),
     "no bank": ({"bank_size": 0, "gradient_accumulation_steps": 1}, 2),
     "the defaults": (DEFAULTS, 2),
+    "the defaults by prefixes": ({**DEFAULTS, "matryoshka_dims": [20, 9, 4]}, 2),
     "the defaults with two losses": ({**DEFAULTS, "relational_loss": {"rrd": 1.0, "infonce": 0.5}}, 2),
 }
 

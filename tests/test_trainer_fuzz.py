@@ -199,7 +199,7 @@ SENSIBLE: dict[str, list[Any]] = {
 COMPARISONS: list[dict[str, Any]] = [
     {},
     {"bank_size": 2},
-    {"bank_size": 7},
+    {"bank_size": 7, "matryoshka_dims": [8, 3]},
     {"relational_loss": {"rrd": 1, "mse": 0.5}, "bank_size": 5},
     {"relational_loss": '{"rrd": 1, "own_space": 1e-1}', "per_device_train_batch_size": 4},
     {"relational_loss": {"infonce": "2", "srd": 0.1}, "per_device_train_batch_size": 4},
@@ -229,6 +229,7 @@ ODD: dict[str, list[Any]] = {name: [*NUMBERS, *ODD_NUMBERS] for name in NUMERIC}
     "kd_loss": ["KL", ["kl"]],
     "bank_size": [1, 8.0, 8.5, False, "Auto", "-3", "8.0", 2**62],
     "projection_dim": [1, 16, WIDTH, WIDTH + 1, False, 8.0],
+    "matryoshka_dims": [[WIDTH, 1], "[8, 4]", (4.0,), [], [8, 8], [0], [WIDTH + 1], [None], [[8]], "[8", True],
     "student_projection": ["none", "mlp2"],
     "teacher_projection": ["pca", "PCA", "center"],
     "student_pooling": ["gap", "pooler", "CLS", wide_pooling, text_pooling],
