@@ -46,8 +46,8 @@ from hf_rrd.training.checkpoint import (
     sizes_of,
 )
 from hf_rrd.training.data import (
-    DataCollatorForDistillation,
     Preview,
+    default_collator,
     examples_in,
     has_labels,
     previews_of,
@@ -96,7 +96,7 @@ class RelationalDistillationTrainer(Trainer):
             projection into its first group.
         teacher: A transformers model or a SentenceTransformer, or a Hub name or folder of one; None where the data set
             has its outputs. It is frozen and set to evaluation mode.
-        teacher_processing_class: The teacher's tokenizer or processor, for the default collator.
+        teacher_processing_class: The teacher's, for the default collator; that of a SentenceTransformer is its own.
         evaluators: One or several evaluators of sentence-transformers, which each evaluation asks about the student as
             an embedding model; of a dict of evaluation sets that of the first.
 
@@ -163,7 +163,7 @@ class RelationalDistillationTrainer(Trainer):
         prepare = partial(
             prepared, self._teacher, self.distillation, preview, compute_loss_func is None, optimizers[0]
         )
-        collate = data_collator or DataCollatorForDistillation(processing_class, teacher_processing_class)
+        collate = data_collator or default_collator(processing_class, teacher_processing_class, self.teacher)
         own_optimizer = optimizers != (None, None) or optimizer_cls_and_kwargs is not None
         saved_beside = processing_class or getattr(collate, "tokenizer", None)
         facts = (self.teacher, train_dataset, saved_beside, own_optimizer, self.distillation.weights)

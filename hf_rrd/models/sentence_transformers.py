@@ -1,17 +1,24 @@
 """Models of sentence-transformers: the transformers model inside, and the other modules as its own pooling."""
 
+import copy
 import importlib.util
 import json
 import os
 import sys
 from collections.abc import Mapping
+from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from hf_rrd.models.body import unwrapped
+
 OWN_POOLING = "_hf_rrd_own_pooling"  # on a transformers model: how the modules around it make one row of its output
+OWN_TEXTS = "_hf_rrd_own_texts"  # on a transformers model: how the SentenceTransformer around it reads texts
 KIND = "_hf_rrd_kind"  # on a transformers model: which of the library's models its folder was, if any
 MISSING = "needs the library. Try: pip install 'hf_rrd[sentence-transformers]'"
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
@@ -23,22 +30,88 @@ class OwnPooling:
 
     Args:
         modules: Those modules, which are frozen and set to evaluation mode.
+        truncate_dim: How many of the leading dimensions `encode` keeps; None keeps all.
     """
 
-    def __init__(self, modules: list[nn.Module]) -> None:
-        self.modules = nn.Sequential(*modules).requires_grad_(False).eval()
+    def __init__(self, modules: list[nn.Module], truncate_dim: int | None = None) -> None:
+        self.modules, self.truncate_dim = nn.Sequential(*modules).requires_grad_(False).eval(), truncate_dim
         self.__qualname__ = f"sentence-transformers ({', '.join(type(each).__name__ for each in modules)})"
 
-    def __call__(self, outputs: Any, attention_mask: Tensor | None) -> Tensor:
-        """As any pooling: (batch, width)."""
+    def __call__(self, outputs: Any, attention_mask: Tensor | None, prompt_length: int | None = None) -> Tensor:
+        """As any pooling: (batch, width). The first `prompt_length` tokens count unless `include_prompt` is False."""
         hidden = outputs.last_hidden_state
         features = {"token_embeddings": hidden.flatten(2).transpose(1, 2) if hidden.dim() == 4 else hidden}
+        if prompt_length is not None:
+            features["prompt_length"] = prompt_length
         if attention_mask is not None:
             features["attention_mask"] = attention_mask
         for module in self.modules.to(hidden.device):
             features = module(features)
         row: Tensor = features["sentence_embedding"]
-        return row
+        return row[:, : self.truncate_dim]
+
+    @property
+    def leaves_prompt_out(self) -> bool:
+        """Whether the tokens of a prompt are no part of the mean, as in INSTRUCTOR."""
+        return any(getattr(module, "include_prompt", True) is False for module in self.modules)
+
+
+class Texts:
+    """How a teacher makes its inputs of texts: a SentenceTransformer as its `encode` does, another by a tokenizer.
+
+    Args:
+        model: As `opened` gives it.
+        tokenizer: In place of the SentenceTransformer's own.
+        prompt_name: One of its prompts; None is its `default_prompt_name`.
+
+    Raises:
+        ValueError: There is no tokenizer, or no such prompt.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any = None, prompt_name: str | None = None) -> None:
+        own = _own_texts(model)
+        if own is None and prompt_name is not None:
+            raise ValueError(
+                f"`prompt_name` {prompt_name!r} is for a SentenceTransformer, and the teacher, a "
+                f"{type(unwrapped(model)).__name__}, has no prompts. Leave it out."
+            )
+        if own is not None and prompt_name not in (None, *own.prompts):
+            raise ValueError(f"`prompt_name` must be one of the teacher's {sorted(own.prompts)}, got {prompt_name!r}.")
+        if not isinstance(tokenizer, PreTrainedTokenizerBase) and (own is None or tokenizer is not None):
+            raise ValueError(f"`text_column` needs the teacher's tokenizer as `processing_class`, got {tokenizer!r}.")
+        self.prompt = None if own is None else own.prompts.get(prompt_name or own.default_prompt_name)
+        self.first = None if own is None else copy.copy(own.first)
+        if self.first is not None and tokenizer is not None:
+            self.first.processor, self.first._prompt_length_mapping = tokenizer, {}
+        self.tokenizer = tokenizer if self.first is None else self.first.tokenizer
+        most = getattr(getattr(unwrapped(model), "config", None), "max_position_embeddings", None) or sys.maxsize
+        self.longest = min(self.tokenizer.model_max_length, most)
+
+    def __call__(self, texts: list[str]) -> dict[str, Any]:
+        """Tensors by name, (texts, tokens), with what the library adds to them."""
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise ValueError(f"each example needs a text in `text_column`, got {wrong[0]!r}. Leave it out.")
+        if self.first is not None:
+            return dict(self.first.preprocess(texts, prompt=self.prompt))
+        how = {"truncation": self.longest < sys.maxsize, "max_length": self.longest}
+        return dict(self.tokenizer(texts, padding=True, return_tensors="pt", **how))
+
+    @cached_property
+    def prompt_length(self) -> int | None:
+        """Tokens of the prompt, for the pooling."""
+        return self(["a"]).get("prompt_length")
+
+    @property
+    def rules(self) -> list[Any]:
+        """All that decides what becomes of a text, but for what the tokenizer remembers of its last call."""
+        rules = getattr(self.tokenizer, "backend_tokenizer", None)
+        rules = sorted(self.tokenizer.get_vocab().items()) if rules is None else json.loads(rules.to_str())
+        if isinstance(rules, dict):
+            rules |= {"truncation": None, "padding": None}
+        names = ["padding_side", "truncation_side", "pad_token_id", "pad_token_type_id", "model_input_names"]
+        settings = [getattr(self.tokenizer, name, None) for name in [*names, "chat_template"]]
+        how = None if self.first is None else self.first.get_config_dict()
+        return [type(self.tokenizer).__name__, json.dumps(rules), settings, self.longest, repr(how), self.prompt]
 
 
 def is_sentence_transformer(model: Any) -> bool:
@@ -71,8 +144,30 @@ def opened(model: Any, argument: str) -> Any:
             f"`{argument}` is a SentenceTransformer whose first module gives no hidden states of tokens, got {came}. "
             "Cache its embeddings as a column `teacher_embedding`, from its own encode()."
         )
-    first.auto_model.__dict__[OWN_POOLING] = OwnPooling(others)
+    first.auto_model.__dict__[OWN_POOLING] = OwnPooling(others, model.truncate_dim)
+    reads = copy.copy(first)  # without the weights: each text is a row of its own, whatever the attention could do
+    reads._modules, reads.can_flatten_inputs = {}, False
+    reads.model = SimpleNamespace(config=first.auto_model.config)
+    about = {"prompts": model.prompts, "default_prompt_name": model.default_prompt_name}
+    first.auto_model.__dict__[OWN_TEXTS] = SimpleNamespace(first=reads, **about)
     return first.auto_model
+
+
+def _own_texts(model: nn.Module | None) -> Any:
+    return None if model is None else unwrapped(model).__dict__.get(OWN_TEXTS)
+
+
+def default_prompt(model: nn.Module | None) -> str:
+    """What a SentenceTransformer puts before each text unless it is told otherwise; of others nothing."""
+    own = _own_texts(model)
+    return "" if own is None else own.prompts.get(own.default_prompt_name) or ""
+
+
+def own_tokenizer(model: nn.Module | None) -> Any:
+    """A SentenceTransformer's tokenizer, if it can pad; None of another model."""
+    own = _own_texts(model)
+    tokenizer = None if own is None else own.first.tokenizer
+    return None if tokenizer is None or tokenizer.pad_token is None else tokenizer
 
 
 def own_pooling(model: nn.Module) -> OwnPooling | None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from hf_rrd.models.body import (
 from hf_rrd.models.columns import TEACHER_PREFIX, Accepted, forward_columns, own_columns, teacher_inputs
 from hf_rrd.models.embedding import Embedder, Pooling
 from hf_rrd.models.logits import layout_of, logits_of
-from hf_rrd.models.sentence_transformers import KIND, kind_of, load, opened
+from hf_rrd.models.sentence_transformers import KIND, OwnPooling, default_prompt, kind_of, load, opened
 
 logger = logging.get_logger(__name__)
 
@@ -74,6 +75,7 @@ class Teacher:
         self.columns = forward_columns(model)
         self.body = unwrapped(model)
         self._counts_padding = _counts_padding(self.body)
+        self._prompt = default_prompt(model) if wants_embedding else ""
         self._writes = wants_logits and layout_of(model) == "target words"
         if getattr(getattr(self.body, "config", None), "mask_ratio", None):
             self.body.config.mask_ratio = 0.0  # a ViTMAE would hide other patches in each forward
@@ -110,6 +112,11 @@ class Teacher:
     def run_through(self, engine: nn.Module) -> None:
         """Let the forward go through a wrapper of the model."""
         self._forward = engine
+
+    def read_after(self, prompt_length: int | None) -> None:
+        """Tell a SentenceTransformer's pooling how many tokens at the beginning of each text are a prompt."""
+        if self._embedder is not None and isinstance(self.pooling, OwnPooling):
+            self._embedder.pooling = partial(self.pooling, prompt_length=prompt_length)
 
     @property
     def signature_columns(self) -> list[str]:
@@ -185,10 +192,30 @@ class Teacher:
                 "`kd_weight` is above 0, and the teacher has to read what the student is to write. Add "
                 "`decoder_input_ids`, as DataCollatorForSeq2Seq(tokenizer, model=student) does, or set kd_weight=0."
             )
+        self.mind_prompt()
         if not own and self.before_sharing is not None:
             self.before_sharing()
             self.before_sharing = None
         return inputs
+
+    def mind_prompt(self) -> None:
+        """Warn once, where columns of tokens are read, that a prompt which the teacher is asked with has to be there.
+
+        A ValueError where its pooling would have to know which tokens these are.
+        """
+        if not self._prompt:
+            return
+        cached = "cache_teacher_outputs(..., text_column=...) reads the texts with it"
+        if isinstance(self.pooling, OwnPooling) and self.pooling.leaves_prompt_out:
+            raise ValueError(
+                f"the teacher's pooling leaves out its prompt {self._prompt!r}, which cannot be found in columns of "
+                f"tokens: {cached}. Without a prompt set its `default_prompt_name` to None."
+            )
+        logger.warning(
+            f"The teacher is asked with the prompt {self._prompt!r} by default. In columns of tokens it has to be "
+            f"there already, before each text: {cached}."
+        )
+        self._prompt = ""
 
     # `inference_mode` would be no faster here, and its tensors may not enter a graph: the bank's rows do.
     @torch.no_grad()

@@ -21,8 +21,9 @@ from transformers.utils import logging
 from hf_rrd.files import clear_leftovers, written_whole
 from hf_rrd.models.body import is_classifier, is_headless, unwrapped
 from hf_rrd.models.columns import CACHED_COLUMNS
+from hf_rrd.models.sentence_transformers import Texts, own_tokenizer
 from hf_rrd.models.teacher import Teacher, load_teacher
-from hf_rrd.training.data import note_logits, sample_of
+from hf_rrd.training.data import Preview, note_logits, sample_of
 from hf_rrd.training.hashing import hash_of
 from hf_rrd.training.identity import weights_hash
 from hf_rrd.training.projection import TeacherProjection
@@ -47,6 +48,8 @@ def cache_teacher_outputs(
     data_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
     *,
     processing_class: Any = None,
+    text_column: str | None = None,
+    prompt_name: str | None = None,
     pooling: str | Callable[..., Any] = "auto",
     with_logits: bool | None = None,
     teacher_projection: str = "none",
@@ -76,7 +79,13 @@ def cache_teacher_outputs(
             evaluation mode and moved to the process's device.
         batch_size: Examples of one forward, on each process. Texts are sorted by length within a file first.
         data_collator: From whole examples to a batch, as in training. Default: pads and stacks the teacher's columns.
-        processing_class: The teacher's tokenizer or feature extractor, for the default.
+        processing_class: The teacher's tokenizer or feature extractor, for the default. That of a SentenceTransformer
+            is its own.
+        text_column: A column of texts, which the teacher reads itself, in place of columns of tokens: a
+            SentenceTransformer as its `encode` does, with its tokenizer, length and prompt; another model by its
+            tokenizer, `processing_class`.
+        prompt_name: Which of the SentenceTransformer's prompts comes before each text of `text_column`; None is its
+            `default_prompt_name`.
         pooling: As `teacher_pooling` in `RelationalDistillationConfig`.
         with_logits: Whether to keep logits, (classes,) for each example; None keeps those of a classifier.
         teacher_projection, projection_dim: As in `RelationalDistillationConfig`, to keep narrower embeddings; the
@@ -94,7 +103,7 @@ def cache_teacher_outputs(
 
     Raises:
         ValueError: A setting is out of its range, there are such columns already, the teacher lacks an input, reads
-            another one each time, or an output is not finite in `dtype`.
+            another one each time, has no such prompt, or an output is not finite in `dtype`.
         FileNotFoundError: The processes do not share the folder.
 
     Example:
@@ -115,23 +124,32 @@ def cache_teacher_outputs(
     if with_logits and is_headless(model):
         raise ValueError(f"`with_logits` needs a teacher with a head, got {type(model).__name__}.")
     frozen = Teacher(model, wants_embedding=True, wants_logits=with_logits, pooling=pooling)
+    texts = _texts(model, text_column, prompt_name, processing_class, data_collator)
+    if texts is None:
+        frozen.mind_prompt()
+    else:
+        frozen.read_after(texts.prompt_length)
     reader = Reader(
         teacher=frozen,
         collate=data_collator,
-        processing_class=processing_class,
+        processing_class=own_tokenizer(model) if processing_class is None else processing_class,
         batch_size=batch_size,
         num_workers=num_workers,
         with_logits=with_logits,
         dtype=dtype,
         settings={"weights": weights_hash(model), "pooling": frozen.pooling},
+        texts=texts,
+        text_column=text_column or "",
     )
+    if texts is not None:
+        reader.settings["texts"] = (text_column, *texts.rules)
     if projection_dim is None and teacher_projection in ("pca", "orthogonal"):
         raise ValueError(f"teacher_projection={teacher_projection!r} needs a `projection_dim`, got None. Try 128.")
     root = Path(cache_dir) if cache_dir is not None else Path(datasets.config.HF_DATASETS_CACHE) / "teacher_outputs"
     clear_leftovers(root, ".projection-*", "*/.*.arrow")
     parts: dict[str, Any] = dict(dataset) if isinstance(dataset, dict) else {"": dataset}
     for name, part in parts.items():
-        _check_part(name, part)
+        _check_part(name, part, text_column)
     if teacher_projection != "none":
         reader.projection = _projection(next(iter(parts.values())), reader, teacher_projection, projection_dim, root)
     elif projection_dim is not None:
@@ -173,7 +191,18 @@ def with_views(dataset: Dataset, views: int) -> Dataset:
     return datasets.concatenate_datasets([dataset.add_column("view_seed", row) for row in seeds])
 
 
-def _check_part(name: str, part: Any) -> None:
+def _texts(model: Any, column: str | None, prompt_name: str | None, processor: Any, collator: Any) -> Texts | None:
+    """How a teacher reads a column of texts; None where it reads other columns."""
+    if column is None:
+        if prompt_name is not None:
+            raise ValueError(f"`prompt_name` {prompt_name!r} needs a `text_column`, whose texts it comes before.")
+        return None
+    if collator is not None:
+        raise ValueError(f"`text_column` {column!r} is read without a `data_collator`. Leave one of them out.")
+    return Texts(model, processor, prompt_name)
+
+
+def _check_part(name: str, part: Any, text_column: str | None) -> None:
     """Raise a ValueError for a data set that cannot be given the columns."""
     which = f"dataset[{name!r}]" if name else "`dataset`"
     if not isinstance(part, Dataset | IterableDataset):
@@ -186,6 +215,10 @@ def _check_part(name: str, part: Any) -> None:
         raise ValueError(f"{which} has the columns {present} already. Take them out with remove_columns first.")
     if isinstance(part, Dataset) and len(part) == 0:
         raise ValueError(f"{which} is empty, got 0 examples.")
+    example = {} if text_column is None else Preview(part).example
+    if text_column is not None and not isinstance(text := example.get(text_column), str):
+        came = f"a {type(text).__name__} there" if text_column in example else f"the columns {sorted(example)}"
+        raise ValueError(f"`text_column` {text_column!r} must be a column of texts, and {which} has {came}.")
 
 
 def _projection(dataset: Any, reader: Reader, kind: str, dim: int | None, root: Path) -> TeacherProjection:

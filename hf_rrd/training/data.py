@@ -26,6 +26,7 @@ from hf_rrd.errors import described, named_errors
 from hf_rrd.models.body import unwrapped
 from hf_rrd.models.columns import CACHED_COLUMNS, TEACHER_PREFIX, is_teacher_input
 from hf_rrd.models.logits import names_of
+from hf_rrd.models.sentence_transformers import own_tokenizer
 
 logger = logging.get_logger(__name__)
 
@@ -70,6 +71,11 @@ class DataCollatorForDistillation:
             teacher_batch = _collated(self._collate_teacher, teacher_features, TEACHER_PREFIX)
             batch |= {TEACHER_PREFIX + name: value for name, value in teacher_batch.items()}
         return batch
+
+
+def default_collator(student: Any, teacher: Any, model: Any) -> DataCollatorForDistillation:
+    """Of two processing classes; where that of the teacher is None, it may be a model that has its own."""
+    return DataCollatorForDistillation(student, own_tokenizer(model) if teacher is None else teacher)
 
 
 def _collated(collate: Any, features: list[dict[str, Any]], prefix: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hf_rrd.models.body import main_input_of
 from hf_rrd.models.columns import TEACHER_PREFIX, teacher_inputs
+from hf_rrd.models.sentence_transformers import Texts
 from hf_rrd.models.teacher import Teacher
 from hf_rrd.training.data import collator_of
 from hf_rrd.training.hashing import hash_of
@@ -41,6 +42,8 @@ class Reader:
     dtype: str
     settings: dict[str, Any]
     projection: TeacherProjection | None = None
+    texts: Texts | None = None  # where it reads the texts of `text_column` itself
+    text_column: str = ""
     source: str = ""  # kept in the columns: who made them
     # `accelerate launch --cpu` says it in the environment, which PartialState alone does not read.
     state: PartialState = field(default_factory=lambda: PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")))
@@ -68,6 +71,10 @@ class Reader:
 
     def batch(self, examples: list[Any]) -> dict[str, Any]:
         """The teacher's inputs for some examples."""
+        if self.texts is not None:
+            made = self.texts([example[self.text_column] for example in examples])
+            tensors = {name: value for name, value in made.items() if isinstance(value, Tensor)}
+            return teacher_inputs(tensors, self.teacher.columns)
         if self.collate is not None:
             return self.teacher.inputs_from(self.collate(examples))
         columns = self.columns(list(examples[0]))
@@ -130,7 +137,9 @@ def outputs_of(dataset: Dataset, reader: Reader, bar: Any = None) -> Columns:
 
 def _batches(dataset: Dataset, order: Any, reader: Reader) -> Any:
     """The teacher's inputs, batch by batch, of the examples in an order."""
-    if dataset.format["type"] != "custom" and reader.collate is None:
+    if dataset.format["type"] != "custom" and reader.texts is not None:
+        dataset = dataset.with_format(None).select_columns([reader.text_column])
+    elif dataset.format["type"] != "custom" and reader.collate is None:
         columns = list(reader.columns(dataset.column_names)) or dataset.column_names
         dataset = dataset.with_format(None).select_columns(columns).with_format("numpy")
     return torch.utils.data.DataLoader(
@@ -148,10 +157,12 @@ def _longest_first(dataset: Dataset, reader: Reader) -> Any:
     Of images a range: Arrow reads its parts as slices, without gathering rows.
     """
     main_input = main_input_of(reader.teacher.body)
-    column = next((name for name in (TEACHER_PREFIX + main_input, main_input) if name in dataset.column_names), None)
+    names = (reader.text_column, TEACHER_PREFIX + main_input, main_input)  # of texts the characters
+    column = next((name for name in names if name in dataset.column_names), None)
     if column is None or main_input == "pixel_values" or dataset.format["type"] == "custom":
         return range(len(dataset))
-    lengths = np.array([len(value) for value in dataset.with_format("numpy")[column][:]])
+    values = dataset.with_format("numpy")[column][:]
+    lengths = np.array([0 if value is None else len(value) for value in values])  # None is refused as it is read
     return np.argsort(-lengths, kind="stable").tolist()
 
 
