@@ -107,6 +107,7 @@ def test_a_plain_model_reads_with_the_tokenizer_that_is_given(tmp_path: Path) ->
 def test_a_tokenizer_that_is_given_takes_the_place_of_the_teachers(tmp_path: Path) -> None:
     teacher, own = asked(tmp_path, include=False), tokenizer(tmp_path / "other")
     own.model_max_length = 8
+    encoded(teacher, "long")  # its own tokenizer's length of the prompt is known
     found = rows(cached(teacher, tmp_path, processing_class=own, prompt_name="long"))
     assert teacher[0].tokenizer is not own and teacher[0].max_seq_length == 11
     teacher[0].processor = own
@@ -184,6 +185,13 @@ def test_another_process_knows_a_teacher_by_the_same_hashes(tmp_path: Path) -> N
     code = f"import sys; from {module} import fingerprint; print(fingerprint(sys.argv[1]))"
     printed = run_script("-c", code, str(tmp_path / "other"), folder=tmp_path)
     assert fingerprint(str(tmp_path / "here")) == printed.out.split("\n")[-2]
+
+
+def test_what_the_tokenizer_remembers_of_a_call_is_no_rule(tmp_path: Path) -> None:
+    read = caching.Texts(caching.load_teacher(asked(tmp_path)))
+    before = read.rules
+    read.tokenizer(SEVERAL, padding="max_length", truncation=True, max_length=5)
+    assert read.rules == before
 
 
 def test_what_reads_texts_has_no_weights_and_does_not_hold_the_model(tmp_path: Path) -> None:
