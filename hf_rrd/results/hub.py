@@ -18,6 +18,7 @@ from transformers.utils import PushInProgress, logging
 
 from hf_rrd.results.card import CARD
 from hf_rrd.results.pictures import PICTURES, place_of
+from hf_rrd.results.sentence_transformers import FORMAT
 
 logger = logging.get_logger(__name__)
 
@@ -44,9 +45,14 @@ def explained_hub_errors(what: str) -> Iterator[None]:
         raise PushError(f"{what}: {reason}. {advice}") from error
 
 
-def published_files(folder: str | Path, processing_class: Any, model: Any = None, with_card: bool = True) -> list[str]:
-    """What of a folder belongs on the Hub: the student, its processing class, the card and its pictures."""
-    names = model_files(folder, model)
+def published_files(
+    folder: str | Path, processing_class: Any, model: Any = None, with_card: bool = True, with_modules: bool = False
+) -> list[str]:
+    """What of a folder belongs on the Hub: the student, its processing class, the card and its pictures.
+
+    `with_modules` adds what makes a model of sentence-transformers of it; in a plain run that is of an earlier one.
+    """
+    names = model_files(folder, model) + (module_files(folder) if with_modules else [])
     if with_card:
         names += [CARD, *map(place_of, PICTURES)]
     if processing_class is not None:
@@ -72,6 +78,16 @@ def model_files(folder: str | Path, model: Any) -> list[str]:
     if Path(folder, index).is_file() and not Path(folder, names[-1]).is_file():  # else it is of an earlier run
         names += [index, *sorted(set(json.loads(Path(folder, index).read_text())["weight_map"].values()))]
     return names
+
+
+def module_files(folder: str | Path) -> list[str]:
+    """The files of a model of sentence-transformers beside its transformer; none where it is not whole."""
+    modules = Path(folder, "modules.json")
+    if not modules.is_file():
+        return []
+    places = [Path(folder, each["path"]) for each in json.loads(modules.read_text(encoding="utf-8")) if each["path"]]
+    inside = [str(file.relative_to(folder)) for place in places for file in sorted(place.rglob("*"))]
+    return [modules.name, "config_sentence_transformers.json", "sentence_bert_config.json", *inside]
 
 
 def create_repository(args: Any, failure: str, token: str | None = None, private: bool | None = None) -> str:
@@ -117,7 +133,7 @@ def push_student(
     Raises:
         PushError: There are no weights, the Hub could not be reached, or it refused.
     """
-    names = published_files(args.output_dir, processing_class, model)
+    names = published_files(args.output_dir, processing_class, model, with_modules=args.student_format == FORMAT)
     if not any(name.endswith(".safetensors") for name in names):
         raise PushError(f"{failure}: no weights were found there, among {sorted(os.listdir(args.output_dir))}.")
     with explained_hub_errors(failure):
@@ -136,7 +152,7 @@ def push_checkpoint(
     shutil.copytree(checkpoint, links, copy_function=link, dirs_exist_ok=True)
     step = f"step {state.global_step}" if args.save_strategy == SaveStrategy.STEPS else f"epoch {int(state.epoch)}"
     message = f"Training in progress, {step}"
-    names = published_files(links, processing_class, model, with_card=False)
+    names = published_files(links, processing_class, model, False, with_modules=args.student_format == FORMAT)
     jobs = [_upload(repository, links, names, message, args, run_as_future=True)]
     if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
         place = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else Path(checkpoint).name

@@ -13,12 +13,15 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import AutoModel
+from transformers.utils import logging
 
 from hf_rrd.models.head import RelationalHead
 from hf_rrd.models.sentence_transformers import MISSING
 from hf_rrd.results.measure import evaluating
 from hf_rrd.training.data import preserved_randomness
 from hf_rrd.training.projection import TeacherProjection
+
+logger = logging.get_logger(__name__)
 
 POOLINGS = {"mean": "mean", "cls": "cls", "max": "max", "last_token": "lasttoken"}
 """Of our poolings those that the library has, with its names."""
@@ -224,6 +227,18 @@ def checked(evaluators: Any, trainer: Any) -> list[Any]:
 
 
 def save_format(trainer: Any, folder: str | None) -> None:
-    """Write beside a saved student, by default in `output_dir`, what `student_format` asks for."""
-    if trainer.args.student_format == FORMAT and trainer.args.should_save:
-        add_modules(trainer, folder or trainer.args.output_dir)
+    """Write beside a saved student, by default in `output_dir`, what `student_format` asks for.
+
+    A warning says that the folder of a plain student has the modules of another save, which may be the user's.
+    """
+    if not trainer.args.should_save:
+        return
+    folder = folder or trainer.args.output_dir
+    if trainer.args.student_format == FORMAT:
+        add_modules(trainer, folder)
+    elif Path(folder, "modules.json").is_file():
+        logger.warning(
+            f"{folder} has the modules.json of an earlier save: SentenceTransformer({str(folder)!r}) reads this "
+            "student with the pooling and projection of that one. Remove modules.json, save elsewhere, or set "
+            f"student_format={FORMAT!r}. A push leaves them out."
+        )

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 import transformers
 from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
 from transformers import ViTImageProcessor
 
 from hf_rrd.results import hub as hub_module
@@ -22,14 +24,19 @@ from hf_rrd.results.hub import (
     explained_hub_errors,
     link,
     model_files,
+    module_files,
     published_files,
     push_student,
 )
 from tests.builders import Images, config, tiny_vit, trainer
 from tests.loopback_hub import LoopbackHub, header_errors, run_script
+from tests.sentences import embedder, headless, texts, tokenized, tokenizer
 
 WEIGHTS = {"config.json", "model.safetensors"}
 PICTURES = {f"figures/{name}.png" for name in ("losses", "similarities", "embeddings", "reliability")}
+MODULES = WEIGHTS | {"tokenizer.json", "tokenizer_config.json", "modules.json", "config_sentence_transformers.json"}
+MODULES |= {"sentence_bert_config.json", "1_Pooling/config.json", "3_Normalize/config.json"}
+MODULES |= {"2_Dense/config.json", "2_Dense/model.safetensors"}
 STUDENT = WEIGHTS | {"preprocessor_config.json", "README.md"} | PICTURES
 
 DATA = Images(24)
@@ -41,9 +48,11 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub
     """A Hub that this process talks to, with its user's token; the tests run in a folder of their own."""
     monkeypatch.chdir(tmp_path)
     with LoopbackHub() as hub:
-        quiet = {"HF_HUB_DISABLE_XET": True, "HF_HUB_DISABLE_TELEMETRY": True}
+        places = {"HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}"}
+        quiet = places | {"HF_HUB_DISABLE_XET": True, "HF_HUB_DISABLE_TELEMETRY": True}
         for name, value in {"HF_HUB_OFFLINE": False, "ENDPOINT": hub.url, **quiet}.items():
             monkeypatch.setattr(huggingface_hub.constants, name, value)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
         monkeypatch.setattr(hub_module, "HUB", HfApi(endpoint=hub.url, token=hub.token))
         yield hub
 
@@ -272,7 +281,79 @@ def test_a_folder_without_weights_is_not_pushed(tmp_path: Path) -> None:
         push_student("tester/student", None, tiny_vit(), None, config(tmp_path), "it failed")
 
 
+# ---- A student that is a model of sentence-transformers ----
+
+
+def embedding_run(folder: str = "student", **given: Any) -> Any:
+    """A run whose student is saved as a model of sentence-transformers."""
+    words = tokenizer(Path("words"))
+    given = {
+        "student_format": "sentence_transformers",
+        "processing_class": words,
+        "train_dataset": tokenized(words, texts(24)),
+    } | given
+    how = {"model": headless(), "teacher": embedder(Path("teacher")), "task_weight": 0.0, "eval_dataset": None}
+    return trainer(folder, **(how | given))
+
+
+def test_a_student_of_sentence_transformers_is_loaded_by_its_name(hub: LoopbackHub) -> None:
+    run = embedding_run()
+    run.train()
+    run.push_to_hub()
+    assert hub.files("tester/student").keys() == MODULES | {"README.md", "figures/losses.png"}
+    found = SentenceTransformer("tester/student", device="cpu")
+    assert [type(module).__name__ for module in found] == ["Transformer", "Pooling", "Dense", "Normalize"]
+    some = texts(9, seed=5)
+    assert np.array_equal(found.encode(some), SentenceTransformer("student", device="cpu").encode(some))
+    assert hub.unhandled == []
+
+
+def test_a_plain_student_is_pushed_without_the_modules_of_an_earlier_run(
+    hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr("hf_rrd.results.sentence_transformers.logger.warning", warnings.append)
+    for form in ("sentence_transformers", "transformers"):
+        run = embedding_run(student_format=form, hub_model_id=form)
+        run.train()
+        run.push_to_hub()
+    assert not any("modules" in name or "Dense" in name for name in hub.files("tester/transformers"))
+    assert Path("student/modules.json").is_file(), "it may be the user's"
+    (warning,) = warnings
+    assert warning.startswith("student has the modules.json of an earlier save: SentenceTransformer('student') reads")
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
+def test_checkpoints_push_a_whole_model_of_sentence_transformers(hub: LoopbackHub, strategy: str) -> None:
+    saves = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "max_steps": 2}
+    run = embedding_run(strategy, push_to_hub=True, hub_strategy=strategy, hub_always_push=True, **saves)
+    run.train()
+    run._finish_current_push()
+    files = hub.files(f"tester/{strategy}").keys()
+    assert {name for name in files if not name.startswith("last-checkpoint/")} == MODULES
+    for name in MODULES:
+        Path("there", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("there", name).write_bytes(hub.files(f"tester/{strategy}")[name])
+    rows = SentenceTransformer("there", device="cpu").encode(texts(9, seed=5))
+    saved = SentenceTransformer(str(Path(strategy, "checkpoint-2").absolute()), device="cpu").encode(texts(9, seed=5))
+    assert np.array_equal(rows, saved) and hub.unhandled == []
+    if strategy == "checkpoint":
+        assert {f"last-checkpoint/{name}" for name in MODULES} <= files
+
+
 # ---- Files ----
+
+
+def test_only_the_modules_that_a_model_names_are_published(tmp_path: Path) -> None:
+    for name in ("1_Pooling/config.json", "2_Dense/model.safetensors", "3_Normalize/config.json", "config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert module_files(tmp_path) == [], "no model without its mark"
+    modules = [{"path": place} for place in ("", "1_Pooling", "3_Normalize")]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    found = {"config.json", "modules.json", "1_Pooling/config.json", "3_Normalize/config.json"}
+    assert set(published_files(tmp_path, None, with_modules=True)) == found
+    assert published_files(tmp_path, None) == ["config.json"]
 
 
 def test_only_the_student_its_processor_card_and_pictures_are_published(tmp_path: Path) -> None:
