@@ -17,7 +17,7 @@ from tests.processes import ROOT, run_script
 # Words of a block that is not run, each with the reason.
 NOT_RUN: dict[str, str] = {}
 # Words of a block that needs a package of an extra, and the package.
-NEEDS = {"export_onnx": "onnxruntime", "plot_": "matplotlib"}
+NEEDS = {"export_onnx": "onnxruntime", "plot_": "matplotlib", "SentenceTransformer(": "sentence_transformers"}
 
 
 @dataclass
@@ -133,12 +133,27 @@ def save_models(names: set[str]) -> None:
         (folder / "refs").mkdir(parents=True)
         (folder / "refs" / "main").write_text("0" * 40)
         snapshot = folder / "snapshots" / ("0" * 40)
-        if re.search("vit|deit|dino|image", name):
+        if name.startswith("sentence-transformers/"):
+            save_embedder(snapshot)
+        elif re.search("vit|deit|dino|image", name):
             tiny_vit(width=16 if "tiny" in name or "small" in name else 24).save_pretrained(snapshot)
             image_processor().save_pretrained(snapshot)
         else:
             tiny_bert(width=16 if "tiny" in name or "small" in name else 24).save_pretrained(snapshot)
             tokenizer().save_pretrained(snapshot)
+
+
+def save_embedder(folder: Path) -> None:
+    """Put a small model of sentence-transformers into a folder."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Normalize, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    from tests.builders import tiny_bert
+
+    tiny_bert(width=24).bert.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    SentenceTransformer(modules=[Transformer(str(folder)), Pooling(24, "cls"), Normalize()]).save(str(folder))
 
 
 WORDS = ["a", "good", "bad", "film"]
@@ -212,6 +227,7 @@ def names_at_hand(text: str) -> dict[str, Any]:
         **dict.fromkeys(("dataset", "validation", "train_dataset", "eval_dataset", "test_dataset"), dataset),
         "data": datasets.DatasetDict(train=dataset, test=dataset),
         **{"student_tokenizer": tokenizer(), "teacher_tokenizer": tokenizer(), "tokenizer": tokenizer()},
+        **{"query": WORDS[0], "documents": WORDS},
         **{"processor": image_processor(), "train": with_pictures if "image" in text else dataset},
         "random_crop": random_crop,
         **{"student_embeddings": torch.randn(30, 16), "teacher_embeddings": torch.randn(30, 24)},

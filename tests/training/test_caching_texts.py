@@ -17,7 +17,7 @@ from hf_rrd import DataCollatorForDistillation, cache_teacher_outputs, embed
 from hf_rrd.training import caching, reading
 from hf_rrd.training.hashing import hash_of
 from tests.builders import trainer
-from tests.processes import run_script
+from tests.processes import be_process, context, free_port, run_script
 from tests.sentences import embedder, headless, texts, tokenized, tokenizer
 
 PROMPTS = {"query": "the big ", "passage": "", "long": "a cat sits over the old house "}
@@ -201,6 +201,28 @@ def test_what_reads_texts_has_no_weights_and_does_not_hold_the_model(tmp_path: P
     assert read.first is not None and list(read.first.parameters()) == []
     assert model not in vars(read.first.model).values() and teacher[0].auto_model is model
     assert (rows(cached(teacher, tmp_path)) - encoded(teacher)).abs().max() < 1e-5
+
+
+def share(rank: int, port: int, folder: Path) -> None:
+    """One process of two, each with a teacher of its own making."""
+    be_process(rank, 2, port)
+    torch.set_num_threads(1)
+    caching.SHARD_EXAMPLES = 7
+    teacher = asked(folder / f"{rank}", include=False, default_prompt_name="query")
+    found = rows(cached(teacher, folder))
+    assert (found - encoded(teacher)).abs().max() < 1e-5
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_texts_among_them(tmp_path: Path) -> None:
+    port = free_port()
+    children = [context().Process(target=share, args=(rank, port, tmp_path)) for rank in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(timeout=120)
+    assert [child.exitcode for child in children] == [0, 0]
+    assert len(list((tmp_path / "cache").glob("*"))) == 1  # both knew the files of both
 
 
 # ---- What is refused ----
