@@ -94,7 +94,7 @@ class RelationalDistillationConfig(TrainingArguments):
             dimensions of both sides, as many as each says. The full width counts only if it is among them.
         student_projection: From the student's embedding to that width, trained and then thrown away: 'centered',
             linear after the mean of each 16 examples is taken off, with its gradient; 'linear', without; or 'none'
-            where the widths are equal.
+            where the widths are equal. Of equal widths it starts as the identity.
         teacher_projection: From the teacher's embedding to that width, frozen: 'center' takes the mean off (see
             README for what that is worth), 'none' keeps it as it is, 'pca' projects to projection_dim for a smaller
             bank; 'orthogonal' does so at random.

@@ -22,10 +22,20 @@ WITH_EMBEDDING = "with_relational_embedding"  # the keyword of the student's for
 EMBEDDING = "relational_embedding"  # the field of the student's output that holds it, projected
 POOLED = "relational_pooled"  # another that holds it as the saved student has it: not projected
 
+
+def _linear(width: int, dim: int) -> nn.Linear:
+    """A linear layer; of equal widths it starts as the identity: a part of the teacher then starts near its space."""
+    layer = nn.Linear(width, dim)
+    if width == dim:
+        nn.init.eye_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
 # The values of `student_projection=`: functions from the student's width and the teacher's to a module.
 STUDENT_PROJECTIONS: dict[str, Callable[[int, int], nn.Module]] = {
-    "centered": nn.Linear,
-    "linear": nn.Linear,
+    "centered": _linear,
+    "linear": _linear,
     "none": lambda width, dim: nn.Identity(),
 }
 GROUP = 16
@@ -37,7 +47,8 @@ FEWEST = 8
 class RelationalHead(nn.Module):
     """Projects what the student's embedder pools, whose body does not become a submodule, to the width `dim`.
 
-    `projection` is a key of `STUDENT_PROJECTIONS`, whose start draws from `seed` and not from the global random state.
+    `projection` is a key of `STUDENT_PROJECTIONS`, whose start draws from `seed` and not from the global random state;
+    of equal widths it starts as the identity.
     "centered" takes the mean of each `GROUP` rows off first, with its gradient: what examples have in common is kept
     out of the comparison, as the teacher's mean is. In evaluation it takes off `mean`.
     """

@@ -162,7 +162,7 @@ def test_an_evaluation_reads_the_mean_of_the_embeddings_of_the_last_steps(batch:
     balance = run.distillation.balance
     assert balance is not None and run.distillation.head is not None
     add = balance.add
-    balance.add = lambda rows: (pooled.append(rows.detach().clone()), add(rows))[1]  # type: ignore[method-assign]
+    balance.add = lambda own, rows: (pooled.append(own.detach().clone()), add(own, rows))[1]  # type: ignore[method-assign]
     run.train()
     assert [len(rows) for rows in pooled] == [batch] * 4
     assert run.distillation.head.mean is not None
@@ -225,3 +225,12 @@ def test_a_compiled_student_trains_with_the_defaults_as_an_eager_one(build: Any,
         assert run.distillation.balance is not None and run.distillation.balance.state[0] == 4
         logs.append([*log_of(run), *run.distillation.balance.state[:3].tolist()])
     assert logs[0] == pytest.approx(logs[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("projection", ["centered", "linear"])
+def test_of_equal_widths_the_projection_starts_as_the_identity(projection: str) -> None:
+    student = tiny_vit(width=16)
+    head = attach_head(student, 16, projection).eval()
+    pooled = torch.randn(5, 16)
+    assert torch.equal(head(pooled), pooled)
+    assert not torch.equal(attach_head(student, 12, projection).projection.weight, torch.eye(12, 16))
