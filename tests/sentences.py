@@ -14,12 +14,12 @@ from transformers import BertConfig, BertModel, BertTokenizer
 WORDS = "a an the cat dog bird fox runs sits sings over under near house tree hill big small red old".split()
 
 
-def tokenizer(folder: Path) -> Any:
+def tokenizer(folder: Path, **how: Any) -> Any:
     """One of whole words."""
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = folder / "words.txt"
     vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    return BertTokenizer(str(vocabulary), model_max_length=32)
+    return BertTokenizer(str(vocabulary), model_max_length=32, **how)
 
 
 def texts(count: int, seed: int = 0, longest: int = 9) -> list[str]:

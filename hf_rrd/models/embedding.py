@@ -173,6 +173,25 @@ class Embedder:
             raise ValueError(f"`{self._argument}`: {needed}, {self.pooling!r} returned {shape}.")
         return pooled.shape[1]
 
+    @property
+    def states(self) -> str:
+        """What is pooled: `tokens`, `map`, `map_channels_last` or, of "pooler", the name of the body's output.
+
+        Of images the pooling of which depends on it, by a blank one; nothing is run where the weights are in parts.
+        """
+        if self.pooling == "pooler":
+            names = {"VisionModelWithProjection": "image_embeds", "TextModelWithProjection": "text_embeds"}
+            names["AudioModelWithProjection"] = "audio_embeds"
+            name = type(self.body).__name__
+            return next((field for end, field in names.items() if name.endswith(end)), "pooler_output")
+        parts = any(not weight.numel() or hasattr(weight, "placements") for weight in self.body.parameters())
+        if parts or main_input_of(self.body) != "pixel_values":
+            return "tokens"
+        outputs, _ = _blank_outputs(self.body)
+        if outputs is None or outputs.last_hidden_state.dim() != 4:
+            return "tokens"
+        return "map_channels_last" if self.body.config.model_type in _CHANNELS_LAST else "map"
+
 
 def _mask_of(inputs: dict[str, Any]) -> Tensor | None:
     """Which tokens of a batch, or patches of images of several sizes, are no padding; None where all are."""

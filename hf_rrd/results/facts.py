@@ -19,6 +19,7 @@ from transformers.modelcard import TASK_MAPPING
 from transformers.utils import PushToHubMixin
 
 from hf_rrd.models.body import is_classifier, is_headless, main_input_of, unwrapped
+from hf_rrd.models.columns import forward_columns
 from hf_rrd.models.embedding import Embedder
 from hf_rrd.models.teacher import LOADED_FROM
 from hf_rrd.results.measure import size_of
@@ -45,6 +46,10 @@ class Usage:
     reads: str  # the name of its input
     has_processor: bool  # whether there is a class of transformers that prepares it
     pooling: str | None = None  # of a headless student
+    states: str | None = None  # what it pools, by the shape: `tokens`, `map`, `map_channels_last`, or an output's name
+    mask: str | None = None  # the input that says which of its tokens are padding
+    pads: bool = False  # whether the processor makes texts or speech of several lengths one batch
+    frames: bool = False  # whether that mask is of samples, and the hidden states are of frames
     num_labels: int | None = None  # of an adapter, whose base has classes of its own
 
 
@@ -125,12 +130,29 @@ def usage_of(student: nn.Module, processing_class: Any, pooling: Any) -> Usage |
     if type(model) is not getattr(transformers, type(model).__name__, None):
         return None
     usage = Usage(main_input_of(model), isinstance(processing_class, PushToHubMixin))
-    if is_headless(model):
-        pooling = Embedder(model, pooling).pooling
-        usage.pooling = pooling if isinstance(pooling, str) else None
+    _note_padding(usage, model, processing_class)
+    if is_headless(model) or type(model).__name__.endswith("WithProjection"):
+        embedder = Embedder(model, pooling)
+        usage.pooling = embedder.pooling if isinstance(embedder.pooling, str) else None
+        usage.states = embedder.states if usage.pooling else None
     elif model is not student and is_classifier(model):
         usage.num_labels = model.config.num_labels
     return usage
+
+
+def _note_padding(usage: Usage, model: nn.Module, processing_class: Any) -> None:
+    """Note what a student's processor does with inputs of several lengths, and what its mask is of."""
+    parts = {"input_ids": "tokenizer", "pixel_values": "image_processor"}
+    part = getattr(processing_class, parts.get(usage.reads, "feature_extractor"), processing_class)
+    mask = "pixel_attention_mask" if usage.reads == "pixel_values" else "attention_mask"
+    if usage.has_processor:
+        has_mask = mask in getattr(part, "model_input_names", ()) and getattr(part, "return_attention_mask", True)
+    else:
+        has_mask = usage.reads == "input_ids" and mask in (forward_columns(model) or ())
+    usage.mask = mask if has_mask else None
+    padding = getattr(part, "pad_token", getattr(part, "padding_value", None))
+    usage.pads = usage.has_processor and usage.reads in ("input_ids", "input_values") and padding is not None
+    usage.frames = usage.reads == "input_values" and hasattr(model, "_get_feature_vector_attention_mask")
 
 
 def model_facts(model: nn.Module | None, description: str | None = None) -> ModelFacts:

@@ -14,15 +14,27 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
-from transformers import BertTokenizer
+from PIL import Image
+from transformers import (
+    BertTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    ResNetConfig,
+    ResNetModel,
+    ViTImageProcessor,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2Model,
+)
 
-from hf_rrd import RelationalDistillationTrainer, compare_models, student_from_teacher, write_card
+from hf_rrd import RelationalDistillationTrainer, compare_models, embed, student_from_teacher, write_card
 from hf_rrd.results.card import FACTS_FILE, TEMPLATE, render_card
 from hf_rrd.results.facts import CardFacts
 from hf_rrd.results.pictures import PICTURES, place_of
-from tests.builders import Images, Texts, tiny_bert, tiny_vit, trainer
+from tests.builders import Images, Texts, tiny_bert, tiny_gpt2, tiny_vit, trainer
 from tests.loopback_hub import header_errors
 from tests.results.runs import card_of, facts_of, finished, numbers_shown, unsaid, usage_of
+from tests.sentences import headless, tokenizer
 
 DATASET = {"dataset_tags": "org/images", "dataset": "Images"}
 
@@ -298,6 +310,102 @@ def test_the_student_is_used_in_four_lines_or_fewer_as_they_stand(
         names: dict[str, Any] = {"torch": torch}
         exec(f"{before}\n{code}", names)
         assert names[result].shape == shape, name
+
+
+def as_the_card_says(student: Any, processor: Any, pooling: Any = "auto", **names: Any) -> tuple[Any, str]:
+    """What a student's card calls its embedding, run as it is printed; and the code. The student is in `mine`."""
+    student.save_pretrained("mine")
+    if processor is not None:
+        processor.save_pretrained("mine")
+    write_card("mine", student, processing_class=processor, pooling=pooling)
+    code = usage_of(ModelCard.load("mine/README.md"))
+    exec(code, names)
+    return names["embedding" if "embedding = " in code else "logits"], code
+
+
+def difference(found: Any, student: Any, inputs: Any, pooling: Any) -> float:
+    wanted = embed(student.eval(), dict(inputs), pooling)
+    assert found.shape == wanted.shape and len(found) == 2
+    return (found - wanted).abs().max().item()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("pooling", ["auto", "mean", "max", "last_token", "cls", "pooler"])
+def test_the_code_for_texts_gives_their_embeddings_also_beside_padding(
+    pooling: str, side: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words, student = tokenizer(tmp_path, padding_side=side), headless()
+    found, code = as_the_card_says(student, words, pooling)
+    inputs = words(["a text", "a longer text"], padding=True, return_tensors="pt")
+    assert inputs["attention_mask"][:, 0 if side == "left" else -1].tolist() == [0, 1], "the first has padding"
+    assert difference(found, student, inputs, pooling) < 1e-6
+    assert len(code.strip().splitlines()) <= 6
+    found, _ = as_the_card_says(student, None, pooling, **inputs)
+    assert difference(found, student, inputs, pooling) < 1e-6
+    found, _ = as_the_card_says(tiny_bert(), None, **inputs)
+    wanted = tiny_bert().eval()(**{name: inputs[name] for name in ("input_ids", "attention_mask")}).logits
+    assert torch.equal(found, wanted), "a classifier's, too"
+
+
+def test_a_tokenizer_that_cannot_pad_gets_one_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words, student = tokenizer(tmp_path), tiny_gpt2().transformer
+    words.pad_token = None
+    found, code = as_the_card_says(student, words)
+    assert 'processor("a text", return_tensors="pt")' in code
+    wanted = embed(student.eval(), dict(words("a text", return_tensors="pt")))
+    assert (found - wanted).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("family", "pooling"),
+    [("vit", pooling) for pooling in ("auto", "mean", "max", "cls")]
+    + [("resnet", pooling) for pooling in ("auto", "mean", "max", "pooler", "gap")]
+    + [("clip", pooling) for pooling in ("auto", "mean", "max", "cls", "pooler")],
+)
+def test_the_code_for_images_gives_their_embeddings(
+    family: str, pooling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16}
+    models: dict[str, Any] = {
+        "vit": lambda: tiny_vit().vit,
+        "resnet": lambda: ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1])),
+        "clip": lambda: CLIPVisionModelWithProjection(
+            CLIPVisionConfig(**sizes, intermediate_size=16, patch_size=8, projection_dim=12)
+        ),
+    }
+    processor = ViTImageProcessor(
+        size={"height": 64, "width": 64} if family == "resnet" else {"height": 16, "width": 16}
+    )
+    images, student = [Image.new("RGB", (20, 24), color) for color in ("red", "green")], models[family]()
+    inputs = processor(images, return_tensors="pt")
+    found, code = as_the_card_says(student, processor, pooling, image=images)
+    assert difference(found, student, inputs, pooling) < 1e-6 and len(code.strip().splitlines()) == 4
+    found, code = as_the_card_says(student, None, pooling, **inputs)
+    assert difference(found, student, inputs, pooling) < 1e-6 and len(code.strip().splitlines()) == 3
+
+
+@pytest.mark.parametrize("pooling", ["auto", "mean", "max", "last_token", "cls"])
+@pytest.mark.parametrize("has_mask", [True, False])
+def test_the_code_for_speech_gives_its_embeddings_also_beside_padding(
+    has_mask: bool, pooling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    layers: dict[str, Any] = {"conv_dim": (8, 8), "conv_stride": (5, 4), "conv_kernel": (10, 8)}
+    groups = {"num_conv_pos_embedding_groups": 2, "num_conv_pos_embeddings": 4, "intermediate_size": 16}
+    student = Wav2Vec2Model(Wav2Vec2Config(**sizes, **layers, **groups, feat_extract_norm="layer"))
+    processor = Wav2Vec2FeatureExtractor(return_attention_mask=has_mask)
+    waveforms = [np.random.default_rng(0).standard_normal(count).astype(np.float32) for count in (400, 1000)]
+    found, code = as_the_card_says(student, processor, pooling, waveforms=waveforms)
+    inputs = processor(waveforms, padding=True, return_tensors="pt", sampling_rate=16_000)
+    assert ("attention_mask" in inputs) == has_mask
+    assert difference(found, student, inputs, pooling) < 1e-6
+    assert len(code.strip().splitlines()) <= 7
 
 
 def test_the_template_has_no_fact_of_its_own() -> None:

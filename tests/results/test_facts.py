@@ -8,7 +8,7 @@ import datasets
 import pytest
 import torch
 import transformers
-from transformers import ViTForImageClassification, ViTImageProcessor
+from transformers import CLIPImageProcessor, CLIPProcessor, ViTForImageClassification, ViTImageProcessor
 
 from hf_rrd import cache_teacher_outputs
 from hf_rrd.results.facts import (
@@ -25,6 +25,7 @@ from hf_rrd.results.facts import (
     versions_in_use,
 )
 from tests.builders import Images, tiny_bert, tiny_vit
+from tests.sentences import headless, tokenizer
 
 
 def test_hub_names_are_told_from_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,8 +66,19 @@ def test_only_what_transformers_has_is_loaded_and_processed_as_the_card_says() -
     assert usage_of(Mine(student.config), None, "auto") is None
     assert usage_of(student, object(), "auto") == Usage("pixel_values", has_processor=False)
     assert usage_of(student, ViTImageProcessor(), "auto") == Usage("pixel_values", has_processor=True)
-    assert usage_of(student.vit, None, "auto") == Usage("pixel_values", False, pooling="cls")
+    assert usage_of(student.vit, None, "auto") == Usage("pixel_values", False, pooling="cls", states="tokens")
     assert usage_of(student.vit, None, lambda output, mask: output[0]) == Usage("pixel_values", False)
+
+
+def test_what_a_processor_pads_and_what_its_mask_is_of(tmp_path: Path) -> None:
+    words, text = tokenizer(tmp_path), headless()
+    padded = Usage("input_ids", True, pooling="mean", states="tokens", mask="attention_mask", pads=True)
+    assert usage_of(text, words, "auto") == padded
+    assert usage_of(text, None, "max") == Usage("input_ids", False, "max", states="tokens", mask="attention_mask")
+    whole = CLIPProcessor(CLIPImageProcessor(), words)
+    images = Usage("pixel_values", True, pooling="cls", states="tokens")
+    assert usage_of(tiny_vit().vit, whole, "auto") == images, "its mask is that of texts"
+    assert usage_of(text, whole, "auto") == padded, "its tokenizer is asked"
 
 
 def test_the_versions_are_those_of_what_is_loaded() -> None:
