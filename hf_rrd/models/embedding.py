@@ -111,7 +111,7 @@ class Embedder:
                 self.watched, self._read_width = found
             pooling = "auto" if found is None else "pooler"
         if pooling == "auto":
-            pooling = own_pooling(unwrapped(model)) or auto_pooling(self.body)
+            pooling = own_pooling(model) or auto_pooling(self.body)
         self.pooling = pooling
 
     def pool(self, outputs: Any, inputs: dict[str, Any]) -> Tensor:

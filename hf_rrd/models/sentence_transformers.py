@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +18,7 @@ from transformers.utils import cached_file
 
 from hf_rrd.models.body import unwrapped
 
-OWN_POOLING = "_hf_rrd_own_pooling"  # on a transformers model: how the modules around it make one row of its output
-OWN_TEXTS = "_hf_rrd_own_texts"  # on a transformers model: how the SentenceTransformer around it reads texts
+AROUND = "_hf_rrd_around"  # on a transformers model: the `Around` of the SentenceTransformer that it is inside of
 KIND = "_hf_rrd_kind"  # on a transformers model: which of the library's models its folder was, if any
 MISSING = "needs the library. Try: pip install 'hf_rrd[sentence-transformers]'"
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
@@ -56,6 +56,25 @@ class OwnPooling:
         return any(getattr(module, "include_prompt", True) is False for module in self.modules)
 
 
+@dataclass
+class Around:
+    """What a SentenceTransformer does around the model inside, which holds this: a copy of that one is a plain model.
+
+    Attributes:
+        pooling: Its modules after the first.
+        first: Its first module, without the weights.
+        prompts, default_prompt_name: Its own.
+    """
+
+    pooling: OwnPooling
+    first: Any
+    prompts: dict[str, str]
+    default_prompt_name: str | None
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+
 class Texts:
     """How a teacher makes its inputs of texts: a SentenceTransformer as its `encode` does, another by a tokenizer.
 
@@ -69,7 +88,7 @@ class Texts:
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any = None, prompt_name: str | None = None) -> None:
-        own = _own_texts(model)
+        own = _around(model)
         if own is None and prompt_name is not None:
             raise ValueError(
                 f"`prompt_name` {prompt_name!r} is for a SentenceTransformer, and the teacher, a "
@@ -79,7 +98,7 @@ class Texts:
             raise ValueError(f"`prompt_name` must be one of the teacher's {sorted(own.prompts)}, got {prompt_name!r}.")
         if not isinstance(tokenizer, PreTrainedTokenizerBase) and (own is None or tokenizer is not None):
             raise ValueError(f"`text_column` needs the teacher's tokenizer as `processing_class`, got {tokenizer!r}.")
-        self.prompt = None if own is None else own.prompts.get(prompt_name or own.default_prompt_name)
+        self.prompt = None if own is None else own.prompts.get(prompt_name or own.default_prompt_name or "")
         self.first = None if own is None else copy.copy(own.first)
         if self.first is not None and tokenizer is not None:
             self.first.processor, self.first._prompt_length_mapping = tokenizer, {}
@@ -144,36 +163,36 @@ def opened(model: Any, argument: str) -> Any:
             f"`{argument}` is a SentenceTransformer whose first module gives no hidden states of tokens, got {came}. "
             "Cache its embeddings as a column `teacher_embedding`, from its own encode()."
         )
-    first.auto_model.__dict__[OWN_POOLING] = OwnPooling(others, model.truncate_dim)
-    reads = copy.copy(first)  # without the weights: each text is a row of its own, whatever the attention could do
+    reads = copy.copy(first)  # each text is a row of its own, whatever the attention could do
     reads._modules, reads.can_flatten_inputs = {}, False
     reads.model = SimpleNamespace(config=first.auto_model.config)
-    about = {"prompts": model.prompts, "default_prompt_name": model.default_prompt_name}
-    first.auto_model.__dict__[OWN_TEXTS] = SimpleNamespace(first=reads, **about)
+    pooling = OwnPooling(others, model.truncate_dim)
+    around = Around(pooling, reads, model.prompts, model.default_prompt_name)
+    unwrapped(first.auto_model).__dict__[AROUND] = around
     return first.auto_model
 
 
-def _own_texts(model: nn.Module | None) -> Any:
-    return None if model is None else unwrapped(model).__dict__.get(OWN_TEXTS)
+def _around(model: nn.Module | None) -> Around | None:
+    return None if model is None else unwrapped(model).__dict__.get(AROUND)
 
 
 def default_prompt(model: nn.Module | None) -> str:
     """What a SentenceTransformer puts before each text unless it is told otherwise; of others nothing."""
-    own = _own_texts(model)
-    return "" if own is None else own.prompts.get(own.default_prompt_name) or ""
+    own = _around(model)
+    return "" if own is None else own.prompts.get(own.default_prompt_name or "", "")
 
 
 def own_tokenizer(model: nn.Module | None) -> Any:
     """A SentenceTransformer's tokenizer, if it can pad; None of another model."""
-    own = _own_texts(model)
+    own = _around(model)
     tokenizer = None if own is None else own.first.tokenizer
     return None if tokenizer is None or tokenizer.pad_token is None else tokenizer
 
 
 def own_pooling(model: nn.Module) -> OwnPooling | None:
     """What `opened` found, on the model itself."""
-    found: OwnPooling | None = model.__dict__.get(OWN_POOLING)
-    return found
+    own = _around(model)
+    return None if own is None else own.pooling
 
 
 def kind_of(name: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> str | None:

@@ -1,5 +1,6 @@
 """Teachers of sentence-transformers: equal to their own encode(), however they are given."""
 
+import copy
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from sentence_transformers.base.modules import Normalize
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
 from hf_rrd import cache_teacher_outputs, embed, student_from_teacher
-from hf_rrd.models.sentence_transformers import kind_of, opened
+from hf_rrd.models.sentence_transformers import default_prompt, kind_of, opened, own_pooling
 from hf_rrd.models.teacher import Teacher, load_teacher
 from tests.builders import tiny_bert, trainer
 from tests.sentences import embedder, headless, texts, tokenized, tokenizer
@@ -150,3 +151,29 @@ def test_opening_leaves_the_users_object_as_it_is(tmp_path: Path) -> None:
         1,
         24,
     )
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_adapters_of_the_model_inside_are_read_with_the_modules_around_it(by_hand: bool, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    teacher = embedder(tmp_path / "parts", "cls", 6)
+    adapters = peft.LoraConfig(target_modules=["query"], init_lora_weights=False)
+    before = teacher.encode(SEVERAL, convert_to_tensor=True)
+    if by_hand:
+        teacher[0].model = peft.get_peft_model(teacher[0].auto_model, adapters)
+    else:
+        teacher.add_adapter(adapters)
+    expected = teacher.encode(SEVERAL, convert_to_tensor=True)
+    assert (cached(teacher, tmp_path) - expected).abs().max() < 1e-5
+    assert (expected - before).abs().max() > 1e-4
+
+
+def test_a_copy_of_the_model_inside_is_a_plain_model(tmp_path: Path) -> None:
+    teacher = embedder(tmp_path / "parts", "cls", 6, default_prompt_name="query", prompts={"query": "a "})
+    inner = load_teacher(teacher)
+    assert own_pooling(inner) is not None and default_prompt(inner) == "a "
+    copied = copy.deepcopy(inner)
+    assert (own_pooling(copied), default_prompt(copied)) == (None, "")
+    run = run_of(tmp_path, model=copied, teacher=embedder(tmp_path / "parts", "cls"))
+    assert run.distillation.head.embedder.pooling == "mean"
+    assert (cached(copy.deepcopy(teacher), tmp_path) - teacher.encode(SEVERAL, prompt="")).abs().max() < 1e-5
