@@ -280,6 +280,34 @@ def evaluated_before(rank: int, folder: str) -> list[list[float]]:
     return found
 
 
+def embedding_model(rank: int, folder: str) -> list[float]:
+    """What an evaluator says of the student, and a row of it as rank 0 saved it, read by each."""
+    from sentence_transformers import SentenceTransformer
+
+    from tests.sentences import embedder, headless, texts, tokenized, tokenizer
+
+    place = Path(folder)
+    words = tokenizer(place / str(rank))
+    run = trainer(
+        folder,
+        model=headless(),
+        teacher=embedder(place / str(rank) / "teacher"),
+        task_weight=0.0,
+        train_dataset=tokenized(words, texts(48)),
+        eval_dataset=tokenized(words, texts(9, seed=2)),
+        processing_class=words,
+        student_format="sentence_transformers",
+        evaluators=lambda model, **_: float(model.encode("a cat sits").sum()),
+        teacher_projection="center",
+    )
+    run.train()
+    metrics = run.evaluate()
+    run.save_model()
+    run.accelerator.wait_for_everyone()
+    saved = SentenceTransformer(folder, device="cpu").encode("a cat sits")
+    return [metrics["eval_function"], float(saved.sum())]
+
+
 CASES = {
     case.__name__: case
     for case in (
@@ -288,5 +316,6 @@ CASES = {
         other_lengths_of_streams,
         other_seeds,
         evaluated_before,
+        embedding_model,
     )
 }

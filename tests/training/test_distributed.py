@@ -118,3 +118,9 @@ def test_processes_train_one_student_also_after_an_evaluation(tmp_path: Path) ->
     first, second = found_by_two(tmp_path, "evaluated_before")
     assert first == second
     assert first[0] == first[1]
+
+
+def test_evaluators_ask_one_process_and_both_know_what_they_say(tmp_path: Path) -> None:
+    first, second = found_by_two(tmp_path, "embedding_model")
+    assert first == second
+    assert first[0] == pytest.approx(first[1], abs=1e-5)
