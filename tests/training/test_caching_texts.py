@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
-from transformers import BertTokenizer
+from transformers import BertForSequenceClassification, BertTokenizer, LlamaConfig, LlamaModel
 
 from hf_rrd import DataCollatorForDistillation, cache_teacher_outputs, embed
 from hf_rrd.training import caching, reading
@@ -96,12 +96,40 @@ def test_what_truncates_the_rows_of_encode_truncates_the_cached_ones(tmp_path: P
 
 
 def test_a_plain_model_reads_with_the_tokenizer_that_is_given(tmp_path: Path) -> None:
-    model, own = headless(24), tokenizer(tmp_path)
+    model, own = BertForSequenceClassification(headless(24).config), tokenizer(tmp_path)
     own.model_max_length = int(1e30)  # as of many tokenizers; the model has 32 positions
-    found = rows(cached(model, tmp_path, processing_class=own))
+    found = cached(model, tmp_path, processing_class=own)
     inputs = own(SEVERAL, padding=True, truncation=True, max_length=32, return_tensors="pt")
     with torch.no_grad():
-        assert (found - embed(model, dict(inputs))).abs().max() < 1e-5  # type: ignore[operator]
+        expected, outputs = embed(model, dict(inputs), return_outputs=True)
+    assert (rows(found) - expected).abs().max() < 1e-5
+    assert (torch.tensor(found["teacher_logits"][:]) - outputs.logits).abs().max() < 1e-5
+
+
+CHAT = "{% for each in messages %}{{ each['role'] }} : {{ each['content'] }} {% endfor %}"
+
+
+@pytest.mark.parametrize("template", [None, CHAT])
+@pytest.mark.parametrize("include", [True, False])
+def test_a_decoder_that_pads_on_the_left_or_has_a_template_of_chats_is_read_as_encode_reads_it(
+    template: str | None, include: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(1)
+    size = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    LlamaModel(LlamaConfig(vocab_size=30, max_position_embeddings=64, pad_token_id=0, **size)).save_pretrained(
+        tmp_path
+    )
+    own = tokenizer(tmp_path)
+    own.chat_template = template
+    own.save_pretrained(tmp_path)
+    first = Transformer(str(tmp_path))
+    first.tokenizer.padding_side = "left"
+    modules = [first, Pooling(24, ("lasttoken", "mean"), include_prompt=include), Normalize()]
+    teacher = SentenceTransformer(modules=modules, device="cpu", prompts=dict(PROMPTS))
+    assert ("message" in teacher.modalities) == (template is not None)
+    for name in (None, "query"):
+        assert (rows(cached(teacher, tmp_path, prompt_name=name)) - encoded(teacher, name)).abs().max() < 1e-5
+    assert (encoded(teacher) - encoded(teacher, "query")).abs().max() > 0.01
 
 
 def test_a_tokenizer_that_is_given_takes_the_place_of_the_teachers(tmp_path: Path) -> None:
