@@ -65,7 +65,7 @@ from hf_rrd.training.distributed import (
 from hf_rrd.training.finite import FiniteCheck, check_weights
 from hf_rrd.training.identity import check_identity, resuming, settings_of, teacher_identity
 from hf_rrd.training.inputs import check_inputs, check_reports_input
-from hf_rrd.training.phases import Phases
+from hf_rrd.training.phases import Phases, ask_teacher
 from hf_rrd.training.setup import check_data, prepared, teacher_for
 from hf_rrd.training.sources import check_source, check_sources
 from hf_rrd.training.streams import WholeSteps, with_reading_ahead
@@ -266,6 +266,7 @@ class RelationalDistillationTrainer(Trainer):
         return output
 
     def _calibrate(self) -> None:
+        ask_teacher(self)
         how = (self._teacher, self.get_test_dataloader, self._prepare_inputs, self.accelerator, self.args)
         calibrate(self.distillation, self.train_dataset, *how)
 

@@ -148,6 +148,7 @@ class LogitPair:
         self.layout: Any = layouts[0] if layouts else None
         own, others = names_of(student), cached.get("classes") or (teacher and names_of(teacher))
         self.is_known = True
+        self.is_asked = False  # whether its answers were compared with labels
         if same_classes:
             of_names = self.layout in NAMED and others and class_order(own, others, of_data) is not None
             of_width = self.layout in NAMED and not others and cached.get("width") in [(size,) for size in sizes]

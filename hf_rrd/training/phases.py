@@ -12,6 +12,20 @@ from hf_rrd.training.streams import WholeSteps, warn_of_new_pass
 from hf_rrd.training.terms import objective_without_terms
 
 
+def ask_teacher(trainer: Any) -> None:
+    """Where the weights are automatic, leave out the logits of a teacher that does not know the student's classes.
+
+    Each student's is asked once, before a training or an evaluation, whichever comes first.
+    """
+    pair = trainer.distillation.logits
+    if trainer.args.kd_weight != "auto" or pair is None or pair.is_asked:
+        return
+    pair.is_asked = True
+    how = (trainer.get_test_dataloader, trainer._prepare_inputs, trainer.accelerator, trainer.args)
+    if not knows_classes(trainer.train_dataset, trainer.distillation.seed, trainer._teacher, pair, *how):
+        trainer.distillation.leave_out_logits()
+
+
 class Phases(TrainerCallback):
     """The trainer's own callback."""
 
@@ -22,11 +36,7 @@ class Phases(TrainerCallback):
         """An empty or a restored state."""
         trainer = self.trainer  # which may begin anew after a step for which the memory did not suffice
         student = trainer._unwrapped_student()
-        if trainer.args.kd_weight == "auto" and trainer.distillation.logits is not None:
-            how = (trainer.get_test_dataloader, trainer._prepare_inputs, trainer.accelerator, trainer.args)
-            pair, seed = trainer.distillation.logits, trainer.distillation.seed
-            if not knows_classes(trainer.train_dataset, seed, trainer._teacher, pair, *how):
-                trainer.distillation.leave_out_logits()
+        ask_teacher(trainer)
         trainer.distillation.start(student, trainer.train_dataset)
         check_optimizer(student, trainer.optimizer)
         if getattr(trainer, "compute_objective", None) is default_compute_objective:  # a hyperparameter search's

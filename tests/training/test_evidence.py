@@ -128,6 +128,19 @@ def test_a_teacher_that_knows_a_rare_class_teaches_too(
     assert weights_of(trained(tmp_path, None, train_dataset=data)) == expected
 
 
+@pytest.mark.parametrize("right", [1.0, 0.1])
+def test_an_evaluation_before_the_training_counts_with_the_weights_of_the_training(
+    right: float, tmp_path: Path
+) -> None:
+    teacher = teacher_vit()
+    images = known_to(teacher, right)
+    run = run_of(tmp_path, teacher, train_dataset=images, eval_dataset=Images(8, seed=3))
+    before = run.evaluate()
+    assert weights_of(run) == (TEACHES if right == 1.0 else IS_LEFT_OUT)
+    total = before["eval_task_loss"] + weights_of(run)[1] * before["eval_relational_loss"]
+    assert before["eval_loss"] == pytest.approx(total + before.get("eval_kd_loss", 0.0), rel=1e-5)
+
+
 def test_classes_in_another_order_are_compared_by_their_names(tmp_path: Path) -> None:
     teacher = teacher_vit(NAMES[::-1])
     assert weights_of(trained(tmp_path, teacher, train_dataset=known_to(teacher))) == TEACHES
