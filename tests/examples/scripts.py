@@ -23,11 +23,13 @@ from tests.loopback_hub import LoopbackHub
 from tests.processes import run_script
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SCRIPTS = ("text_classification", "image_classification", "text_embeddings", "own_training_loop")
+SCRIPTS = ("text_classification", "image_classification", "text_embeddings", "image_embeddings", "own_training_loop")
 WORDS = ["fine", "warm", "bright", "dull", "cold", "grey", "film", "story", "scene", "ending"]
 QUIET = "--disable_tqdm True --save_strategy no --use_cpu True --per_device_train_batch_size 8 --learning_rate 0.01"
 
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
+LIBRARY = {"modules.json", "config_sentence_transformers.json", "sentence_bert_config.json", "1_Pooling/config.json"}
+LIBRARY |= {"2_Dense/config.json", "2_Dense/model.safetensors", "3_Normalize/config.json"}
 CLASSIFY = (
     "--train_file {}/train.csv --validation_file {}/validation.csv --test_file {}/test.csv "
     f"--text_column_name sentence --label_column_name verdict --num_train_epochs 1 {QUIET} "

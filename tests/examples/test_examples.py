@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import HfArgumentParser
 
-from tests.examples.scripts import CLASSIFY, QUIET, SCRIPTS, TOKENIZER, load_script, start_process
+from tests.examples.scripts import CLASSIFY, LIBRARY, QUIET, SCRIPTS, TOKENIZER, load_script, start_process
 from tests.loopback_hub import LoopbackHub, header_errors
 
 
@@ -54,9 +54,14 @@ def test_texts_train_from_the_teachers_cached_outputs_as_under_the_teacher(start
         (
             "text_embeddings",
             "--train_file {}/train.csv --validation_file {}/validation.csv --text_column_name sentence "
-            "--teacher_model_name_or_path {}/embedder --student_num_layers 1 --student_projection none "
-            f"--logging_steps 1 {QUIET}",
-            TOKENIZER,
+            f"--teacher_model_name_or_path {{}}/embedder --student_num_layers 1 --logging_steps 1 {QUIET}",
+            TOKENIZER | LIBRARY,
+        ),
+        (
+            "image_embeddings",
+            "--train_file {}/train.parquet --validation_file {}/validation.parquet "
+            f"--teacher_model_name_or_path {{}}/vit --student_num_layers 1 --logging_steps 1 {QUIET}",
+            {"preprocessor_config.json"},
         ),
     ],
 )
@@ -72,7 +77,7 @@ def test_a_script_reports_and_pushes_by_flags(
     stock = {"README.md", "config.json", "model.safetensors"} | processor
     pictures = {
         "quickstart": "similarities embeddings reliability",  # its tiny run ends before its first log line
-        "text_embeddings": "losses similarities embeddings",  # without classes
+        **dict.fromkeys(("text_embeddings", "image_embeddings"), "losses similarities embeddings"),  # without classes
     }.get(name, "losses similarities embeddings reliability")
     assert files.keys() == stock | {f"figures/{picture}.png" for picture in pictures.split()}
     card = files["README.md"].decode()
@@ -81,11 +86,19 @@ def test_a_script_reports_and_pushes_by_flags(
     assert {"latency_ms", "parameters", "bytes", "flops"} <= report["student"].keys() & report["teacher"].keys()
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_the_command_in_the_docstring_is_understood(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "page"),
+    [
+        *((name, "") for name in SCRIPTS),
+        *((name, f"docs/{name}.md") for name in ("text_embeddings", "image_embeddings")),
+    ],
+)
+def test_the_command_in_the_docstring_or_on_the_page_is_understood(
+    name: str, page: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = load_script(name)
-    command = next(line for line in script.__doc__.splitlines() if line.startswith("    python"))
-    words = shlex.split(command)
+    text = (Path(__file__).parents[2] / page).read_text().replace("\\\n", "") if page else script.__doc__
+    words = shlex.split(next(line for line in text.splitlines() if line.strip().startswith("python")))
     assert words[:2] == ["python", f"examples/{name}.py"]
     monkeypatch.setattr(sys, "argv", words[1:])
     parse = getattr(script, "parse", None) or HfArgumentParser(script.Arguments).parse_args_into_dataclasses
@@ -101,7 +114,7 @@ def test_a_file_that_is_not_there_is_named(name: str, start: Any) -> None:
         start(name, f"{models} {files}")
 
 
-@pytest.mark.parametrize("name", SCRIPTS[:3])
+@pytest.mark.parametrize("name", SCRIPTS[:4])
 def test_a_run_without_data_says_which_flags_it_needs(name: str, start: Any) -> None:
     with pytest.raises(SystemExit, match="Give .*--dataset_name.*--train_file"):
         start(name, "--teacher_model_name_or_path {}/classifier --output_dir OUT")
