@@ -33,7 +33,7 @@ from hf_rrd.results.hub import (
     unfinished,
 )
 from hf_rrd.results.report import DistillationReport, chosen_dataset, compare_in_run, teacher_of_report
-from hf_rrd.results.sentence_transformers import checked, save_format, scores_of
+from hf_rrd.results.sentence_transformers import checked, embedder_of, save_format, scores_of
 from hf_rrd.training.checkpoint import (
     checkpoint_to_resume,
     explained_write_errors,
@@ -408,11 +408,11 @@ class RelationalDistillationTrainer(Trainer):
 
         Args:
             args, kwargs: As in `Trainer`: `language`, `license`, `tags`, `model_name`, `finetuned_from`, `tasks`,
-                `dataset_tags` (the name on the Hub), `dataset` (what to call it), `dataset_args`; and `teacher_name`,
-                what to call the teacher (by default its name and revision on the Hub, if it was loaded by them).
+                `dataset_tags` (the name on the Hub), `dataset` (what to call it), `dataset_args`; `baseline`, values
+                of the same student without distillation, by name; `teacher_name` (by default that on the Hub).
         """
         if self.is_world_process_zero():
-            self._facts.write_card(self.hub_model_id, *args, **kwargs)
+            self._facts.write_card(embedder_of(self), self.hub_model_id, *args, **kwargs)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository, or find it. A failure is a warning: the training goes on, the push tries again."""

@@ -1,7 +1,7 @@
 """The facts of a run, gathered while it goes."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from hf_rrd.config import WEIGHTS
 from hf_rrd.models.pooling import name_of
 from hf_rrd.results.card import write_card
-from hf_rrd.results.facts import CardFacts, DataFacts, Metric, hub_name, last_losses, source_of
+from hf_rrd.results.facts import CardFacts, DataFacts, EmbedderFacts, Metric, hub_name, last_losses, source_of
 from hf_rrd.results.measure import size_of
 from hf_rrd.results.report import DistillationReport
 from hf_rrd.training.checkpoint import flaw_in
@@ -69,6 +69,7 @@ class FactsCallback(TrainerCallback):
 
     def write_card(
         self,
+        embedder: EmbedderFacts | None = None,
         repository: str | None = None,
         language: Names = None,
         license: str | None = None,
@@ -81,11 +82,13 @@ class FactsCallback(TrainerCallback):
         dataset_args: Names = None,
         *,
         teacher_name: str | None = None,
+        baseline: Mapping[str, float] | None = None,
         **unknown: Any,
     ) -> CardFacts:
         """Write the student's card into `output_dir`, of what is known by now.
 
-        The arguments are `repository`, the student's name on the Hub, and those of the trainer's `create_model_card`.
+        `embedder` is as in `hf_rrd.write_card`, `repository` the student's name on the Hub, and the others are the
+        arguments of the trainer's `create_model_card`.
         """
         if unknown:
             instead = "see its help (of a data set `dataset_tags` is the name on the Hub, `dataset` what to call it)"
@@ -104,6 +107,8 @@ class FactsCallback(TrainerCallback):
             log_history=self.state.log_history,
             report=self.report,
             metrics=self._metrics(named),
+            baseline=baseline,
+            embedder=embedder,
             processing_class=self.processing_class,
             pooling=self.args.student_pooling,
             name=model_name,

@@ -5,7 +5,7 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,14 @@ from torch import nn
 
 from hf_rrd.files import write_json, written_whole
 from hf_rrd.models.body import unwrapped
+from hf_rrd.models.sentence_transformers import is_sentence_transformer, kind_of, load
 from hf_rrd.models.teacher import load_teacher
 from hf_rrd.results.facts import (
     CardFacts,
     DataFacts,
+    EmbedderFacts,
     Metric,
+    embedder_facts,
     hub_name,
     last_losses,
     model_facts,
@@ -35,6 +38,7 @@ CARD = "README.md"
 FACTS_FILE = "model_card.json"  # beside the card, and not pushed
 HIDDEN, JOINERS = ("Cc", "Cf", "Cs"), "\u200c\u200d"  # Unicode's categories; Persian and emoji need the joiners
 MARKUP = str.maketrans({"<": "&lt;", "[": "&#91;", "]": "&#93;", "`": "&#96;", "|": "&#124;"})
+EMBEDDER, TASKS, FEATURES = "SentenceTransformer", {"input_ids": "sentence-similarity"}, "feature-extraction"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
 
@@ -50,6 +54,8 @@ def write_card(
     log_history: Sequence[Mapping[str, Any]] = (),
     report: DistillationReport | None = None,
     metrics: Mapping[str, float] | Sequence[Metric] = (),
+    baseline: Mapping[str, float] | None = None,
+    embedder: EmbedderFacts | None = None,
     processing_class: Any = None,
     pooling: Any = "auto",
     name: str | None = None,
@@ -67,7 +73,7 @@ def write_card(
 
     Args:
         folder: Where the student is saved.
-        student: A transformers model, a PEFT model around one, or a Hub name or folder.
+        student: A transformers model, a PEFT model around one, a SentenceTransformer, or a Hub name or folder.
         teacher: The same, where it is at hand.
         teacher_name: What to call the teacher. Default: its name on the Hub and its revision, if it is from there.
         dataset: The training set's name on the Hub, "user/name", or what to call it.
@@ -77,6 +83,8 @@ def write_card(
         log_history: Lines with `step`, `loss` and its terms, as `trainer.state.log_history` has them.
         report: The comparison with the teacher, as `compare_models` gives it.
         metrics: Values by name, of `dataset`. Default: the report's accuracy.
+        baseline: Values by the same names, of the same student without distillation.
+        embedder: What the student is as a model of sentence-transformers. Default: what it says itself, if it is one.
         processing_class, pooling: The student's tokenizer or processor, and how it is pooled if it is headless.
         name, repository: The student's name (default: of its repository or folder), and "user/name" on the Hub.
         task, license, language, tags: As the Hub names them. Default of the task: by the model's class.
@@ -86,7 +94,7 @@ def write_card(
         The facts of the card.
 
     Raises:
-        ValueError: A model cannot be loaded, or a metric is no finite number.
+        ValueError: A model cannot be loaded, or a metric, one of the baseline too, is no finite number.
 
     Example:
 
@@ -95,10 +103,14 @@ def write_card(
     write_card("out", student, teacher=teacher, report=report, dataset="stanfordnlp/sst2", training={"seed": 0})
     ```
     """
+    if isinstance(student, str | os.PathLike) and pooling == "auto" and kind_of(student, {}) == EMBEDDER:
+        student = load(student, {})
+    if is_sentence_transformer(student) and embedder is None:
+        embedder = embedder_facts(student)
     folder, model = Path(folder), load_teacher(student, argument="student")
     about = model_facts(model)
     if model is not student:  # it started from elsewhere
-        about.name = about.revision = None
+        about.name = about.revision = about.encoder = None
     measured: dict[str, Any] = {} if report is None else report.facts
     if not isinstance(dataset, DataFacts):
         dataset = DataFacts(id=hub_name(dataset) if dataset and "/" in dataset else None, title=dataset)
@@ -106,27 +118,28 @@ def write_card(
         metrics = {"accuracy": measured["student"]["accuracy"]}
     if isinstance(metrics, Mapping):
         metrics = [Metric(each, value, dataset.id, split=measured.get("split")) for each, value in metrics.items()]
-    for each in metrics:
-        if not isinstance(each.value, Real) and not hasattr(each.value, "item") or not math.isfinite(each.value):
-            raise ValueError(f"`metrics` must be finite numbers, got {each.name} {each.value!r}.")
+    _check_finite("metrics", [(each.name, each.value) for each in metrics])
+    _check_finite("baseline", (baseline or {}).items())
     last = (training or {}).get("best_step", math.inf)
-    library = "transformers" if unwrapped(model) is model else "peft"
+    libraries = ["peft"] * (unwrapped(model) is not model) + ["sentence_transformers"] * (embedder is not None)
     facts = CardFacts(
         name=name or (repository or str(folder.absolute())).split("/")[-1],
-        library=library,
+        library=(libraries or ["transformers"])[-1].replace("_", "-"),
         student=about,
         repository=repository,
-        task=task or task_of(unwrapped(model)),
+        task=task or (task_of(unwrapped(model)) if embedder is None else TASKS.get(embedder.reads, FEATURES)),
         usage=usage_of(model, processing_class, pooling),
+        embedder=embedder,
         teacher=model_facts(load_teacher(teacher), teacher_name),
         dataset=dataset,
         settings=dict(settings or {}),
         training=dict(training or {}),
         losses=last_losses(line for line in log_history if line.get("step", 0) <= last),
         metrics=list(metrics),
+        baseline=dict(baseline or {}),
         report=measured,
         pictures=draw_pictures(folder, log_history, report, class_names(model)),
-        versions=versions_in_use(library),
+        versions=versions_in_use(*libraries),
         license=license,
         language=language,
         tags=[tags] if isinstance(tags, str) else list(tags or ()),
@@ -149,10 +162,7 @@ def render_card(facts: CardFacts) -> ModelCard:
         facts=facts,
         folder=plain.repository or plain.name,
         compared=markdown(HEADER, rows_of(facts.report)),
-        metrics=markdown(
-            ("metric", "data", "value"),
-            [(each.name, f"{each.id or ''} {each.split or ''}", _written(each.value)) for each in facts.metrics],
-        ),
+        metrics=_results(facts),
         settings=_table("setting", facts.settings | facts.training),
         losses=_table(
             f"last in the training log{', to the best step' if 'best_step' in facts.training else ''}", facts.losses
@@ -186,6 +196,30 @@ def _escaped(text: str) -> str:
     return _plain(text).translate(MARKUP)
 
 
+def _results(facts: CardFacts) -> str:
+    """The metrics of a student; with a baseline beside it, and beside the teacher where a report measured it."""
+    report, baseline = facts.report, facts.baseline
+    source = [report.get(name) for name in ("id", "config", "split")]
+    teachers = {"accuracy": report["teacher"]["accuracy"]} if "accuracy" in report.get("teacher", {}) else {}
+    rows = []
+    for each in facts.metrics:
+        is_same = [each.id, each.config, each.split] == source
+        others = baseline.get(each.name), teachers.get(each.name) if is_same else None
+        rows.append([each.name, f"{each.id or ''} {each.split or ''}", each.value, *others])
+    names = [each.name for each in facts.metrics]
+    rows += [[name, "", None, value, None] for name, value in baseline.items() if name not in names]
+    header = ["metric", "data", "value", "without distillation", "teacher"]
+    kept = header if any(row[-1] is not None for row in rows) else header[:-1]
+    kept = kept if baseline else header[:3]
+    return markdown(kept, [["" if cell is None else _written(cell) for cell in row[: len(kept)]] for row in rows])
+
+
+def _check_finite(argument: str, values: Iterable[tuple[str, Any]]) -> None:
+    for name, value in values:
+        if not isinstance(value, Real) and not hasattr(value, "item") or not math.isfinite(value):
+            raise ValueError(f"`{argument}` must be finite numbers, got {name} {value!r}.")
+
+
 def _table(title: str, values: Mapping[str, Any]) -> str:
     return markdown((title, "value"), [(f"`{name}`", _written(value)) for name, value in values.items()])
 
@@ -196,7 +230,14 @@ def _written(value: Any) -> str:
 
 def _header(facts: CardFacts) -> ModelCardData:
     """The header in YAML. The value of a metric is in it if the Hub knows its task and its data set."""
-    ours = ("hf-rrd", "knowledge-distillation", "relational-representation-distillation", "generated_from_trainer")
+    ours: tuple[str, ...] = (
+        "hf-rrd",
+        "knowledge-distillation",
+        "relational-representation-distillation",
+        "generated_from_trainer",
+    )
+    if facts.embedder is not None:
+        ours = (*ours, "sentence-transformers", *TASKS.values(), FEATURES)
     metrics = [metric for metric in facts.metrics if not metric.name.startswith("alignment_")]
     results = [
         EvalResult(

@@ -21,6 +21,7 @@ from transformers.utils import PushToHubMixin
 from hf_rrd.models.body import is_classifier, is_headless, main_input_of, unwrapped
 from hf_rrd.models.columns import forward_columns
 from hf_rrd.models.embedding import Embedder
+from hf_rrd.models.sentence_transformers import own_pooling
 from hf_rrd.models.teacher import LOADED_FROM
 from hf_rrd.results.measure import size_of
 from hf_rrd.training.terms import LOGGED
@@ -37,6 +38,7 @@ class ModelFacts:
     revision: str | None = None  # the commit there
     description: str | None = None  # what the user calls it
     teacher_layers: list[int] | None = None  # that a student started from
+    encoder: str | None = None  # the name by which sentence-transformers loads it, if it is a model of that library
 
 
 @dataclass
@@ -51,6 +53,20 @@ class Usage:
     pads: bool = False  # whether the processor makes texts or speech of several lengths one batch
     frames: bool = False  # whether that mask is of samples, and the hidden states are of frames
     num_labels: int | None = None  # of an adapter, whose base has classes of its own
+
+
+@dataclass
+class EmbedderFacts:
+    """A student as a model of sentence-transformers."""
+
+    reads: str  # the name of its input
+    dimensions: int
+    pooling: str | None = None
+    similarity: str | None = None  # the name of the library's function
+    length: int | None = None  # of a text, in tokens
+    projection: int = 0  # the parameters of the modules after the transformer
+    prompts: list[str] = field(default_factory=list)  # the names of those that are not empty
+    in_teachers_space: bool = False  # whether its rows are to be compared with the teacher's own
 
 
 @dataclass
@@ -78,17 +94,19 @@ class CardFacts:
     """All that a card says of a student."""
 
     name: str
-    library: str  # `transformers` or `peft`
+    library: str  # `transformers`, `peft` or `sentence-transformers`
     student: ModelFacts
     repository: str | None = None  # on the Hub, "user/name"
     task: str | None = None  # as the Hub names it
     usage: Usage | None = None
+    embedder: EmbedderFacts | None = None
     teacher: ModelFacts = field(default_factory=ModelFacts)
     dataset: DataFacts = field(default_factory=DataFacts)
     settings: dict[str, Any] = field(default_factory=dict)  # by the names of `RelationalDistillationConfig`
     training: dict[str, Any] = field(default_factory=dict)  # such as `steps`, `learning_rate` and `seed`
     losses: dict[str, float] = field(default_factory=dict)  # each term's last value in the log
     metrics: list[Metric] = field(default_factory=list)  # among them alignment at an evaluation
+    baseline: dict[str, float] = field(default_factory=dict)  # metrics of the same student without distillation
     report: dict[str, Any] = field(default_factory=dict)  # the facts of a `DistillationReport`
     pictures: list[str] = field(default_factory=list)  # the names of those beside the card
     versions: dict[str, str] = field(default_factory=dict)
@@ -105,6 +123,7 @@ class CardFacts:
     def from_json(cls, facts: Mapping[str, Any]) -> "CardFacts":
         """The facts again, of what `to_json` gave."""
         kinds: dict[str, Any] = {"student": ModelFacts, "teacher": ModelFacts, "usage": Usage, "dataset": DataFacts}
+        kinds["embedder"] = EmbedderFacts
         given = {name: kinds[name](**value) if name in kinds else value for name, value in facts.items()}
         given["metrics"] = [Metric(**each) for each in facts.get("metrics", [])]
         return cls(**given)
@@ -166,7 +185,24 @@ def model_facts(model: nn.Module | None, description: str | None = None) -> Mode
     elif description is None:
         name, revision = model.__dict__.get(LOADED_FROM, (None, None))
         facts.name, facts.revision = (name, revision) if revision else _on_the_hub(plain)
+    if own_pooling(plain) is not None:
+        facts.encoder = facts.name or (hub_name(description) if "/" in (description or "") else None)
     return facts
+
+
+def embedder_facts(model: Any) -> EmbedderFacts:
+    """What a SentenceTransformer says of itself."""
+    first, *others = model
+    reads = main_input_of(first.auto_model)
+    return EmbedderFacts(
+        reads=reads,
+        dimensions=model.get_embedding_dimension(),
+        pooling=next((str(each.pooling_mode) for each in others if hasattr(each, "pooling_mode")), None),
+        similarity=model.similarity_fn_name,
+        length=model.max_seq_length if reads == "input_ids" else None,
+        projection=sum(weight.numel() for module in others for weight in module.parameters()),
+        prompts=sorted(name for name, prompt in model.prompts.items() if prompt),
+    )
 
 
 def hub_name(name: Any) -> str | None:
@@ -200,8 +236,8 @@ def last_losses(log_history: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     return {name: line[name] for line in lines for name in LOGGED if math.isfinite(line.get(name, math.nan))}
 
 
-def versions_in_use(library: str) -> dict[str, str]:
-    """Exact versions of Python, of the packages that are loaded, and of a student's library."""
-    packages = ("hf_rrd", "transformers", "torch", "accelerate", "datasets", "tokenizers", library)
+def versions_in_use(*libraries: str) -> dict[str, str]:
+    """Exact versions of Python, of the packages that are loaded, and of a student's libraries."""
+    packages = ("hf_rrd", "transformers", "torch", "accelerate", "datasets", "tokenizers", *libraries)
     versions = {name: str(sys.modules[name].__version__) for name in packages if name in sys.modules}
     return {"python": platform.python_version()} | versions

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_rrd.models.body import placed, unwrapped
 from hf_rrd.models.head import HEAD
+from hf_rrd.models.sentence_transformers import own_pooling
 
 WARM_UP, FEWEST, MOST, SECONDS = 3, 10, 50, 10.0
 """Forwards before the clock, and how many are timed: 50, or fewer, down to 10, where 10 seconds are over."""
@@ -21,9 +22,11 @@ WARM_UP, FEWEST, MOST, SECONDS = 3, 10, 50, 10.0
 def size_of(model: nn.Module) -> dict[str, Any]:
     """A model's `class`, `parameters`, `bytes` (of the weights and of the buffers that are saved) and `dtype`.
 
-    Without our head, tied weights once, an adapter's base too.
+    Without our head, tied weights once, an adapter's base too, and what a SentenceTransformer has after this model.
     """
     weights = {name: weight for name, weight in model.named_parameters() if not name.startswith(f"{HEAD}.")}
+    own = own_pooling(unwrapped(model))
+    weights |= {} if own is None else {f"own pooling.{name}": each for name, each in own.modules.named_parameters()}
     saved = model.state_dict().keys()
     stored = [*weights.values(), *(value for name, value in model.named_buffers() if name in saved)]
     return {

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from hf_rrd.models.head import RelationalHead
 from hf_rrd.models.sentence_transformers import MISSING
+from hf_rrd.results.facts import EmbedderFacts, embedder_facts
 from hf_rrd.results.measure import evaluating
 from hf_rrd.training.data import preserved_randomness
 from hf_rrd.training.projection import TeacherProjection
@@ -224,6 +225,16 @@ def checked(evaluators: Any, trainer: Any) -> list[Any]:
     if found or trainer.args.student_format == FORMAT:
         check_format(trainer.args, trainer.distillation.head, trainer._facts.processing_class)
     return found
+
+
+def embedder_of(trainer: Any) -> EmbedderFacts | None:
+    """What a trainer's student is as a model of sentence-transformers; None where it is not saved as one."""
+    if trainer.args.student_format != FORMAT:
+        return None
+    facts, args, distillation = embedder_facts(sentence_transformer_of(trainer)), trainer.args, trainer.distillation
+    turned = args.matryoshka_dims is not None and distillation.projection.matrix is not None
+    facts.in_teachers_space = distillation.is_calibrated and args.teacher_pooling == "auto" and not turned
+    return facts
 
 
 def save_format(trainer: Any, folder: str | None) -> None:

@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from sentence_transformers import SentenceTransformer
 from transformers import (
     BertTokenizer,
     CLIPVisionConfig,
@@ -34,7 +35,8 @@ from hf_rrd.results.pictures import PICTURES, place_of
 from tests.builders import Images, Texts, tiny_bert, tiny_gpt2, tiny_vit, trainer
 from tests.loopback_hub import header_errors
 from tests.results.runs import card_of, facts_of, finished, numbers_shown, unsaid, usage_of
-from tests.sentences import headless, tokenizer
+from tests.results.test_sentence_transformers import run_of as embedding_run
+from tests.sentences import embedder, headless, tokenizer
 
 DATASET = {"dataset_tags": "org/images", "dataset": "Images"}
 
@@ -408,6 +410,128 @@ def test_the_code_for_speech_gives_its_embeddings_also_beside_padding(
     assert len(code.strip().splitlines()) <= 7
 
 
+# ---- A student that is saved as a model of sentence-transformers ----
+
+
+def test_such_a_student_is_a_card_of_its_library_and_its_code_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = embedding_run(tmp_path)
+    run.train()
+    run.save_model()
+    card = card_of(run)
+    data = card.data
+    assert (data.library_name, data.pipeline_tag) == ("sentence-transformers", "sentence-similarity")
+    assert {"sentence-transformers", "sentence-similarity", "feature-extraction"} <= set(data.tags)
+    first, second, third, fourth = usage_of(card).strip().splitlines()
+    assert first == "from sentence_transformers import SentenceTransformer"
+    assert second == 'model = SentenceTransformer("run")' and third.startswith("embeddings = model.encode([")
+    assert fourth == "similarities = model.similarity(embeddings, embeddings)"
+    names: dict[str, Any] = {}
+    exec(usage_of(card), names)
+    assert names["embeddings"].shape == (3, 24) and names["similarities"].shape == (3, 3)
+    saved = names["model"]
+    more = sum(weight.numel() for weight in saved.parameters()) - facts_of(run)["student"]["parameters"]
+    assert (
+        f"An embedding has 24 dimensions. Hidden states are pooled by `mean`, and a projection of {more} " in card.text
+    )
+    assert more == 16 * 24 + 24 and saved.max_seq_length == 11 and saved.similarity_fn_name == "cosine"
+    assert "Two are compared by `cosine`. A text is cut after 11 tokens." in card.text
+    assert "It is a plain sentence-transformers model" in card.text and ", sentence_transformers 6" in card.text
+    assert "It answers in its teacher's space" not in card.text, "the teacher has no name to load it by"
+    assert unsaid(str(card), facts_of(run)) == [] and header_errors(str(card)) == []
+    again = render_card(CardFacts.from_json(facts_of(run)))
+    assert str(again).strip() == str(card).strip()
+
+
+def test_it_is_asked_for_its_teachers_index_where_it_answers_in_that_space(tmp_path: Path) -> None:
+    def code(name: str = "org/teacher", **settings: Any) -> str:
+        run = embedding_run(tmp_path, max_steps=1, **settings)
+        run.train()
+        return card_of(run, teacher_name=name).text
+
+    asked = (
+        'teacher = SentenceTransformer("org/teacher")\nindex = teacher.encode(documents, normalize_embeddings=True)'
+    )
+    assert f"{asked}\nscores = model.encode(queries) @ index.T\n" in code()
+    pca: dict[str, Any] = {"teacher_projection": "pca", "projection_dim": 8}
+    turned = pca | {"matryoshka_dims": [8, 4]}
+    assert asked in code(**pca) and asked in code(matryoshka_dims=[24, 6])
+    for others in (turned, {"teacher_pooling": "cls"}, {"teacher": headless(24)}):
+        assert "teacher.encode" not in code(**others), "another space, or no model of that library"
+    assert "teacher.encode" not in code("a big one")
+    untrained = card_of(embedding_run(tmp_path), teacher_name="org/teacher").text
+    assert "teacher.encode" not in untrained, "it has not learned that space"
+
+
+def test_its_first_dimensions_are_told_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = embedding_run(tmp_path, matryoshka_dims=[24, 12, 6])
+    run.train()
+    run.save_model()
+    card = card_of(run)
+    said = re.search(r"Its first 12, 6 are embeddings, too: `(.+)`", card.text)
+    assert said is not None and unsaid(str(card), facts_of(run)) == []
+    names: dict[str, Any] = {"SentenceTransformer": SentenceTransformer}
+    exec(f"rows = {said[1]}.encode(['a cat'])", names)
+    assert names["rows"].shape == (1, 6)
+
+
+def test_a_student_of_images_is_one_of_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    processor = ViTImageProcessor(size={"height": 16, "width": 16})
+    how: dict[str, Any] = {"processing_class": processor, "student_format": "sentence_transformers"}
+    student, teacher = tiny_vit().vit, tiny_vit(24, seed=1).vit
+    run = trainer("run", model=student, teacher=teacher, task_weight=0.0, train_dataset=Images(16), **how)
+    run.save_model()
+    card = card_of(run)
+    assert card.data.pipeline_tag == "feature-extraction" and "A text is cut" not in card.text
+    names: dict[str, Any] = {"images": [Image.new("RGB", (16, 16), color) for color in ("red", "green")]}
+    exec(usage_of(card), names)
+    assert names["embeddings"].shape == (2, 24) and names["similarities"].shape == (2, 2)
+
+
+@pytest.mark.parametrize("by", ["object", "folder"])
+def test_a_loop_of_ones_own_gives_it_as_it_is(by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = embedder(tmp_path / "mine", "cls", dense=8, prompts={"query": "find a "})
+    model.save("mine")
+    facts = write_card("mine", model if by == "object" else "mine", settings={"matryoshka_dims": ["a", 4]})
+    card = ModelCard.load("mine/README.md")
+    assert facts.embedder is not None and (facts.embedder.dimensions, facts.embedder.pooling) == (8, "cls")
+    assert "Its prompts, by `prompt_name`: `query`." in card.text and "Its first 4 are" in card.text
+    names: dict[str, Any] = {}
+    exec(usage_of(card), names)
+    assert names["embeddings"].shape == (3, 8) and card.data.library_name == "sentence-transformers"
+
+
+# ---- Without distillation ----
+
+
+def test_what_the_same_student_scores_without_distillation_stands_beside_it(
+    run: RelationalDistillationTrainer,
+) -> None:
+    card = card_of(run, baseline={"accuracy": 0.125, "f1": 0.5})
+    assert "| metric | data | value | without distillation |\n" in card.text, "the report is of another split"
+    assert re.search(
+        r"\| accuracy \| test \| [\d.]+ \| 0.125 \|\n(?:\|.*\|  \|\n)*\| f1 \|  \|  \| 0.5 \|\n", card.text
+    )
+    assert "without distillation" not in card_of(run).text
+
+
+def test_the_teachers_value_stands_beside_them_where_a_report_has_it(tmp_path: Path) -> None:
+    student, teacher = tiny_vit(), tiny_vit(width=24, seed=1)
+    report = compare_models(student, teacher, Images(40))
+    write_card(tmp_path, student, teacher=teacher, report=report, baseline={"accuracy": 0.125})
+    own, others = (f"{report.facts[name]['accuracy']:g}" for name in ("student", "teacher"))
+    text = ModelCard.load(tmp_path / "README.md").text
+    header = "| metric | data | value | without distillation | teacher |\n| --- | ---: | ---: | ---: | ---: |\n"
+    assert f"{header}| accuracy |  | {own} | 0.125 | {others} |\n" in text
+    with pytest.raises(ValueError, match="`baseline` must be finite numbers, got f1 nan"):
+        write_card(tmp_path, student, baseline={"f1": float("nan")})
+
+
 def test_the_template_has_no_fact_of_its_own() -> None:
     text = TEMPLATE.read_text().split("## Citation")[0].replace("https://arxiv.org/abs/2407.12073", "")
     assert re.findall(r"\d", re.sub(r"{%.*?%}|{{.*?}}", "", text, flags=re.DOTALL)) == []
@@ -437,6 +561,7 @@ def test_no_text_of_somebody_else_is_markup_of_a_card(tmp_path: Path) -> None:
         log_history=[{"loss": 1.0, "step": 1}],
         report=compare_models(student, None, Images(8)),
         metrics={HOSTILE: 0.5},
+        baseline={HOSTILE + "2": 0.25},
         name=HOSTILE + '"); print("',
         task=HOSTILE,
         license=HOSTILE,
@@ -450,7 +575,7 @@ def test_no_text_of_somebody_else_is_markup_of_a_card(tmp_path: Path) -> None:
     assert card.data.license == plain and card.data.model_name is None
     page = text.split("---\n", 2)[2].replace(usage_of(card), "")
     assert page.count("<img") == page.count("](http://d") == page.count("`e`") == 0
-    assert page.count("&lt;img src=x onerror=y> &#91;c&#93;(http://d) &#96;e&#96; &#124; &#91;2J") == 9
+    assert page.count("&lt;img src=x onerror=y> &#91;c&#93;(http://d) &#96;e&#96; &#124; &#91;2J") == 10
     headings = [line for line in page.splitlines() if line.startswith("#")]
     assert len([line for line in headings if line.startswith("# ")]) == 1 and "## How it was made" in headings
     loaded: list[str] = []

@@ -11,11 +11,14 @@ import transformers
 from transformers import CLIPImageProcessor, CLIPProcessor, ViTForImageClassification, ViTImageProcessor
 
 from hf_rrd import cache_teacher_outputs
+from hf_rrd.models.teacher import load_teacher
 from hf_rrd.results.facts import (
     CardFacts,
+    EmbedderFacts,
     Metric,
     ModelFacts,
     Usage,
+    embedder_facts,
     hub_name,
     last_losses,
     model_facts,
@@ -25,7 +28,7 @@ from hf_rrd.results.facts import (
     versions_in_use,
 )
 from tests.builders import Images, tiny_bert, tiny_vit
-from tests.sentences import headless, tokenizer
+from tests.sentences import embedder, headless, tokenizer
 
 
 def test_hub_names_are_told_from_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,6 +107,25 @@ def test_the_losses_are_the_last_finite_value_of_each_term() -> None:
     log += [{"eval_loss": 9.0, "step": 2}, {"loss": 1.0, "task_loss": float("nan"), "step": 3}]
     log += [{"train_loss": 2.0, "step": 3}]
     assert last_losses(log) == {"loss": 1.0, "task_loss": 1.0}
+
+
+def test_what_a_sentence_transformer_says_of_itself(tmp_path: Path) -> None:
+    prompts = {"query": "find a ", "document": ""}
+    found = embedder_facts(embedder(tmp_path, "max", dense=6, similarity_fn_name="dot", prompts=prompts))
+    assert found == EmbedderFacts("input_ids", 6, "max", "dot", 32, 24 * 6 + 6, ["query"])
+    told = CardFacts("a", "sentence-transformers", ModelFacts("Bert"), embedder=found, baseline={"f1": 0.0})
+    assert CardFacts.from_json(json.loads(json.dumps(told.to_json()))) == told
+
+
+def test_a_teacher_is_loaded_by_that_library_only_if_it_is_a_model_of_it(tmp_path: Path) -> None:
+    inner = load_teacher(embedder(tmp_path))
+    for model, called, name in (
+        (inner, "org/a", "org/a"),
+        (inner, "a big one", None),
+        (inner, None, None),
+        (headless(), "org/a", None),
+    ):
+        assert model_facts(model, called).encoder == name
 
 
 def test_a_teacher_that_is_only_called_something_has_no_size() -> None:

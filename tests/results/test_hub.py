@@ -52,7 +52,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub
         quiet = places | {"HF_HUB_DISABLE_XET": True, "HF_HUB_DISABLE_TELEMETRY": True}
         for name, value in {"HF_HUB_OFFLINE": False, "ENDPOINT": hub.url, **quiet}.items():
             monkeypatch.setattr(huggingface_hub.constants, name, value)
-        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+        own = getattr(transformers.utils.hub, "hf_api", lambda: huggingface_hub.hf_api.api)  # of newer versions
+        for reader in (huggingface_hub.hf_api.api, own()):
+            monkeypatch.setattr(reader, "endpoint", hub.url)
         monkeypatch.setattr(hub_module, "HUB", HfApi(endpoint=hub.url, token=hub.token))
         yield hub
 
@@ -306,6 +308,24 @@ def test_a_student_of_sentence_transformers_is_loaded_by_its_name(hub: LoopbackH
     some = texts(9, seed=5)
     assert np.array_equal(found.encode(some), SentenceTransformer("student", device="cpu").encode(some))
     assert hub.unhandled == []
+
+
+def test_the_code_on_its_card_asks_the_index_of_a_teacher_from_the_hub(hub: LoopbackHub) -> None:
+    embedder(Path("inner")).save("there", create_model_card=False)
+    hub_module.HUB.create_repo("teacher")
+    hub_module.HUB.upload_folder(repo_id="tester/teacher", folder_path="there")
+    run = embedding_run(teacher="tester/teacher")
+    run.train()
+    run.push_to_hub()
+    card = hub.files("tester/student")["README.md"].decode()
+    assert header_errors(card) == [] and ModelCard(card).data.base_model == "tester/teacher"
+    documents, queries = texts(6, seed=5), texts(4, seed=6)
+    names: dict[str, Any] = {"documents": documents, "queries": queries}
+    for code in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        exec(code, names)
+    student, teacher = SentenceTransformer("student", device="cpu"), SentenceTransformer("there", device="cpu")
+    wanted = student.encode(queries) @ teacher.encode(documents).T
+    assert np.abs(names["scores"] - wanted).max() < 1e-6 and names["similarities"].shape == (3, 3)
 
 
 def test_a_plain_student_is_pushed_without_the_modules_of_an_earlier_run(

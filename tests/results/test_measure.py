@@ -8,7 +8,10 @@ from safetensors.torch import load_file
 
 from hf_rrd import compare_models
 from hf_rrd.models.head import attach_head
+from hf_rrd.models.teacher import load_teacher
+from hf_rrd.results.measure import size_of
 from tests.builders import CLASSES, Images, Texts, tiny_bert, tiny_vit
+from tests.sentences import embedder
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +44,10 @@ def test_flops_are_those_of_the_formula() -> None:
     layer += 2 * 2 * length * width * 2 * width  # the two of the feed-forward part
     head = 2 * width * width + 2 * width * CLASSES  # pooler and classifier
     assert compare_models(tiny_bert(), None, Texts(8)).facts["student"]["flops"] == 2 * layer + head
+
+
+def test_the_size_of_a_sentence_transformer_has_its_dense_layer(tmp_path: Path) -> None:
+    plain = size_of(load_teacher(embedder(tmp_path / "plain")))
+    whole = size_of(load_teacher(embedder(tmp_path / "whole", dense=6)))
+    assert whole["parameters"] - plain["parameters"] == 24 * 6 + 6
+    assert whole["bytes"] - plain["bytes"] == 4 * (24 * 6 + 6)
