@@ -176,7 +176,6 @@ class FactsCallback(TrainerCallback):
         step = self.state.global_step if self.best_step is None else self.best_step
         end = max((place for place, line in enumerate(history) if "train_runtime" in line), default=len(history))
         others = {"runtime", "samples_per_second", "steps_per_second", "model_preparation_time", *LOGGED}
-        others |= {"teacher_retrieval@1", "teacher_retrieval@10"}
         metrics: dict[tuple[str, str], Metric] = {}  # by name and data set
         for place, line in enumerate(history):
             prefix = prefix_of(line)
@@ -189,7 +188,8 @@ class FactsCallback(TrainerCallback):
                 if key.startswith(f"{prefix}_") and name not in others and is_number:
                     metrics[name, str(source)] = Metric(name, value, **source)
         measured = {} if self.report is None else self.report.facts
-        if "accuracy" in measured.get("student", {}) and all(name.startswith("alignment_") for name, _ in metrics):
+        ours = ("alignment_", "teacher_retrieval@")
+        if "accuracy" in measured.get("student", {}) and all(name.startswith(ours) for name, _ in metrics):
             source = {key: measured[key] for key in ("id", "config", "split") if key in measured}
             source = ({"id": named} if named else {}) | source
             metrics["accuracy", str(source)] = Metric("accuracy", measured["student"]["accuracy"], **source)

@@ -238,7 +238,7 @@ def _header(facts: CardFacts) -> ModelCardData:
     )
     if facts.embedder is not None:
         ours = (*ours, "sentence-transformers", *TASKS.values(), FEATURES)
-    metrics = [metric for metric in facts.metrics if not metric.name.startswith("alignment_")]
+    metrics = [metric for metric in facts.metrics if not metric.name.startswith(("alignment_", "teacher_retrieval@"))]
     results = [
         EvalResult(
             task_type=facts.task,

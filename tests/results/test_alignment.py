@@ -556,6 +556,9 @@ def test_the_best_model_may_be_the_one_whose_rows_find_their_teachers(tmp_path: 
     values = [entry["eval_teacher_retrieval@10"] for entry in run.state.log_history if "eval_loss" in entry]
     assert len(values) == 4 and run.state.best_metric == max(values) and run.args.greater_is_better
     assert run.evaluate()["eval_teacher_retrieval@10"] == max(values)
+    run.create_model_card()
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "teacher_retrieval@1 " in card and "teacher_retrieval@10 " in card
 
 
 @pytest.mark.parametrize(("length", "count"), [(1, 1), (5, 9), (9, 5), (10, 3), (7, 1)])
