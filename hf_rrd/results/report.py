@@ -21,6 +21,7 @@ from hf_rrd.models.embedding import embed, students
 from hf_rrd.models.logits import Names, class_order, names_of
 from hf_rrd.models.teacher import load_teacher
 from hf_rrd.results.alignment import EmbeddingLog
+from hf_rrd.results.export import OnnxModel
 from hf_rrd.results.facts import source_of
 from hf_rrd.results.measure import environment_of, evaluating, flops_of, forward_times, size_of
 from hf_rrd.results.reliability import NO_LABEL, calibration_error
@@ -50,11 +51,12 @@ class DistillationReport:
         facts: What is saved as JSON: `student` and `teacher` with `parameters`, `bytes` and `dtype` of the weights,
             `flops` (of one example's forward; a multiplication and an addition are two), `latency_ms` (by examples in
             the batch: `median`, `p95`), `examples_per_second` (at the largest batch), `accuracy`, `calibration_error`
-            (0 to 1); `agreement` (the share of examples with the same top class); `alignment` (of
-            `relational_alignment`); `examples`, `aligned_examples` and `environment`; of a data set from the Hub `id`,
-            `config` and `split`. What could not be measured is left out.
+            (0 to 1); `onnx`, the same of an ONNX file, on the CPU, with its `agreement` with the student; `agreement`
+            (the share of examples with the same top class); `alignment` (of `relational_alignment`); `examples`,
+            `aligned_examples` and `environment`; of a data set from the Hub `id`, `config` and `split`. What could not
+            be measured is left out.
         tensors: What pictures are drawn from, on the CPU: `labels`, (examples,), and `student_` and `teacher_`
-            `embedding`, (examples, width), and `logits`, (examples, classes).
+            `embedding`, (examples, width), and `logits`, (examples, classes); `onnx_logits`.
     """
 
     facts: dict[str, Any]
@@ -93,6 +95,7 @@ def compare_models(
     processing_class: Any = None,
     teacher_processing_class: Any = None,
     alignment_examples: int = 4096,
+    onnx: str | os.PathLike[str] | None = None,
 ) -> DistillationReport:
     """Compare a student with its teacher on the same examples, in this process, each on the device where it is.
 
@@ -111,10 +114,11 @@ def compare_models(
         label_names: The batch's columns that are labels.
         processing_class, teacher_processing_class: The tokenizers or processors, for the default collator.
         alignment_examples: Of at most so many examples, spread evenly, the embeddings are aligned.
+        onnx: The student as a file of `export_onnx`, in int8 or not, to be measured with them, on the CPU.
 
     Raises:
-        ValueError: The data set has no examples, or is a stream; a model cannot be loaded; or a processing class is
-            given beside a `data_collator`, which would not use it.
+        ValueError: The data set has no examples, or is a stream; a model or file cannot be loaded; or a processing
+            class is given beside a `data_collator`, which would not use it.
     """
     models: dict[str, nn.Module] = {"student": load_teacher(student, argument="student", pooling=student_pooling)}
     if teacher is not None:
@@ -132,9 +136,11 @@ def compare_models(
         raise ValueError("`data_collator` makes the batches, and a processing class beside it is not used. Pass one.")
     dataset, collate = with_cached_arrays(dataset), data_collator
     facts: dict[str, Any] = {name: size_of(model) for name, model in models.items()}
+    if onnx is not None:
+        models["onnx"], facts["onnx"] = OnnxModel(onnx), {"bytes": os.path.getsize(onnx)}
     with evaluating(models.values()), preserved_randomness():  # a loader draws a seed
         loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
-        poolings = {"student": students(student_pooling), "teacher": teacher_pooling}
+        poolings = {"student": students(student_pooling), "teacher": teacher_pooling, "onnx": None}
         tensors = _outputs(loader, models, poolings, label_names)
         batches = [collate([dataset[i] for i in range(min(count, len(dataset)))]) for count in (1, 32)]
         for name, inputs in _inputs_of(batches[0], models, label_names).items():
@@ -148,8 +154,11 @@ def compare_models(
     for name, rows in logits.items():
         if quality := _quality(rows, tensors.get("labels")):
             facts[name] = facts.get(name, {}) | quality
-    if len(logits) == 2 and _chooses_one(models["student"], _labels_of(batches[0], label_names)):
-        facts["agreement"] = (logits["student"].argmax(1) == logits["teacher"].argmax(1)).float().mean().item()
+    if _chooses_one(models["student"], _labels_of(batches[0], label_names)):
+        for name, found in (("teacher", facts), ("onnx", facts.get("onnx", {}))):
+            if name in logits:
+                same = logits["student"].argmax(1) == logits[name].argmax(1)
+                found["agreement"] = same.float().mean().item()
     facts |= _alignment(tensors, alignment_examples)
     facts |= {"examples": len(dataset), "environment": environment_of(models["student"])}
     return DistillationReport(facts | source_of(dataset), tensors)
@@ -159,6 +168,7 @@ def _inputs_of(batch: Any, models: dict[str, nn.Module], label_names: Iterable[s
     """What of a batch the forward of each model takes, without labels."""
     own, others = forward_columns(models["student"]), forward_columns(models["teacher"]) if "teacher" in models else []
     inputs = {"student": student_inputs(batch, own, others), "teacher": teacher_inputs(batch, others)}
+    inputs["onnx"] = inputs["student"]
     return {name: {key: inputs[name][key] for key in inputs[name] if key not in label_names} for name in models}
 
 
@@ -204,8 +214,9 @@ def _chooses_one(student: nn.Module, labels: Any) -> bool:
 
 
 def _comparable_logits(tensors: dict[str, Tensor], *names: Names) -> dict[str, Tensor]:
-    """The logits of the student, and the teacher's in the order of its classes, as far as names and numbers tell."""
-    found = {name: tensors[f"{name}_logits"] for name in ("student", "teacher") if f"{name}_logits" in tensors}
+    """The logits of the student and its file, and the teacher's in that order of classes, as far as it is known."""
+    known = ("student", "teacher", "onnx")
+    found = {name: tensors[f"{name}_logits"] for name in known if f"{name}_logits" in tensors}
     classes = found["student"].shape[1] if "student" in found else 0
     found = {name: rows for name, rows in found.items() if rows.shape[1] == classes > 1}
     try:

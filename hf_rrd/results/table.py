@@ -64,7 +64,18 @@ _MEASURES = {
 
 def rows_of(facts: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """The table of a `DistillationReport`: each measure among its facts, in the order of `HEADER`."""
-    teacher, student = facts.get("teacher", {}), facts.get("student", {})
+    teacher, onnx = facts.get("teacher", {}), facts.get("onnx", {})
+    rows = _measured(teacher, facts.get("student", {}))
+    rows.append(_row(Measure("same top class as the teacher", percent), None, facts.get("agreement")))
+    rows += [_row(measure, None, facts.get("alignment", {}).get(name)) for name, measure in ALIGNMENT.items()]
+    of_file = [row for row in _measured(teacher, onnx) if row[2]]
+    of_file.append(_row(Measure("same top class as the student", percent), None, onnx.get("agreement")))
+    rows += [(f"ONNX file: {title}", old, new, ratio) for title, old, new, ratio in of_file]
+    return [row for row in rows if any(row[1:])]
+
+
+def _measured(teacher: dict[str, Any], student: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """The rows of what each of the two has among its own facts."""
     rows = []
     for name, measure in _MEASURES.items():
         if name != "latency_ms":
@@ -75,9 +86,7 @@ def rows_of(facts: dict[str, Any]) -> list[tuple[str, str, str, str]]:
             for kind in ("median", "p95"):
                 one = measure._replace(title=f"latency, batch of {batch}, {kind}")
                 rows.append(_row(one, old.get(batch, {}).get(kind), new.get(batch, {}).get(kind)))
-    rows.append(_row(Measure("same top class as the teacher", percent), None, facts.get("agreement")))
-    rows += [_row(measure, None, facts.get("alignment", {}).get(name)) for name, measure in ALIGNMENT.items()]
-    return [row for row in rows if any(row[1:])]
+    return rows
 
 
 def _row(measure: Measure, teacher: Any, student: Any) -> tuple[str, str, str, str]:

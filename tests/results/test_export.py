@@ -2,6 +2,8 @@
 
 import copy
 import importlib.util
+import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import BertModel, ModernBertConfig, ModernBertForSequenceClassification
+from transformers import BertForTokenClassification, BertModel, ModernBertConfig, ModernBertForSequenceClassification
 
 from hf_rrd.models.head import HEAD, WITH_EMBEDDING, attach_head, head_of
-from hf_rrd.results.export import check_onnx, export_onnx
+from hf_rrd.results import export
+from hf_rrd.results.export import OnnxModel, check_onnx, check_quantized, export_onnx
 from tests.builders import Images, Texts, tiny_bert, tiny_vit, trainer
 
 PACKAGES = ("transformers.exporters", "onnx", "onnxruntime", "onnxscript")
@@ -204,6 +207,133 @@ def test_a_length_that_the_exporter_fixed_fails_the_check(tmp_path: Path, monkey
     with pytest.raises(ValueError, match=r"does not run on `input_ids` \(1, 8\) int64"):
         export_onnx(tiny_bert(), tmp_path / "student.onnx", texts(2))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def quantized(exported: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A student in eval mode, its file rounded to int8 and 40 inputs."""
+    _, before, path, _, batch = exported
+    rounded = shutil.copy(path, tmp_path_factory.mktemp("int8") / "student.onnx")
+    handlers = list(logging.root.handlers)
+    export._quantize(rounded)
+    assert logging.root.handlers == handlers  # a bare logging.warning of onnxruntime would add one
+    return copy.deepcopy(before).eval(), rounded, batch(40)
+
+
+def test_what_int8_lost_is_counted_on_the_inputs(quantized: Any) -> None:
+    student, path, inputs = quantized
+    figures = check_quantized(path, student, inputs, min_agreement=0.5)
+    found = run_alone(path, inputs)
+    with torch.no_grad():
+        expected = student(**inputs)
+    assert figures.pop("difference") == pytest.approx(max((found[k] - expected[k]).abs().max().item() for k in found))
+    if "logits" in expected:
+        pairs = list(zip(found["logits"], expected.logits, strict=True))
+        same = sum(int(one.argmax() == other.argmax()) for one, other in pairs) / 40
+        largest = max(float((one.softmax(0) - other.softmax(0)).abs().max()) for one, other in pairs)
+        assert figures == pytest.approx({"agreement": same, "probability_difference": largest}, abs=1e-6)
+        assert same >= 0.9 and 0 < largest < 0.2
+    else:
+        means = [
+            [rows[mask == 1].mean(0) for rows, mask in zip(states, inputs["attention_mask"], strict=True)]
+            for states in (found["last_hidden_state"], expected.last_hidden_state)
+        ]
+        cosines = [float(torch.cosine_similarity(one, other, dim=0)) for one, other in zip(*means, strict=True)]
+        assert figures == pytest.approx({"cosine": min(cosines)}, abs=1e-5)
+        assert 0.98 < min(cosines) < 1
+
+
+def test_weights_and_words_are_integers_of_8_bits_and_those_of_products_have_7(quantized: Any) -> None:
+    onnx = pytest.importorskip("onnx")
+    weights = {each.name: onnx.numpy_helper.to_array(each) for each in onnx.load(str(quantized[1])).graph.initializer}
+    floats = [
+        name for name, value in weights.items() if value.dtype.kind == "f" and value.ndim > 1 and value.size > 99
+    ]
+    assert [name for name in floats if "cls_token" not in name and "position_embeddings" not in name] == []
+    integers = {name: value for name, value in weights.items() if value.dtype.name == "int8" and value.ndim == 2}
+    assert len(integers) >= 12
+    for name, value in integers.items():
+        assert abs(value.astype(int)).max() <= (128 if "embeddings" in name else 64)
+
+
+def test_int8_that_differs_too_much_is_refused_with_its_figures(quantized: Any) -> None:
+    student, path, inputs = quantized
+    with pytest.raises(
+        ValueError, match=r"be like \w+: (agreement|cosine) of 1\.01 or more, got difference \d.*, \1 "
+    ):
+        check_quantized(path, student, inputs, min_agreement=1.01)
+    student = copy.deepcopy(student)
+    with torch.no_grad():
+        for weight in student.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(5)))
+    with pytest.raises(ValueError, match=r"of 0\.95 or more, got difference \d"):
+        check_quantized(path, student, inputs)
+
+
+@needs_onnx
+def test_an_export_in_int8_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, student, inputs = tmp_path / "student.onnx", tiny_bert(layers=1), texts(40)
+    path.write_bytes(b"old")
+    with pytest.raises(ValueError, match=r"agreement of 1\.01 or more, got difference \S+, agreement \S+, prob"):
+        export_onnx(student, path, inputs, quantize="int8", min_agreement=1.01)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+    figures = export_onnx(student, path, inputs, quantize="int8", min_agreement=0)
+    assert figures == check_quantized(path, student, inputs, min_agreement=0)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def given_outputs(monkeypatch: pytest.MonkeyPatch, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    monkeypatch.setattr(export, "_outputs", lambda *_: (found, wanted))
+
+
+def test_tokens_that_are_padding_are_no_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = torch.zeros(2, 9, 3)
+    wanted[..., 0] = 2.0
+    found = wanted.clone()
+    found[1, 6:] = torch.tensor([0.0, 9.0, 0.0])  # the second text ends there
+    given_outputs(monkeypatch, {"logits": found}, {"logits": wanted})
+    tagger = BertForTokenClassification(tiny_bert(layers=1).config)
+    assert check_quantized("file", tagger, texts(2)) == {
+        "difference": 9.0,
+        "agreement": 1.0,
+        "probability_difference": 0,
+    }
+    found[0, 0] = torch.tensor([0.0, 1.0, 0.0])
+    assert check_quantized("file", tagger, texts(2), 0.9)["agreement"] == pytest.approx(13 / 14)
+
+
+def test_several_labels_at_once_are_predictions_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    student = tiny_bert(layers=1)
+    student.config.problem_type = "multi_label_classification"
+    wanted = torch.tensor([[3.0, 1.0, -1.0]]).repeat(2, 1)
+    given_outputs(monkeypatch, {"logits": wanted * torch.tensor([1.0, -1.0, 1.0])}, {"logits": wanted})
+    figures = check_quantized("file", student, texts(2), 0.5)
+    assert figures["agreement"] == pytest.approx(2 / 3)
+    assert figures["probability_difference"] == pytest.approx(0.7310586 - 0.2689414, abs=1e-6)
+
+
+def test_scores_are_compared_as_one_row_and_no_number_is_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    student, wanted = tiny_bert(layers=1, classes=1), torch.tensor([[1.0], [2.0]])
+    given_outputs(monkeypatch, {"logits": torch.tensor([[2.0], [1.0]])}, {"logits": wanted})
+    assert check_quantized("file", student, texts(2), 0.5)["cosine"] == pytest.approx(4 / 5)
+    given_outputs(monkeypatch, {"logits": wanted * torch.nan}, {"logits": wanted})
+    with pytest.raises(ValueError, match="got difference nan, cosine nan"):
+        check_quantized("file", student, texts(2), 0.5)
+
+
+@needs_onnx
+def test_another_kind_of_numbers_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`quantize` must be None or 'int8', got 'int4'"):
+        export_onnx(tiny_bert(), tmp_path / "student.onnx", texts(2), quantize="int4")  # type: ignore[call-overload]
+
+
+@needs_onnx
+def test_a_file_as_a_module_takes_what_it_needs_of_a_batch(exported: Any) -> None:
+    _, _, path, _, batch = exported
+    found = OnnxModel(path)(**batch(2), other=torch.ones(2))
+    for name, value in run_alone(path, batch(2)).items():
+        assert torch.equal(found[name], value)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The report against plain counts and loops, and what it leaves as it was."""
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -368,3 +369,25 @@ def test_report_and_evaluation_align_the_same_examples(tmp_path: Path) -> None:
     assert facts["aligned_examples"] == 9
     for name, value in facts["alignment"].items():
         assert metrics[f"eval_alignment_{name}"] == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="needs hf_rrd[onnx]")
+def test_a_file_of_the_student_is_measured_beside_it(tmp_path: Path) -> None:
+    pytest.importorskip("transformers.exporters")
+    from hf_rrd.results.export import export_onnx
+
+    data, student, path = Images(40), tiny_vit(), tmp_path / "student.onnx"
+    export_onnx(student, path, {"pixel_values": data.pixels[:2]})
+    report = compare_models(student, tiny_vit(width=24, seed=1), data, onnx=path)
+    facts = report.facts["onnx"]
+    assert facts["bytes"] == path.stat().st_size
+    assert facts["accuracy"] == report.facts["student"]["accuracy"] and facts["agreement"] == 1
+    assert list(facts["latency_ms"]) == ["1", "32"]
+    assert "flops" not in facts and "parameters" not in facts
+    torch.testing.assert_close(report.tensors["onnx_logits"], report.tensors["student_logits"], atol=1e-5, rtol=0)
+    assert "ONNX file: latency, batch of 32, p95" in repr(report)
+    alone = compare_models(student, None, data, onnx=path).facts
+    assert alone["onnx"]["agreement"] == 1 and "agreement" not in alone and "teacher" not in alone
+    path.write_bytes(b"no such thing")
+    with pytest.raises(ValueError, match=r"student\.onnx cannot be loaded as an ONNX file"):
+        compare_models(student, None, data, onnx=path)

@@ -53,3 +53,12 @@ def test_what_was_not_measured_has_no_row_and_no_ratio() -> None:
         ("accuracy", "", "50.0 %", ""),
         ("same top class as the teacher", "", "25.0 %", ""),
     ]
+
+
+def test_a_file_has_rows_of_its_own_with_the_teacher_beside_it() -> None:
+    facts = {"teacher": {"parameters": 9, "bytes": 200, "accuracy": 0.75}, "student": {}}
+    assert rows_of(facts | {"onnx": {"bytes": 50, "accuracy": 0.5, "agreement": 0.25}})[3:] == [
+        ("ONNX file: weights", "200 B", "50.0 B", "0.250"),
+        ("ONNX file: accuracy", "75.0 %", "50.0 %", ""),
+        ("ONNX file: same top class as the student", "", "25.0 %", ""),
+    ]
