@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput, logging
 
 from hf_rrd.models.body import Split, forget, is_headless, is_watched, keep_next, take_kept, unwrapped, watch
 from hf_rrd.models.embedding import Embedder, Pooling, students
+from hf_rrd.models.sentence_transformers import AROUND
 
 logger = logging.get_logger(__name__)
 
@@ -101,6 +102,7 @@ def attach_head(
     in float32, (batch, dim); and `relational_pooled`: these before the projection, (batch, width).
     """
     detach_head(student)
+    unwrapped(student).__dict__.pop(AROUND, None)  # of a student the pooling is `student_pooling`
     head = RelationalHead(Embedder(student, students(pooling), "student_pooling"), dim, projection, seed)
     head.body_name = next(name for name, each in student.named_modules() if each is head.embedder.watched)
     reference = next(student.parameters())

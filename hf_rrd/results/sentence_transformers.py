@@ -12,7 +12,6 @@ import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import AutoModel
 from transformers.utils import logging
 
 from hf_rrd.models.head import RelationalHead
@@ -29,8 +28,6 @@ POOLINGS = {"mean": "mean", "cls": "cls", "max": "max", "last_token": "lasttoken
 
 FORMAT = "sentence_transformers"
 """The value of `student_format=` that writes such a model."""
-
-TRANSFORMER_FILES = ("config.json", "generation_config.json", "README.md")  # and weights: these are there already
 
 
 def save_sentence_transformer(
@@ -80,18 +77,16 @@ def add_modules(
     if default_prompt_name is not None and default_prompt_name not in model.prompts:
         raise ValueError(f"`default_prompt_name` must be one of {sorted(model.prompts)}, got {default_prompt_name!r}.")
     model.default_prompt_name = default_prompt_name
+    first = model[0]
+    first.save = lambda path, **_: (first.processor.save_pretrained(path), first.save_config(path))  # no weights again
     with tempfile.TemporaryDirectory(dir=folder, prefix=".modules-") as temporary:
         model.save(temporary, create_model_card=False)
-        kept = [path for path in Path(temporary).iterdir() if not _is_students(path)]
-        for path in sorted(kept, key=lambda path: path.name == "modules.json"):  # the mark of a whole one comes last
+        found = Path(temporary).iterdir()
+        for path in sorted(found, key=lambda path: path.name == "modules.json"):  # the mark of a whole one comes last
             target = Path(folder, path.name)
             if target.is_dir():
                 shutil.rmtree(target)
             os.replace(path, target)
-
-
-def _is_students(path: Path) -> bool:
-    return path.name in TRANSFORMER_FILES or path.name.startswith(("model", "adapter_"))
 
 
 def check_format(args: Any, head: RelationalHead | None, processing_class: Any) -> None:
@@ -126,16 +121,23 @@ def sentence_transformer_of(trainer: Any) -> Any:
     from sentence_transformers.base.modules import Dense, Normalize, Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
 
-    body = head.embedder.body
+    body: Any = head.embedder.body
+
+    class Inside(Transformer):
+        def _load_model(self, *args: Any, **kwargs: Any) -> Any:
+            return body
+
     with tempfile.TemporaryDirectory() as shell:  # the library builds its first module from a folder
-        AutoModel.from_config(body.config).save_pretrained(shell)
+        body.config.save_pretrained(shell)
         processing_class.save_pretrained(shell)
         length = longest_text(trainer.train_dataset)
-        first = Transformer(shell, processor_kwargs={} if length is None else {"model_max_length": length})
-    first.model = body
+        first: Any = Inside(shell, processor_kwargs={} if length is None else {"model_max_length": length})
+    first.__class__ = Transformer  # by whose name the library finds it again
     modules: list[nn.Module] = [first, Pooling(head.embedder.width, POOLINGS[head.embedder.pooling])]
-    turned = getattr(args, "matryoshka_dims", None) is not None
-    weight, bias = dense_of(head, distillation.projection, distillation.balance.row_norm, turned)
+    prefixes = distillation.prefixes
+    weight, bias = dense_of(head, distillation.projection, distillation.balance.row_norm, turned=bool(prefixes))
+    if prefixes:  # what comes after the widest has learned nothing
+        weight, bias = weight[: prefixes[0]].clone(), bias[: prefixes[0]].clone()
     if not _is_identity(weight, bias):
         how: dict[str, Any] = {"activation_function": nn.Identity(), "init_weight": weight, "init_bias": bias}
         modules.append(Dense(weight.shape[1], weight.shape[0], **how))
@@ -189,7 +191,10 @@ def longest_text(dataset: Any) -> int | None:
     column = "input_ids"
     if not isinstance(dataset, Dataset) or column not in dataset.column_names or dataset.format["type"] == "custom":
         return None
-    return int(pc.max(pc.list_value_length(dataset.data.column(column))).as_py())
+    lengths = pc.list_value_length(dataset.data.column(column))
+    if (rows := dataset._indices) is not None:  # it is a part of what is stored, as of a filter
+        lengths = lengths.take(rows.column(0))
+    return int(pc.max(lengths).as_py())
 
 
 def scores_of(evaluators: list[Any], trainer: Any, prefix: str) -> dict[str, float]:
@@ -211,7 +216,10 @@ def scores_of(evaluators: list[Any], trainer: Any, prefix: str) -> dict[str, flo
                 found = each(model, steps=trainer.state.global_step)
                 scores |= found if isinstance(found, dict) else {type(each).__name__: found}
     (scores,) = broadcast_object_list([scores])
-    return {name: float(score) for name, score in scores.items()}
+    try:
+        return {name: float(score) for name, score in scores.items()}
+    except (TypeError, ValueError):
+        raise ValueError(f"each of `evaluators` must give one number, or numbers by name, got {scores}.") from None
 
 
 def checked(evaluators: Any, trainer: Any) -> list[Any]:
@@ -220,10 +228,21 @@ def checked(evaluators: Any, trainer: Any) -> list[Any]:
     An error where the student is to become a model of sentence-transformers, for them or to be saved, and cannot.
     """
     found = list(evaluators) if isinstance(evaluators, list | tuple) else [evaluators] if evaluators else []
-    if wrong := [type(each).__name__ for each in found if not callable(each)]:
+    if wrong := [type(each).__name__ for each in found if isinstance(each, type) or not callable(each)]:
         raise ValueError(f"`evaluators` must be evaluators of sentence-transformers, got {wrong}.")
-    if found or trainer.args.student_format == FORMAT:
-        check_format(trainer.args, trainer.distillation.head, trainer._facts.processing_class)
+    args, head = trainer.args, trainer.distillation.head
+    if found or args.student_format == FORMAT:
+        check_format(args, head, trainer._facts.processing_class)
+        try:
+            sentence_transformer_of(trainer)
+        except Exception as error:  # whatever the library has against it: not after hours of training
+            what = f"a {type(head.embedder.body).__name__} cannot become a model of sentence-transformers"
+            raise ValueError(f"{what}: {error}") from error
+    if args.student_format == FORMAT and args.save_only_model and args.load_best_model_at_end:
+        raise ValueError(
+            f"student_format={FORMAT!r} saves the student's projection, too, and with save_only_model no checkpoint "
+            "has that of the best student. Set save_only_model=False, or leave out load_best_model_at_end."
+        )
     return found
 
 

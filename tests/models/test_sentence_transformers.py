@@ -177,3 +177,11 @@ def test_a_copy_of_the_model_inside_is_a_plain_model(tmp_path: Path) -> None:
     run = run_of(tmp_path, model=copied, teacher=embedder(tmp_path / "parts", "cls"))
     assert run.distillation.head.embedder.pooling == "mean"
     assert (cached(copy.deepcopy(teacher), tmp_path) - teacher.encode(SEVERAL, prompt="")).abs().max() < 1e-5
+
+
+def test_a_student_that_was_read_as_one_before_is_compared_by_its_own_pooling(tmp_path: Path) -> None:
+    measured = embedder(tmp_path / "student", dense=10)
+    embed(measured, dict(tokenizer(tmp_path)(["a cat"], return_tensors="pt")))
+    how: dict[str, Any] = {"task_weight": 0.0, "train_dataset": tokenized(tokenizer(tmp_path), texts(8))}
+    run = trainer(tmp_path / "run", model=measured[0].auto_model, teacher=embedder(tmp_path / "teacher"), **how)
+    assert (run.distillation.head.embedder.pooling, run.distillation.head.embedder.width) == ("mean", 24)

@@ -10,7 +10,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from torch import Tensor
-from transformers import AutoModel
+from transformers import AutoModel, BertModel
 
 from hf_rrd import embed, save_sentence_transformer
 from hf_rrd.models.head import head_of
@@ -201,6 +201,7 @@ def test_an_adapted_student_is_saved_with_its_adapters(tmp_path: Path) -> None:
         ({"student_pooling": "pooler"}, "needs a pooling that the library has, .*got 'pooler'"),
         ({"processing_class": None}, "needs its tokenizer or processor: pass `processing_class`, got None"),
         ({"evaluators": "sts"}, r"`evaluators` must be evaluators of sentence-transformers, got \['str'\]"),
+        ({"evaluators": EmbeddingSimilarityEvaluator}, r"must be evaluators of sentence-transformers, got \['.*'\]"),
         ({"student_format": "onnx"}, r"`student_format` must be one of \['transformers', 'sentence_transformers'\]"),
     ],
 )
@@ -210,6 +211,63 @@ def test_what_cannot_become_one_is_refused_at_construction(
     data = tokenized(tokenizer(tmp_path), texts(8), labels=[i % 4 for i in range(8)])
     with pytest.raises(ValueError, match=message):
         run_of(tmp_path, train_dataset=data, eval_dataset=None, **given)
+
+
+def test_what_the_library_has_against_a_student_is_said_at_construction(tmp_path: Path) -> None:
+    class Broken:
+        def save_pretrained(self, folder: str) -> None:
+            """Write what no tokenizer can be read from."""
+            Path(folder, "tokenizer_config.json").write_text("{")
+
+    data = tokenized(tokenizer(tmp_path), texts(8))
+    with pytest.raises(ValueError, match="a BertModel cannot become a model of sentence-transformers: "):
+        run_of(tmp_path, train_dataset=data, eval_dataset=None, data_collator=list, processing_class=Broken())
+
+
+def test_the_best_student_has_its_own_projection_or_is_refused(tmp_path: Path) -> None:
+    often: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    often |= {"load_best_model_at_end": True, "learning_rate": 0.05, "greater_is_better": True}  # the first is best
+    run = run_of(tmp_path, **often, metric_for_best_model="minus_step", evaluators=minus_step)
+    run.train()
+    run.save_model()
+    folders = (run.args.output_dir, run.state.best_model_checkpoint)
+    rows = [SentenceTransformer(folder, device="cpu").encode(SEVERAL, convert_to_tensor=True) for folder in folders]
+    assert torch.equal(*rows) and folders[1].endswith("checkpoint-1")
+    with pytest.raises(ValueError, match="with save_only_model no checkpoint has that of the best student"):
+        run_of(tmp_path, **often, save_only_model=True)
+
+
+def minus_step(model: Any, steps: int = 0, **_: Any) -> dict[str, float]:
+    return {"minus_step": -float(steps)}
+
+
+@pytest.mark.parametrize("given", [{"a": "text"}, {"a": {"b": 1.0}}, {"a": torch.ones(2)}, None])
+def test_an_evaluator_that_gives_no_numbers_is_named(given: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"each of `evaluators` must give one number, .*, got \{'(a|function)': "):
+        run_of(tmp_path, evaluators=lambda model, **_: given).evaluate()
+
+
+def test_of_prefixes_the_saved_student_ends_with_the_widest(tmp_path: Path) -> None:
+    run = run_of(tmp_path, matryoshka_dims=[12, 6], evaluators=lambda model, **_: len(model.encode("a cat")))
+    run.train()
+    run.save_model()
+    rows = SentenceTransformer(run.args.output_dir, device="cpu").encode(SEVERAL, convert_to_tensor=True)
+    inputs, teacher = tokenizer(tmp_path)(SEVERAL, padding=True, return_tensors="pt"), run.distillation.projection
+    student = run.distillation.head.eval()(embed(run.model.eval(), dict(inputs)))
+    student = student * teacher.scale * 24**0.5 / run.distillation.balance.row_norm + teacher.mean
+    assert (rows - F.normalize(student[:, :12], dim=-1)).abs().max() < 1e-5
+    assert run.evaluate()["eval_function"] == 12
+
+
+def test_the_weights_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, written = run_of(tmp_path, max_steps=1, evaluators=scorer()), []
+    run.train()
+    save = BertModel.save_pretrained
+    monkeypatch.setattr(BertModel, "save_pretrained", lambda *args, **how: [written.append(1), save(*args, **how)])
+    run.evaluate()
+    assert written == []
+    run.save_model()
+    assert written == [1] and SentenceTransformer(run.args.output_dir, device="cpu").encode("a cat").shape == (24,)
 
 
 def test_without_an_embedding_there_is_none(tmp_path: Path) -> None:
@@ -239,4 +297,6 @@ def test_a_data_set_without_tokens_leaves_the_tokenizers_length(tmp_path: Path) 
     from hf_rrd.results.sentence_transformers import longest_text
 
     assert longest_text(Dataset.from_dict({"text": ["a"]})) is None and longest_text([{"input_ids": [1]}]) is None
-    assert longest_text(Dataset.from_dict({"input_ids": [[1, 2], [3]]})) == 2
+    data = Dataset.from_dict({"input_ids": [[1, 2], [3]]})
+    assert longest_text(data) == 2 and longest_text(data.select([1])) == 1
+    assert longest_text(data.filter(lambda example: len(example["input_ids"]) < 2)) == 1
