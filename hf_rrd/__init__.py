@@ -16,6 +16,7 @@ from hf_rrd.losses.relational import infonce_loss, relational_loss
 from hf_rrd.models.embedding import embed
 from hf_rrd.models.head import detach_head
 from hf_rrd.models.initialization import Initialization, student_from_teacher
+from hf_rrd.models.vocabulary import prune_vocabulary
 from hf_rrd.results.alignment import relational_alignment
 from hf_rrd.results.card import write_card
 from hf_rrd.results.report import DistillationReport, compare_models
@@ -45,6 +46,7 @@ __all__ = [
     "mse_loss",
     "own_space_loss",
     "pkt_loss",
+    "prune_vocabulary",
     "relational_alignment",
     "relational_loss",
     "rkd_angle_loss",

@@ -67,7 +67,7 @@ def student_from_teacher(
             chosen; `num_hidden_layers` is out of range; an override is not a field of the config, or is refused by it.
     """
     teacher = load_teacher(teacher)
-    weights = _weights_of(teacher)
+    weights = plain_weights_of(teacher)
     layers = _layers_to_keep(teacher.config, num_hidden_layers)
     student: Any = type(teacher)(_student_config(teacher.config, layers, overrides))
     student.to(teacher.device).eval()
@@ -96,22 +96,24 @@ def student_from_teacher(
     return student
 
 
-def _weights_of(teacher: Any) -> dict[str, Tensor]:
-    name = type(teacher).__name__
-    if hasattr(teacher, "get_base_model"):
-        raise ValueError(f"`teacher` has adapters, got {name}. Merge them: `teacher.merge_and_unload()`.")
-    if not isinstance(teacher, PreTrainedModel):
-        raise TypeError(f"`teacher` must be a PreTrainedModel, got {name}. Load one: AutoModel.from_pretrained(...).")
-    weights: dict[str, Tensor] = teacher.state_dict()
+def plain_weights_of(model: Any, argument: str = "teacher") -> dict[str, Tensor]:
+    """The state dict of a model that is plain, whole and in full precision; of another an error names the argument."""
+    name = type(model).__name__
+    if hasattr(model, "get_base_model"):
+        raise ValueError(f"`{argument}` has adapters, got {name}. Merge them: `{argument}.merge_and_unload()`.")
+    if not isinstance(model, PreTrainedModel):
+        advice = "Load one: AutoModel.from_pretrained(...)."
+        raise TypeError(f"`{argument}` must be a PreTrainedModel, got {name}. {advice}")
+    weights: dict[str, Tensor] = model.state_dict()
     problems = {
         "adapters inside": any(".base_layer." in weight for weight in weights),
-        "quantized weights": getattr(teacher.config, "quantization_config", None) is not None,
+        "quantized weights": getattr(model.config, "quantization_config", None) is not None,
         "offloaded weights": any(weight.is_meta for weight in weights.values()),
-        "weights that ZeRO-3 has partitioned": any(hasattr(weight, "ds_id") for weight in teacher.parameters()),
+        "weights that ZeRO-3 has partitioned": any(hasattr(weight, "ds_id") for weight in model.parameters()),
     }
     for problem, found in problems.items():
         if found:
-            raise ValueError(f"`teacher` has {problem}, got {name}. Load it plain, whole and in full precision.")
+            raise ValueError(f"`{argument}` has {problem}, got {name}. Load it plain, whole and in full precision.")
     return weights
 
 
