@@ -1,4 +1,4 @@
-"""How much smaller MiniLM is with the vocabulary of some sentences, and whether its outputs stay the same, bit for bit.
+"""How much smaller MiniLM is with the vocabulary of some sentences, and whether its outputs stay bitwise the same.
 
     python examples/benchmarks/vocabulary.py --data_dir data
 

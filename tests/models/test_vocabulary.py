@@ -130,7 +130,7 @@ PIECES = st.one_of(st.text(LETTERS, max_size=12), st.sampled_from(" ".join(HALF)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(pieces=st.lists(PIECES, max_size=5), glue=st.sampled_from([" ", ""]))
 def test_any_text_whose_tokens_stay_gives_them_and_none_becomes_unknown(
     kind: str, pieces: list[str], glue: str
