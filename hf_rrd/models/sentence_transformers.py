@@ -12,11 +12,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from hf_rrd.models.body import unwrapped
+
+logger = logging.get_logger(__name__)
 
 AROUND = "_hf_rrd_around"  # on a transformers model: the `Around` of the SentenceTransformer that it is inside of
 KIND = "_hf_rrd_kind"  # on a transformers model: which of the library's models its folder was, if any
@@ -209,7 +212,15 @@ def kind_of(name: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> str | No
         with open(config, encoding="utf-8") as file:
             if kind := json.load(file).get("model_type"):
                 return str(kind)
-    return None if cached_file(name, "modules.json", **how) is None else "SentenceTransformer"
+    if cached_file(name, "modules.json", **how) is not None:
+        return "SentenceTransformer"
+    where = {key: kwargs.get(key) for key in ("revision", "cache_dir")}
+    if not os.path.isdir(name) and try_to_load_from_cache(str(name), "modules.json", **where) is None:
+        logger.warning(
+            f"Whether {str(name)!r} is a model of sentence-transformers is unknown: the Hub could not be asked. It is "
+            "read as a plain transformers model; if it is one, set `teacher_pooling` to its own, or go online once."
+        )
+    return None
 
 
 def is_cross_encoder(model: Any) -> bool:

@@ -11,6 +11,7 @@ from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Normalize
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
+import hf_rrd.models.sentence_transformers
 from hf_rrd import cache_teacher_outputs, embed, student_from_teacher
 from hf_rrd.models.sentence_transformers import default_prompt, kind_of, opened, own_pooling
 from hf_rrd.models.teacher import Teacher, load_teacher
@@ -185,3 +186,16 @@ def test_a_student_that_was_read_as_one_before_is_compared_by_its_own_pooling(tm
     how: dict[str, Any] = {"task_weight": 0.0, "train_dataset": tokenized(tokenizer(tmp_path), texts(8))}
     run = trainer(tmp_path / "run", model=measured[0].auto_model, teacher=embedder(tmp_path / "teacher"), **how)
     assert (run.distillation.head.embedder.pooling, run.distillation.head.embedder.width) == ("mean", 24)
+
+
+@pytest.mark.parametrize(("kept", "told"), [(None, 1), (object(), 0)])
+def test_where_the_hub_cannot_be_asked_a_warning_says_so(
+    kept: Any, told: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module = hf_rrd.models.sentence_transformers
+    said: list[str] = []
+    monkeypatch.setattr(module, "cached_file", lambda *args, **kwargs: None)
+    monkeypatch.setattr(module, "try_to_load_from_cache", lambda *args, **kwargs: kept)  # an object: it has none
+    monkeypatch.setattr(module.logger, "warning", said.append)
+    assert kind_of("user/name", {}) is None and kind_of(tmp_path, {}) is None
+    assert len(said) == told and all("the Hub could not be asked" in each for each in said)

@@ -110,6 +110,7 @@ with torch.no_grad():
             home=tmp_path / "student",
         )
         assert done.returncode == 0, done.stderr
+        assert "could not be asked" not in done.stderr  # it was, and the teacher has no modules
         files = hub.files("tester/student")
         assert files.keys() == STUDENT
         assert hub.commits("tester/student") == ["initial commit", "End of training", "Once more"]
