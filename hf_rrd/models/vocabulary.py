@@ -279,8 +279,8 @@ def _renumber_tokenizer(
     for name, value in vars(tokenizer).items():
         if name in beside:
             vars(tokenizer)[name] = beside[name]
-        elif isinstance(value, dict) and value and all(before.get(token) == number for token, number in value.items()):
-            vars(tokenizer)[name] = {token: after[token] for token in value}  # an mBART's languages
+        elif isinstance(value, dict) and value and before.items() >= value.items():
+            vars(tokenizer)[name] = {token: after[token] for token in value if token in after}  # an mBART's languages
     if getattr(tokenizer, "src_lang", None) is not None:
         tokenizer.src_lang = tokenizer.src_lang  # whose id an NLLB's post-processor has
 

@@ -248,10 +248,19 @@ def test_an_xlm_roberta_tokenizer_stays_one(tmp_path: Path) -> None:
     tokenizer = XLMRobertaTokenizer(vocab=pieces)
     _, pruned = prune_vocabulary(bert_for(tokenizer), tokenizer, ["ab c"])
     pruned.save_pretrained(tmp_path)
-    for each in (pruned, AutoTokenizer.from_pretrained(tmp_path)):
+    for each in (pruned, XLMRobertaTokenizer.from_pretrained(tmp_path)):
         assert type(each) is XLMRobertaTokenizer
         assert tokens(each, "ab abb c☃") == ["<s>", "▁ab", "▁ab", "b", "▁", "c", "<unk>", "</s>"]
     assert pruned.get_vocab().keys() == tokenizer.get_vocab().keys() - {"▁abb", "bb"}
+
+
+def test_a_tokenizer_without_special_tokens_and_one_with_ids_of_its_own_have_the_new_ids() -> None:
+    model = models.BPE({"a": 0, "b": 1, "aa": 2, "ab": 3, "fr": 4}, [("a", "a"), ("a", "b")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model))
+    tokenizer.lang_code_to_id = {"fr": 4}
+    _, pruned = prune_vocabulary(bert_for(tokenizer, pad_token_id=None), tokenizer, ["ab"], keep=["fr"])
+    assert pruned.get_vocab() == {"a": 0, "b": 1, "ab": 2, "fr": 3}
+    assert pruned.lang_code_to_id == {"fr": 3} and tokenizer.lang_code_to_id == {"fr": 4}
 
 
 def test_the_cost_of_an_unknown_character_stays_that_of_the_rarest_piece() -> None:
