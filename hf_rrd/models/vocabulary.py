@@ -367,7 +367,7 @@ def _resized_shapes(model: Any, count: int) -> dict[str, torch.Size]:
     tensors |= {id(each): nn.Parameter(tensors[id(each)], each.requires_grad) for each in model.parameters()}
     try:
         outline = copy.deepcopy(model, dict(tensors))
-        outline.resize_token_embeddings(count, mean_resizing=False)
+        outline.resize_token_embeddings(count)
     except NotImplementedError as error:
         name = type(model).__name__
         raise ValueError(f"`model` cannot change its vocabulary, got {name}: {error}") from error
