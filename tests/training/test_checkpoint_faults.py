@@ -345,7 +345,7 @@ def fine_tuned() -> Any:
             "teacher_embedding from ViTForImageClassification .*, teacher_logits from ViT.*; this run has teacher_emb",
         ),
         ({"teacher": tiny_vit(width=32, seed=1)}, "teacher_embedding from ViTForImageClassification"),
-        ({"teacher_pooling": "mean"}, "from ViT.*, pooling auto; this run has teacher_embedding from ViT.* mean"),
+        ({"teacher_pooling": "mean"}, "from ViT.*, pooling cls; this run has teacher_embedding from ViT.* mean"),
     ],
 )
 def test_another_teacher_is_refused(interrupted: Path, changes: dict[str, Any], message: str) -> None:
@@ -410,7 +410,7 @@ def test_adapters_are_part_of_a_teacher() -> None:
 
 def test_logits_cached_and_embeddings_online_are_told_apart(tmp_path: Path) -> None:
     def identity(seed: int, data: Any, **wanted: bool) -> dict[str, str]:
-        return teacher_identity(Teacher(tiny_vit(width=24, seed=seed), **wanted), "auto", Preview(data))
+        return teacher_identity(Teacher(tiny_vit(width=24, seed=seed), **wanted), Preview(data))
 
     cached = [[{"teacher_logits": [float(value), 1.0]}] for value in range(2)]
     both, logits = {"wants_embedding": True, "wants_logits": True}, {"wants_embedding": False, "wants_logits": True}

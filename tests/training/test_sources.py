@@ -135,7 +135,7 @@ def test_columns_of_ones_own_are_taken_as_they_are(tmp_path: Path) -> None:
 
 def test_two_functions_of_one_name_are_two_poolings() -> None:
     def identity(pooling: Any) -> dict[str, str]:
-        return teacher_identity(Teacher(tiny_vit(), True, False, pooling), pooling, Preview(Images(4)))
+        return teacher_identity(Teacher(tiny_vit(), True, False, pooling), Preview(Images(4)))
 
     def token(number: int) -> Any:
         return lambda outputs, mask: outputs.last_hidden_state[:, number]
