@@ -18,8 +18,8 @@ class Balance:
     """Scales the relational terms so that at the student their gradient is as long as that of task and KD.
 
     The two meet at the student's hidden states, which both its own head and the comparison read. There `split` makes
-    one tensor two, and its backward pass measures the gradient of each. `scaled` multiplies the gradient of the
-    relational loss by their ratio in the steps before: so a step is the same however its batch is cut, the device is
+    one tensor two, and its backward pass measures the gradient of each. The gradient of the relational loss is
+    multiplied by `factor`, their ratio in the steps before: so a step is the same however its batch is cut, the device is
     never waited for, and what is minimised is a weighted sum of losses, for the projection as for the student.
 
     Of the task it is the mean norm over all steps so far: a task that is learned by heart pulls no more, and its
@@ -54,10 +54,6 @@ class Balance:
     def split(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """A tensor as two equal ones: for the student's own head and for the comparison."""
         return _at_border(hidden, self._squares)
-
-    def scaled(self, loss: Tensor) -> Tensor:
-        """A loss as it is, whose gradient is scaled."""
-        return torch.lerp(loss.detach(), loss, self.factor.to(loss))
 
     def add(self, embedding: Tensor, rows: Tensor) -> None:
         """Add the student's embeddings of a micro-batch, (batch, width), and these projected, (batch, dim)."""
@@ -113,6 +109,11 @@ class Balance:
             raise ValueError("the saved balance of the losses is of another student, or lost. Start a new run.")
         self.clear()
         self.state, self.factor = state["measured"].to(self.state), state["factor"].to(self.factor).squeeze(0)
+
+
+def with_gradient_of(loss: Tensor, factor: float | Tensor) -> Tensor:
+    """A loss as it is, whose gradient is multiplied by a factor."""
+    return torch.lerp(loss.detach(), loss, factor.to(loss) if isinstance(factor, Tensor) else factor)
 
 
 class _Border(torch.autograd.Function):

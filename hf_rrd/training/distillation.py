@@ -16,7 +16,7 @@ from hf_rrd.losses.rows import unit
 from hf_rrd.models.head import RelationalHead, StudentOutputs, attach_head, detach_head, head_of, load_head, put_head
 from hf_rrd.models.logits import LogitPair, logits_of
 from hf_rrd.models.teacher import Teacher, TeacherOutputs
-from hf_rrd.training.balance import Balance
+from hf_rrd.training.balance import Balance, with_gradient_of
 from hf_rrd.training.checkpoint import State
 from hf_rrd.training.data import is_map_style, preserved_randomness, sample_of
 from hf_rrd.training.projection import TeacherProjection, check_variety, prefixes_of
@@ -273,12 +273,16 @@ class Distillation:
     def total(self, terms: dict[str, Tensor]) -> Tensor:
         """The weighted sum of the terms' means, a scalar; where the losses are balanced its gradient is, too.
 
-        `relational_kl` is for reading and has no weight.
+        That gradient is then of the mean of both sides, not of their sum: as long as the task's, whatever the weight,
+        so that `max_grad_norm` and the learning rate of SGD mean what they mean without a teacher. `relational_kl` is
+        for reading and has no weight.
         """
         means = {name: terms[name].mean() for name in terms if name.endswith("_loss")}
-        if self.balance is not None and self.is_balanced and "relational_loss" in means:
-            means["relational_loss"] = self.balance.scaled(means["relational_loss"])
-        return torch.stack([weight * means[name] for name, weight in weights_of(self.weights(), means).items()]).sum()
+        weights, balance = self.weights(), self.balance if self.is_balanced else None
+        if balance is not None and "relational_loss" in means:
+            means["relational_loss"] = with_gradient_of(means["relational_loss"], balance.factor)
+        loss = torch.stack([weight * means[name] for name, weight in weights_of(weights, means).items()]).sum()
+        return loss if balance is None else with_gradient_of(loss, 1 / (1 + weights["relational_weight"]))
 
     # ---- The bank ----
 
@@ -292,8 +296,8 @@ class Distillation:
         self.update_bank(step.gather)
         if self.balance is not None and self.head is not None:
             scale = step.processes * (1.0 if accelerator.scaler is None else accelerator.scaler.get_scale())
-            total = partial(accelerator.reduce, reduction="sum")
-            self.balance.update(self.weights()["relational_weight"], step.total, total, scale)
+            total, weight = partial(accelerator.reduce, reduction="sum"), self.weights()["relational_weight"]
+            self.balance.update(weight, step.total, total, scale / (1 + weight))
             self.head.mean = self.balance.mean
 
     def update_bank(self, gather: Callable[[Tensor], Tensor]) -> None:

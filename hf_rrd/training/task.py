@@ -70,6 +70,8 @@ class TaskLoss:
         if step is None:
             return partial(compute_loss, return_outputs=True, num_items_in_batch=count)
         count = step.labels if count is None else count
+        if isinstance(count, Tensor):
+            count = count.clamp(min=1)  # a step without a label has a loss of 0, not of 0 / 0
 
         def with_count(model: nn.Module, inputs: dict[str, Any], count: Any) -> Any:
             given = {} if count is None or not self.in_forward else {"num_items_in_batch": count}
@@ -106,10 +108,15 @@ class TaskLoss:
     ) -> dict[str, Tensor]:
         """A micro-batch's part of each term of the step: of the task by its labels, of the others `share`.
 
-        Gradients are averaged over the processes, so all shares of a step together are as many as these.
+        Gradients are averaged over the processes, so all shares of a step together are as many as these. Without a
+        label the part of the task is 0, whose mean over labels is not a number.
         """
         shares = {"task_loss": self._share(inputs, outputs, step, share)}
-        return {name: term.mean() * shares.get(name, share) for name, term in terms.items()}
+        parts = {name: term.mean() * shares.get(name, share) for name, term in terms.items()}
+        labels = self.labels_in(inputs) if self.func is None else None
+        if labels is not None and "task_loss" in parts:
+            parts["task_loss"] = torch.where(labels > 0, parts["task_loss"], 0.0)
+        return parts
 
     def _share(self, inputs: Mapping[str, Any], outputs: Any, step: Any, otherwise: Any) -> Any:
         labels, logits = inputs.get("labels"), outputs.get("logits") if isinstance(outputs, dict) else None
@@ -118,7 +125,7 @@ class TaskLoss:
         if self.func is not None or step.labels is None or not isinstance(labels, Tensor) or logits is None:
             return otherwise
         means_over_labels = labels.shape == logits.shape[:-1] and not labels.is_floating_point()
-        return self.labels_in(inputs) * step.processes / step.labels if means_over_labels else otherwise
+        return self.labels_in(inputs) * step.processes / step.labels.clamp(min=1) if means_over_labels else otherwise
 
 
 def ask_student(

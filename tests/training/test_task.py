@@ -102,6 +102,27 @@ def test_the_task_loss_of_a_step_is_the_mean_over_its_labels(kind: str, tmp_path
         assert log_of(run, "task_loss") == [pytest.approx(expected, abs=1e-6)]
 
 
+@pytest.mark.parametrize("kind", ["images with few labels", "texts, whose loss ignores the count", "causal LM"])
+def test_a_step_without_a_label_has_no_task_and_the_teacher_all_the_same(kind: str, tmp_path: Path) -> None:
+    build, dataset, _ = STUDENTS[kind]
+
+    class Unlabelled(torch.utils.data.Dataset[dict[str, Tensor]]):
+        def __len__(self) -> int:
+            return 24
+
+        def __getitem__(self, row: int) -> dict[str, Tensor]:
+            example = dataset()[row]
+            return example | {"labels": torch.full_like(example["labels"], -100)}
+
+    with_task, without = (
+        runs_of(kind, tmp_path, (4,), train_dataset=Unlabelled(), task_weight=weight)[0] for weight in (1.0, 0.0)
+    )
+    assert set(log_of(with_task, "task_loss")) == {0.0}
+    assert log_of(with_task) == log_of(without)
+    for ours, theirs in zip(with_task.model.parameters(), without.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_with_the_task_alone_a_step_of_several_micro_batches_is_the_plain_trainers_to_the_bit(
     accumulation: int, tmp_path: Path
