@@ -5,7 +5,7 @@ takes a tenth. `context()` is that: what `multiprocessing.get_context` returns, 
 process of pytest.
 
     run_together(context(), target, 2, folder)  # calls target(rank, processes, port, folder) in two of them
-    printed = run_script("examples/quickstart.py", "--epochs", "1", folder=tmp_path).out
+    printed = run_script("examples/quickstart.py", "--seeds", "1", folder=tmp_path).out
     run_script("-c", "print(1)", folder=tmp_path, environment=hub.environment(home))
 
 A test needs a fresh interpreter only where the fact is about one: what an import loads, a launcher, a command line.

@@ -39,7 +39,7 @@ def test_texts_train_from_the_teachers_cached_outputs_as_under_the_teacher(start
 @pytest.mark.parametrize(
     ("name", "line", "processor"),
     [
-        pytest.param("quickstart", "--teacher_epochs 0.2 --epochs 0.5", set(), marks=pytest.mark.slow),
+        pytest.param("quickstart", "--num_train_epochs 0.4 --seeds 1", set(), marks=pytest.mark.slow),
         (
             "text_classification",
             f"{CLASSIFY} --teacher_model_name_or_path {{}}/classifier --logging_steps 1",
