@@ -19,8 +19,8 @@ class Balance:
 
     The two meet at the student's hidden states, which both its own head and the comparison read. There `split` makes
     one tensor two, and its backward pass measures the gradient of each. The gradient of the relational loss is
-    multiplied by `factor`, their ratio in the steps before: so a step is the same however its batch is cut, the device is
-    never waited for, and what is minimised is a weighted sum of losses, for the projection as for the student.
+    multiplied by `factor`, their ratio in the steps before: so a step is the same however its batch is cut, the device
+    is never waited for, and what is minimised is a weighted mean of losses, for the projection as for the student.
 
     Of the task it is the mean norm over all steps so far: a task that is learned by heart pulls no more, and its
     teacher shall go on. Of the relational terms it is a moving average, of their loss before its weight and scale, so
