@@ -2,10 +2,10 @@
 
     python examples/quickstart.py
 
-Of 1,198 training digits (scikit-learn's, no download) 100 have a label for the student. Alone it learns these; distilled
-it also sees all digits through a teacher, with no setting but the length of the run. Both take as many steps, from three
-seeds. Prints one table and what it shows, saves the models of the first seed, and checks in a process without `hf_rrd`
-that the saved student has the accuracy that was printed.
+Of 1,198 training digits (scikit-learn's, no download) 100 have a label for the student. Alone it learns these;
+distilled it also sees all digits through a teacher, with no setting but the length of the run. Both take as many
+steps, from three seeds. Prints one table and what it shows, saves the models, and checks in a process without `hf_rrd`
+that the saved student of the first seed has the accuracy that was printed.
 """
 
 import subprocess
@@ -134,12 +134,12 @@ def main() -> None:
         table.add_row(name, f"{size:,}", f"{mean(each):.1f} %", "█" * round(mean(each) / 4), seeds)
     console = Console(width=max(90, Console().width))
     console.print(table)
-    gains = [after - before for before, after in zip(accuracy["student alone"], accuracy["student distilled"])]
+    before, after = accuracy["student alone"], accuracy["student distilled"]
+    gains = [found - alone for found, alone in zip(after, before, strict=True)]
     console.print(
-        f"Distilled, the student gains {mean(gains):.1f} points ({min(gains):.1f} to {max(gains):.1f} over "
-        f"{len(gains)} seeds) and comes to {mean(accuracy['student distilled']):.1f} % of held-out digits, its teacher "
-        f"to {accuracy['teacher'][0]:.1f} % with {sizes['teacher'] // runs['distilled'].model.num_parameters()} times "
-        "the parameters and all labels."
+        f"Distilled, the student gains {mean(gains):.1f} points ({min(gains):.1f} to {max(gains):.1f} over {len(gains)} "
+        f"seeds) and comes to {mean(after):.1f} % of held-out digits. Its teacher, with {sizes['teacher'] // size} times "
+        f"the parameters and all labels, comes to {accuracy['teacher'][0]:.1f} %."
     )
 
     if args.report:
