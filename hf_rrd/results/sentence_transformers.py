@@ -209,13 +209,21 @@ def scores_of(evaluators: list[Any], trainer: Any, prefix: str) -> dict[str, flo
     if not evaluators or (isinstance(sets, dict) and not prefix.endswith(f"_{next(iter(sets), '')}")):
         return {}
     scores: dict[str, float] = {}
+    failure: Exception | None = None
     if trainer.is_world_process_zero():
-        model = sentence_transformer_of(trainer)
-        with preserved_randomness(), evaluating([model]):
-            for each in evaluators:
-                found = each(model, steps=trainer.state.global_step)
-                scores |= found if isinstance(found, dict) else {type(each).__name__: found}
-    (scores,) = broadcast_object_list([scores])
+        try:
+            model = sentence_transformer_of(trainer)
+            with preserved_randomness(), evaluating([model]):
+                for each in evaluators:
+                    found = each(model, steps=trainer.state.global_step)
+                    scores |= found if isinstance(found, dict) else {type(each).__name__: found}
+        except Exception as error:  # the other processes wait for an answer
+            failure = error
+    scores, failed = broadcast_object_list([scores, failure is not None])
+    if failure is not None:
+        raise failure
+    if failed:
+        raise RuntimeError("one of `evaluators` failed on the main process, whose error says how.")
     try:
         return {name: float(score) for name, score in scores.items()}
     except (TypeError, ValueError):

@@ -247,6 +247,21 @@ def test_an_evaluator_that_gives_no_numbers_is_named(given: Any, tmp_path: Path)
         run_of(tmp_path, evaluators=lambda model, **_: given).evaluate()
 
 
+def test_an_evaluator_that_fails_fails_on_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(model: Any, **_: Any) -> float:
+        raise KeyError("no such text")
+
+    run, sent = run_of(tmp_path, evaluators=fails), []
+    module = "hf_rrd.results.sentence_transformers.broadcast_object_list"
+    monkeypatch.setattr(module, lambda objects: sent.append(objects) or objects)
+    with pytest.raises(KeyError, match="no such text"):
+        run.evaluate()
+    monkeypatch.setattr(run, "is_world_process_zero", lambda: False)
+    monkeypatch.setattr(module, lambda objects: sent[0])
+    with pytest.raises(RuntimeError, match="one of `evaluators` failed on the main process"):
+        run.evaluate()
+
+
 def test_of_prefixes_the_saved_student_ends_with_the_widest(tmp_path: Path) -> None:
     run = run_of(tmp_path, matryoshka_dims=[12, 6], evaluators=lambda model, **_: len(model.encode("a cat")))
     run.train()
