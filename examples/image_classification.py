@@ -9,13 +9,13 @@
         --learning_rate 1e-3 --warmup_steps 200 --save_strategy no --max_train_samples 10000 --max_eval_samples 2000
 
 The student is pretrained (`--student_model_name_or_path`), or new (`--student_config_name`), or has some of the
-teacher's layers (`--student_num_layers`). Every field of `RelationalDistillationConfig` is a flag, too. Instead of
-flags one YAML or JSON file will do, and `accelerate launch` instead of `python` where there are several devices.
+teacher's layers (`--student_num_layers`). Every field of `RelationalDistillationConfig` is a flag, too. Flags may come
+from a YAML or JSON file, too (`--config file.yaml`); those beside it win. `accelerate launch` instead of `python` runs
+it on several devices.
 
 Needs `pip install 'hf_rrd[demo]'`.
 """
 
-import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,6 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     EvalPrediction,
-    HfArgumentParser,
     Trainer,
     set_seed,
 )
@@ -48,6 +47,7 @@ from hf_rrd import (
 )
 from hf_rrd.models.logits import class_order
 from hf_rrd.results.measure import size_of
+from hf_rrd.training.arguments import parse_arguments
 
 
 @dataclass
@@ -82,14 +82,6 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many only, drawn at random."})
     report: bool = field(default=False, metadata={"help": "Compare student and teacher at the end, also in speed."})
     card_dataset: str | None = field(default=None, metadata={"help": "For the card: the Hub name of files' data set."})
-
-
-def parse() -> tuple[ModelArguments, DataArguments, RelationalDistillationConfig]:
-    """Flags, or one YAML or JSON file."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, RelationalDistillationConfig))
-    read = {".yaml": parser.parse_yaml_file, ".yml": parser.parse_yaml_file, ".json": parser.parse_json_file}
-    given = read.get(Path(sys.argv[-1]).suffix) if len(sys.argv) == 2 else None
-    return given(sys.argv[1]) if given else parser.parse_args_into_dataclasses()
 
 
 def load(args: DataArguments) -> DatasetDict:
@@ -152,7 +144,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 def main() -> None:
     """Load, build, train, evaluate, print."""
-    model_args, data_args, args = parse()
+    model_args, data_args, args = parse_arguments(ModelArguments, DataArguments, RelationalDistillationConfig)
     set_seed(args.seed)
     teacher_name = model_args.teacher_model_name_or_path
 

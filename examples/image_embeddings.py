@@ -14,13 +14,12 @@ teacher's layers (`--student_num_layers`). `--student_format sentence_transforme
 teacher's space, and saves it as a model of that library. docs/image_embeddings.md says what is printed. Labels are
 there to evaluate with and have no part in the training.
 
-Every field of `RelationalDistillationConfig` is a flag, too. Instead of flags one YAML or JSON file will do, and
-`accelerate launch` instead of `python` where there are several devices.
+Every field of `RelationalDistillationConfig` is a flag, too. Flags may come from a YAML or JSON file, too (`--config
+file.yaml`); those beside it win. `accelerate launch` instead of `python` runs it on several devices.
 
 Needs `pip install 'hf_rrd[demo]'`.
 """
 
-import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -42,7 +41,6 @@ from transformers import (
     AutoImageProcessor,
     AutoModel,
     CLIPVisionModelWithProjection,
-    HfArgumentParser,
     SiglipVisionModel,
     set_seed,
 )
@@ -56,6 +54,7 @@ from hf_rrd import (
     student_from_teacher,
     with_views,
 )
+from hf_rrd.training.arguments import parse_arguments
 
 DEFAULTS = {"alignment_examples": 2000}  # of the settings, so that an evaluation has eval_teacher_retrieval
 TOWERS = {"clip": CLIPVisionModelWithProjection, "siglip": SiglipVisionModel}  # of models that read texts, too
@@ -94,15 +93,6 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many only, drawn at random."})
     report: bool = field(default=False, metadata={"help": "Compare student and teacher at the end, also in speed."})
     card_dataset: str | None = field(default=None, metadata={"help": "For the card: the Hub name of files' data set."})
-
-
-def parse() -> tuple[ModelArguments, DataArguments, RelationalDistillationConfig]:
-    """Flags, or one YAML or JSON file."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, RelationalDistillationConfig))
-    if len(sys.argv) == 2 and Path(sys.argv[1]).suffix in (".yaml", ".yml", ".json"):
-        return parser.parse_dict(DEFAULTS | yaml.safe_load(Path(sys.argv[1]).read_text()))  # YAML reads JSON, too
-    parser.set_defaults(**DEFAULTS)
-    return parser.parse_args_into_dataclasses()
 
 
 def load(args: DataArguments) -> DatasetDict:
@@ -189,7 +179,9 @@ def measure(rows: dict[str, torch.Tensor], teacher: torch.Tensor, labels: dict[s
 
 def main() -> None:
     """Load, build, train, evaluate, print."""
-    model_args, data_args, args = parse()
+    model_args, data_args, args = parse_arguments(
+        ModelArguments, DataArguments, RelationalDistillationConfig, **DEFAULTS
+    )
     args.task_weight = 0.0  # no labels, no task
     args.remove_unused_columns = False  # the models read what a transform makes of the images
     set_seed(args.seed)

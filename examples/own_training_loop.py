@@ -6,8 +6,9 @@
         --student_num_layers 2 --output_dir out/own_training_loop
 
 `accelerate launch` instead of `python` runs it on several devices, and `--mixed_precision bf16` there does what it
-says. The labels are whole numbers from 0. `hf upload user/name out/own_training_loop` pushes student and card. Needs
-`pip install 'hf_rrd[demo,plots]'`.
+says. Flags may come from a YAML or JSON file, too (`--config file.yaml`); those beside it win. The labels are whole
+numbers from 0. `hf upload user/name out/own_training_loop` pushes student and card. Needs `pip install
+'hf_rrd[demo,plots]'`.
 """
 
 from dataclasses import dataclass, field
@@ -19,9 +20,10 @@ from accelerate.utils import set_seed
 from datasets import load_dataset
 from rich.console import Console
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_rrd import FeatureBank, compare_models, embed, logit_loss, relational_loss, student_from_teacher, write_card
+from hf_rrd.training.arguments import parse_arguments
 
 
 @dataclass
@@ -37,18 +39,19 @@ class Arguments:
     label_column_name: str = field(default="label", metadata={"help": "The column with the labels."})
     max_length: int = field(default=64, metadata={"help": "Tokens of a text, at most."})
     num_train_epochs: int = field(default=2, metadata={"help": "Passes over the training file."})
-    batch_size: int = field(default=32, metadata={"help": "Examples of one step on one device."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Examples of one step on one device."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Of AdamW."})
     relational_weight: float = field(default=10.0, metadata={"help": "Weight of the relational loss."})
     kd_weight: float = field(default=0.0, metadata={"help": "Weight of distillation on logits."})
     bank_size: int = field(default=4096, metadata={"help": "Teacher embeddings to compare with."})
     seed: int = field(default=0, metadata={"help": "Of new weights and of the order of batches."})
+    card_teacher: str | None = field(default=None, metadata={"help": "For the card: what to call the teacher."})
     card_dataset: str | None = field(default=None, metadata={"help": "For the card: the Hub name of files' data set."})
 
 
 def main() -> None:
     """Load, build, train, evaluate, print."""
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    (args,) = parse_arguments(Arguments)
     accelerator = Accelerator()
     set_seed(args.seed)
 
@@ -70,7 +73,7 @@ def main() -> None:
         batch = tokenizer(texts, truncation=True, max_length=args.max_length, padding=True, return_tensors="pt")
         return dict(batch) | {"labels": torch.tensor([example[args.label_column_name] for example in examples])}
 
-    loader = DataLoader(data["train"], args.batch_size, shuffle=True, collate_fn=collate)
+    loader = DataLoader(data["train"], args.per_device_train_batch_size, shuffle=True, collate_fn=collate)
 
     # The student, and a projection into the teacher's width, which is trained with it and then thrown away.
     student = student_from_teacher(teacher, num_hidden_layers=args.student_num_layers)
@@ -116,7 +119,8 @@ def main() -> None:
         settings = {name: getattr(args, name) for name in ("relational_weight", "kd_weight", "bank_size")}
         about: dict[str, Any] = {"settings": settings | {"task_weight": 1.0}, "processing_class": tokenizer}
         about["training"] = {"epochs": args.num_train_epochs, "learning_rate": args.learning_rate, "seed": args.seed}
-        write_card(args.output_dir, student, teacher=teacher, report=report, dataset=args.card_dataset, **about)
+        about |= {"teacher": teacher, "teacher_name": args.card_teacher, "dataset": args.card_dataset}
+        write_card(args.output_dir, student, report=report, **about)
     accelerator.wait_for_everyone()  # torch 2.13 may hang where the group ends right after a gather
     accelerator.end_training()
 

@@ -22,9 +22,10 @@ from rich.table import Table
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from transformers import HfArgumentParser, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
+from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 
 from hf_rrd import RelationalDistillationConfig, RelationalDistillationTrainer
+from hf_rrd.training.arguments import parse_arguments
 
 NO_LABEL = -100  # as everywhere in transformers: the loss leaves such an example out
 
@@ -83,7 +84,7 @@ def right(folder: Path, test: dict[str, torch.Tensor]) -> int:
 
 def main() -> None:
     """Train, measure, print, check."""
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    (args,) = parse_arguments(Arguments)
     out, (train, test) = Path(args.output_dir), digits(seed=0)
     labeled, unlabeled = train.select(range(args.labeled)), train.select(range(args.labeled, len(train)))
     partly = concatenate_datasets([labeled, unlabeled.map(lambda digit: {"labels": NO_LABEL})])

@@ -13,13 +13,12 @@ teacher's layers (`--student_num_layers`). It is saved as a model of sentence-tr
 looked for among the teacher's (`--student_format transformers` saves its layers alone). docs/text_embeddings.md says
 what is printed. Labels and scores are there to evaluate with and have no part in the training.
 
-Every field of `RelationalDistillationConfig` is a flag, too. Instead of flags one YAML or JSON file will do, and
-`accelerate launch` instead of `python` where there are several devices.
+Every field of `RelationalDistillationConfig` is a flag, too. Flags may come from a YAML or JSON file, too (`--config
+file.yaml`); those beside it win. `accelerate launch` instead of `python` runs it on several devices.
 
 Needs `pip install 'hf_rrd[demo,sentence-transformers]'`.
 """
 
-import sys
 import tempfile
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,7 +36,7 @@ from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimil
 from sentence_transformers.sentence_transformer.modules import Pooling
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoTokenizer, HfArgumentParser, set_seed
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoTokenizer, set_seed
 
 from hf_rrd import (
     RelationalDistillationConfig,
@@ -50,6 +49,7 @@ from hf_rrd.models.embedding import Embedder
 from hf_rrd.models.sentence_transformers import default_prompt, kind_of, opened
 from hf_rrd.results.alignment import teacher_retrieval
 from hf_rrd.results.sentence_transformers import POOLINGS
+from hf_rrd.training.arguments import parse_arguments
 
 DEFAULTS = {"student_format": "sentence_transformers"}
 
@@ -85,15 +85,6 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many only, drawn at random."})
     report: bool = field(default=False, metadata={"help": "Compare student and teacher at the end, also in speed."})
     card_dataset: str | None = field(default=None, metadata={"help": "For the card: the Hub name of files' data set."})
-
-
-def parse() -> tuple[ModelArguments, DataArguments, RelationalDistillationConfig]:
-    """Flags, or one YAML or JSON file."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, RelationalDistillationConfig))
-    if len(sys.argv) == 2 and Path(sys.argv[1]).suffix in (".yaml", ".yml", ".json"):
-        return parser.parse_dict(DEFAULTS | yaml.safe_load(Path(sys.argv[1]).read_text()))  # YAML reads JSON, too
-    parser.set_defaults(**DEFAULTS)
-    return parser.parse_args_into_dataclasses()
 
 
 def read(file: str, **others: str) -> DatasetDict:
@@ -161,7 +152,9 @@ def measure(rows: dict[str, torch.Tensor], teacher: torch.Tensor, labels: dict[s
 
 def main() -> None:
     """Load, build, train, evaluate, print."""
-    model_args, data_args, args = parse()
+    model_args, data_args, args = parse_arguments(
+        ModelArguments, DataArguments, RelationalDistillationConfig, **DEFAULTS
+    )
     args.task_weight = 0.0  # no labels, no task
     set_seed(args.seed)
     with args.main_process_first():

@@ -11,7 +11,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 # Imported names whose distribution has another name.
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "onnx_ir": "onnxscript"}
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml", "onnx_ir": "onnxscript"}
 # Imported only where somebody else has imported them: nobody need install them for this package.
 GUESTS = {"deepspeed"}
 

@@ -45,7 +45,7 @@ RUNS = {
     "--student_projection none --warmup_steps 50 --cache_teacher --train_sampling_strategy group_by_length",
     "sst2-minilm-2-layers-own-loop": "examples/own_training_loop.py --train_file data/sst2/train.csv "
     "--validation_file data/sst2/validation.csv --text_column_name sentence --card_dataset stanfordnlp/sst2 "
-    "--card_teacher 'all-MiniLM-L6-v2, fine-tuned on SST-2 for 1 epoch' --report "
+    "--card_teacher 'all-MiniLM-L6-v2, fine-tuned on SST-2 for 1 epoch' "
     "--teacher_model_name_or_path out/cards/sst2-bert-2x128/teacher --student_num_layers 2",
     "cifar10-vit-4x128": "examples/image_classification.py --train_file data/cifar10/train.parquet "
     "--test_file data/cifar10/test.parquet --image_column_name img --card_dataset uoft-cs/cifar10 "

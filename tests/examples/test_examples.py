@@ -1,16 +1,18 @@
 """What holds for every script of the folder: its flags, its card, its errors."""
 
+import dataclasses
 import json
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import HfArgumentParser
 
+from hf_rrd.training.arguments import parse_arguments
 from tests.examples.scripts import CLASSIFY, LIBRARY, QUIET, SCRIPTS, TOKENIZER, load_script, start_process
 from tests.loopback_hub import LoopbackHub, header_errors
+
+write_cards = load_script("benchmarks/write_cards")
 
 
 @pytest.mark.parametrize("student", ["--student_num_layers 1", "--student_model_name_or_path {}/other"])
@@ -93,17 +95,38 @@ def test_a_script_reports_and_pushes_by_flags(
         *((name, f"docs/{name}.md") for name in ("text_embeddings", "image_embeddings")),
     ],
 )
-def test_the_command_in_the_docstring_or_on_the_page_is_understood(
-    name: str, page: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    script = load_script(name)
-    text = (Path(__file__).parents[2] / page).read_text().replace("\\\n", "") if page else script.__doc__
+def test_the_command_in_the_docstring_or_on_the_page_is_understood(name: str, page: str) -> None:
+    text = (Path(__file__).parents[2] / page).read_text().replace("\\\n", "") if page else load_script(name).__doc__
     words = shlex.split(next(line for line in text.splitlines() if line.strip().startswith("python")))
     assert words[:2] == ["python", f"examples/{name}.py"]
-    monkeypatch.setattr(sys, "argv", words[1:])
-    parse = getattr(script, "parse", None) or HfArgumentParser(script.Arguments).parse_args_into_dataclasses
-    settings = parse()[-1]
-    assert settings.output_dir == f"out/{name}"
+    assert settings_of(name, words[2:]).output_dir == f"out/{name}"
+
+
+@pytest.mark.parametrize("student", write_cards.RUNS)
+def test_the_commands_of_the_model_cards_are_understood(student: str) -> None:
+    script, *words = shlex.split(write_cards.RUNS[student])
+    assert settings_of(Path(script).stem, [*words, "--output_dir", "out/mine"]).output_dir == "out/mine"
+
+
+def test_the_scripts_use_one_set_of_names() -> None:
+    """A flag of a script of its own is called as in the others and in the settings."""
+    shared = {"num_train_epochs", "per_device_train_batch_size", "learning_rate", "output_dir", "seed", "bank_size"}
+    strange = {"epochs", "batch_size", "lr", "out", "data", "dataset", "teacher", "student"}
+    for name in (*SCRIPTS, "quickstart"):
+        script = load_script(name)
+        own = {field.name for kind in kinds_of(script) for field in dataclasses.fields(kind)}
+        assert own & strange == set(), name
+        assert {"output_dir", "num_train_epochs"} <= own, name
+        assert name != "own_training_loop" or shared <= own
+
+
+def kinds_of(script: Any) -> list[Any]:
+    kinds = [getattr(script, kind, None) for kind in ("Arguments", "ModelArguments", "DataArguments")]
+    return [kind for kind in kinds if kind] + ([] if kinds[0] else [script.RelationalDistillationConfig])
+
+
+def settings_of(name: str, words: list[str]) -> Any:
+    return parse_arguments(*kinds_of(load_script(name)), words=words)[-1]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -21,9 +21,9 @@ def test_the_own_loop_runs_on_two_processes_and_saves_a_student_of_the_printed_a
     folder: Path, tmp_path: Path
 ) -> None:
     line = (
-        "--train_file {}/train.csv --validation_file {}/validation.csv --text_column_name sentence --batch_size 8 "
-        "--teacher_model_name_or_path {}/classifier --student_num_layers 1 --kd_weight 1 --bank_size 30 "
-        "--learning_rate 0.01 --output_dir OUT"
+        "--train_file {}/train.csv --validation_file {}/validation.csv --text_column_name sentence "
+        "--per_device_train_batch_size 8 --teacher_model_name_or_path {}/classifier --student_num_layers 1 "
+        "--kd_weight 1 --bank_size 30 --learning_rate 0.01 --output_dir OUT"
     )
     printed = start_process("own_training_loop", line, folder, tmp_path, processes=2)
     assert printed.count("epoch 2: loss") == 1
@@ -50,7 +50,8 @@ def test_accelerate_launch_starts_a_script_as_two_processes(folder: Path, tmp_pa
     line = (
         f"{launcher} --dynamo_backend no --main_process_port {free_port()} {EXAMPLES}/own_training_loop.py "
         f"--train_file {folder}/train.csv --validation_file {folder}/validation.csv --text_column_name sentence "
-        f"--batch_size 8 --teacher_model_name_or_path {folder}/classifier --student_num_layers 1 --output_dir out"
+        f"--per_device_train_batch_size 8 --teacher_model_name_or_path {folder}/classifier --student_num_layers 1 "
+        "--output_dir out"
     )
     environment = os.environ | {"HF_HOME": str(tmp_path / "home")}
     printed = subprocess.run(

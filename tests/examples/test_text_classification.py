@@ -52,8 +52,10 @@ def test_text_classification_takes_the_teacher_of_an_earlier_run(start: Any, tmp
     assert len(again) < len(before) and again["classifier.weight"].shape == before["classifier.weight"].shape
 
 
-@pytest.mark.parametrize("suffix", ["yaml", "json"])
-def test_one_file_says_what_flags_say(suffix: str, start: Any, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("suffix", "beside"), [("yaml", "--max_steps 2"), ("json", "")])
+def test_a_file_says_what_flags_say_and_flags_beside_it_win(
+    suffix: str, beside: str, start: Any, folder: Path, tmp_path: Path
+) -> None:
     flags = "--teacher_model_name_or_path {}/classifier --student_num_layers 2 --max_steps 2 --max_train_samples 20"
     start("text_classification", f"{CLASSIFY} {flags} --output_dir OUT/flags")
     line = shlex.split(f"{CLASSIFY} {flags} --output_dir OUT/file".replace("{}", str(folder)))
@@ -61,9 +63,10 @@ def test_one_file_says_what_flags_say(suffix: str, start: Any, folder: Path, tmp
         name.removeprefix("--"): yaml.safe_load(value.replace("OUT", str(tmp_path)))
         for name, value in zip(line[::2], line[1::2], strict=True)
     } | {"save_strategy": "no"}
+    values |= {"max_steps": 5} if beside else {}
     file = tmp_path / f"settings.{suffix}"
     file.write_text((yaml.safe_dump if suffix == "yaml" else json.dumps)(values))
-    trainer = start("text_classification", str(file))
+    trainer = start("text_classification", f"--config {file} {beside}" if beside else str(file))
     assert len(trainer.train_dataset) == 20 and trainer.state.global_step == 2
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("flags", "file"))
     assert len(one) > 0 and [name for name in one if not torch.equal(one[name], other[name])] == []

@@ -15,6 +15,7 @@ from transformers import AutoModel, BertModel
 
 from hf_rrd import embed
 from hf_rrd.results.alignment import teacher_retrieval
+from hf_rrd.training.arguments import parse_arguments
 from tests.examples.scripts import QUIET, WORDS, load_script, start_process
 
 FILES = "--train_file {}/train.csv --validation_file {}/validation.csv --text_column_name sentence "
@@ -135,10 +136,9 @@ def test_settings_come_from_a_file_and_the_library_is_the_default_there_too(star
         file = tmp_path / f"settings.{suffix}"
         given = {"student_format": "transformers"} if suffix == "yaml" else {"learning_rate": 2e-4}
         file.write_text(json.dumps(needed | given))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sys.argv", ["text_embeddings.py", str(file)])
-            args = script.parse()[-1]
-            found.append((args.student_format, args.learning_rate))
+        kinds = (script.ModelArguments, script.DataArguments, script.RelationalDistillationConfig)
+        args = parse_arguments(*kinds, words=[str(file)], **script.DEFAULTS)[-1]
+        found.append((args.student_format, args.learning_rate))
     assert found == [("transformers", 5e-5), ("sentence_transformers", 2e-4)]
 
 
