@@ -258,7 +258,9 @@ class LogitPair:
         if layout in TEXTS and isinstance(labels, Tensor) and labels.shape == shape:
             # The logits at a token are those of the next one.
             labels = F.pad(labels[:, 1:], (0, 1), value=-100) if layout == "next words" else labels
-            counted.append(labels != -100)
+            known = labels != -100
+            # A text of a tagger that has no label at all is one that the teacher alone tells about.
+            counted.append(known | ~known.any(1, keepdim=True) if layout == "tokens" else known)
         name = "decoder_attention_mask" if layout == "target words" else "attention_mask"
         mask, other = inputs.get(name), inputs.get(TEACHER_PREFIX + name)
         if isinstance(mask, Tensor) and mask.dim() == 2:

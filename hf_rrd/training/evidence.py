@@ -75,10 +75,13 @@ def knows_classes(
     found = torch.cat(rows).cpu().double()
     if kind == NUMBERS:
         answers, labels = found.chunk(2, 1)
-        error, spread = ((labels - each).square().sum().item() for each in (answers, labels.mean(0)))
+        labels = labels.where(labels != -100, torch.nan)
+        if labels.isnan().all():
+            return pair.is_known
+        error, spread = ((labels - each).square().nansum().item() for each in (answers, labels.nanmean(0)))
         if error < (1 - MOSTLY) * spread:
             return True
-        what = f"miss the numbers of {len(found)} training examples by {error:.3g} in squares"
+        what = f"miss the numbers of {int((~labels.isnan()).any(1).sum())} training examples by {error:.3g} in squares"
         said = f"{what}, their mean by {spread:.3g}"
     else:
         columns = 2 if kind == SEVERAL else found.shape[1] - 1
@@ -110,9 +113,9 @@ def _compared(pair: LogitPair, logits: Tensor, labels: Tensor, batch: Any) -> tu
     if kind == NUMBERS and labels.numel() == logits.numel():
         return kind, torch.cat([logits.float(), labels.view_as(logits).float()], 1)
     if kind == SEVERAL and labels.shape == logits.shape:
-        there = labels > 0.5
-        right = ((logits > 0) == there).sum(1, keepdim=True)
-        return kind, torch.cat([right, torch.stack([~there, there], 2).flatten(1)], 1)
+        there, known = labels > 0.5, labels >= 0
+        right = (((logits > 0) == there) & known).sum(1, keepdim=True)
+        return kind, torch.cat([right, torch.stack([~there & known, there & known], 2).flatten(1)], 1)
     if kind != ONE or labels.is_floating_point() or labels.shape != logits.shape[:-1]:
         return kind, None
     known = ((labels >= 0) & (labels < logits.shape[-1])).view(len(labels), -1)

@@ -8,12 +8,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_pt_utils import nested_detach
 
 from hf_rrd.errors import named_errors
 from hf_rrd.models.body import unwrapped
 from hf_rrd.models.head import WITH_EMBEDDING, StudentOutputs, split_embedding
+from hf_rrd.models.logits import layout_of
 from hf_rrd.training.data import check_batch_labels, preserved_randomness
 
 
@@ -35,9 +36,10 @@ class TaskLoss:
         self.accelerator, self.in_forward, self.func = accelerator, in_forward, func
         self.divides = True
         self.uses_count = None if in_forward or func is not None else False
-        config = getattr(unwrapped(student), "config", None)
-        self._shifts = LOSS_MAPPING.get(getattr(unwrapped(student), "loss_type", None)) is ForCausalLMLoss
-        self._shifts &= not getattr(config, "is_encoder_decoder", False)
+        model, layout = unwrapped(student), layout_of(student)
+        # Asked of the loss itself: the names of GPT-2's class and of others do not tell it.
+        self._shifts = layout == "next words" and getattr(model, "loss_function", None) is ForCausalLMLoss
+        self._sums = layout == "letters" and func is None and getattr(model.config, "ctc_loss_reduction", "") == "sum"
 
     @classmethod
     def of_trainer(cls, trainer: Any, func: Any) -> "TaskLoss":
@@ -119,6 +121,8 @@ class TaskLoss:
         return parts
 
     def _share(self, inputs: Mapping[str, Any], outputs: Any, step: Any, otherwise: Any) -> Any:
+        if self._sums:  # over the examples, as CTC does by default
+            return step.processes
         labels, logits = inputs.get("labels"), outputs.get("logits") if isinstance(outputs, dict) else None
         if self.uses_count is not False and step.labels is not None:
             return 1 if self.func is not None else step.processes  # the Trainer itself does so with a function's

@@ -273,7 +273,10 @@ def test_of_tokens_those_count_that_have_a_label_and_are_attended_to() -> None:
     batch["labels"] = labels.clamp(min=0)  # a collator that leaves labels at padding
     assert terms_of(student, teacher, batch) == pytest.approx(terms_of(student, teacher, token_batch()), rel=1e-6)
     batch["labels"] = torch.full_like(labels, -100)
-    assert terms_of(student, teacher, batch) == [0.0, 0.0, 0.0]
+    assert terms_of(student, teacher, batch) == pytest.approx(terms_of(student, teacher, token_batch()), rel=1e-6)
+    batch["labels"][0] = labels[0]  # beside texts without any label those of this one count
+    found = terms_of(student, teacher, batch)
+    assert found[0] == pytest.approx(expected[0], rel=1e-4) and found[1] > 0 and found[2] > 0
 
 
 def test_of_masked_words_those_count_that_were_masked() -> None:
@@ -284,6 +287,8 @@ def test_of_masked_words_those_count_that_were_masked() -> None:
     mine, theirs = both_logits(student, teacher, **token_batch())
     expected = mean_divergence(mine, theirs, lambda i, token: labels[i, token] != -100)
     assert terms_of(student, teacher, batch) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    batch["labels"][0] = -100  # of this text no word is asked
+    assert terms_of(student, teacher, batch) == pytest.approx([0.0, *expected[1:]], rel=1e-4, abs=1e-5)
 
 
 def tiny_gpt2(head: Any = GPT2LMHeadModel, **changes: Any) -> Any:

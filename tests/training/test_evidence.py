@@ -189,6 +189,31 @@ def test_labels_below_0_count_as_none(tmp_path: Path) -> None:
     assert weights_of(trained(tmp_path, teacher, train_dataset=images, task_weight=0.0)) == TEACHES
 
 
+@pytest.mark.parametrize("kind", ["several", "numbers"])
+def test_several_labels_or_numbers_of_minus_100_count_as_none(tmp_path: Path, kind: str) -> None:
+    student, teacher, data = bert_pair(kind)
+    places = (data.mask.long().cumsum(1) - 1).clamp(min=0)
+    batch = {"input_ids": data.tokens, "attention_mask": data.mask, "position_ids": places}
+    with torch.no_grad():
+        logits = teacher.eval()(**batch).logits
+        teacher.classifier.bias -= logits.median(0).values  # each class is there in half of the examples
+        logits = teacher(**batch).logits
+    data.labels = (logits > 0).float() if kind == "several" else logits.squeeze(1)
+    data.labels[16:] = -100.0
+    student.config.problem_type = {"several": "multi_label_classification", "numbers": "regression"}[kind]
+
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        known = labels != -100
+        squares = (outputs["logits"].view_as(labels) - labels).square() * known
+        return squares.sum() / (known.sum() if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
+
+    given = {"model": student, "train_dataset": data, "compute_loss_func": loss}
+    assert weights_of(trained(tmp_path, teacher, **given)) == TEACHES
+    data.labels[:] = -100.0
+    given |= {"task_weight": 0.0, "compute_loss_func": None}
+    assert weights_of(trained(tmp_path, teacher, **given)) == TEACHES  # by their names
+
+
 def test_without_labels_the_names_tell(tmp_path: Path, said: list[str]) -> None:
     unlabelled: dict[str, Any] = {"train_dataset": Images(labels=False), "task_weight": 0.0}
     assert weights_of(trained(tmp_path, teacher_vit(), **unlabelled)) == TEACHES and said == []
