@@ -267,8 +267,7 @@ class RelationalDistillationTrainer(Trainer):
 
     def _calibrate(self) -> None:
         ask_teacher(self)
-        how = (self._teacher, self.get_test_dataloader, self._prepare_inputs, self.accelerator, self.args)
-        calibrate(self.distillation, self.train_dataset, *how)
+        calibrate(self)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The micro-batches of one optimizer step; counts their examples and labels."""

@@ -116,7 +116,8 @@ class Embedder:
 
     def pool(self, outputs: Any, inputs: dict[str, Any]) -> Tensor:
         """From the body's output for these inputs to (batch, width); a ValueError if it is another number of rows."""
-        mask, hidden = _mask_of(inputs), getattr(outputs, "last_hidden_state", None)
+        masks = [inputs[name] for name in ("attention_mask", "pixel_attention_mask") if name in inputs]  # of patches
+        mask, hidden = masks[0] if masks else None, getattr(outputs, "last_hidden_state", None)
         choices: Any = None
         if isinstance(hidden, Tensor):
             if mask is not None and mask.dim() == 3 and len(hidden) == mask[:, :, 0].numel():
@@ -193,11 +194,6 @@ class Embedder:
         return "map_channels_last" if self.body.config.model_type in _CHANNELS_LAST else "map"
 
 
-def _mask_of(inputs: dict[str, Any]) -> Tensor | None:
-    """Which tokens of a batch, or patches of images of several sizes, are no padding; None where all are."""
-    return next((inputs[name] for name in ("attention_mask", "pixel_attention_mask") if name in inputs), None)
-
-
 PACKED = "the texts of a batch are packed into one row, and each needs its own embedding. Pad them instead"
 
 
@@ -257,14 +253,20 @@ def _known_reader(model: nn.Module, body: Any) -> tuple[nn.Module, int] | None:
 
 def _blank_inputs(body: Any) -> dict[str, Any]:
     """One blank example of a body's kind."""
-    name = main_input_of(body)
-    blank = {name: _blank_input(body)}
-    if name == "input_ids" and body.config.is_encoder_decoder:
-        eos = body.config.eos_token_id
-        blank[name][:, -1] = eos if isinstance(eos, int) and eos < body.config.vocab_size else 1  # BART reads there
-    if name == "input_ids" and body.config.is_encoder_decoder and "decoder_input_ids" in (forward_columns(body) or ()):
-        blank["decoder_input_ids"] = blank[name]
-    return blank
+    name, (device, dtype) = main_input_of(body), place_of(body)
+    if name != "input_ids":
+        shape: tuple[int, ...] = (16_000,)  # a second of speech
+        if name == "pixel_values":
+            size = getattr(body.config, "image_size", 224)
+            height, width = (size, size) if isinstance(size, int) else size
+            shape = (getattr(body.config, "num_channels", 3), height, width)
+        return {name: torch.zeros(1, *shape, dtype=dtype, device=device)}
+    ids = torch.ones(1, 4, dtype=torch.long, device=device)
+    if not body.config.is_encoder_decoder:
+        return {name: ids}
+    eos = body.config.eos_token_id
+    ids[:, -1] = eos if isinstance(eos, int) and eos < body.config.vocab_size else 1  # BART reads there
+    return {each: ids for each in (name, "decoder_input_ids") if each == name or each in (forward_columns(body) or ())}
 
 
 @torch.no_grad()
@@ -277,15 +279,3 @@ def _blank_outputs(body: Any) -> tuple[Any, dict[str, Any]]:
         return None, blank
     finally:
         body.train(training)
-
-
-def _blank_input(body: Any) -> Tensor:
-    device, dtype = place_of(body)
-    if main_input_of(body) == "input_ids":
-        return torch.ones(1, 4, dtype=torch.long, device=device)
-    shape: tuple[int, ...] = (16_000,)  # a second of speech
-    if main_input_of(body) == "pixel_values":
-        size = getattr(body.config, "image_size", 224)
-        height, width = (size, size) if isinstance(size, int) else size
-        shape = (getattr(body.config, "num_channels", 3), height, width)
-    return torch.zeros(1, *shape, dtype=dtype, device=device)

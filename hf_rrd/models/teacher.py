@@ -1,7 +1,7 @@
 """The teacher: frozen, in evaluation mode, without gradients, and never part of the student."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -65,13 +65,13 @@ class Teacher:
         self.own: list[str] | None = None  # the `teacher_` columns that it reads, of the first data that were seen
         self.sources: dict[str, str] = {}  # who made the cached columns of a run's sets, and who it is itself
         self.before_sharing: Callable[[], None] | None = None  # called once, before it reads the student's input
-        self.width: int | None = None  # of its embedding; without a model from `cached_as`
+        self.width: int | None = None  # of its embedding, be it cached
         self.dtype = torch.float32  # of its embedding: a half precision where the weights or the columns have one
         self._embedder: Embedder | None = None
         if model is None:
             return
         model.requires_grad_(False).eval()
-        self._forward: Any = model if compile_kwargs is None else torch.compile(model, **compile_kwargs)
+        self.forward: Any = model if compile_kwargs is None else torch.compile(model, **compile_kwargs)
         self.columns = forward_columns(model)
         self.body = unwrapped(model)
         self._counts_padding = _counts_padding(self.body)
@@ -86,10 +86,6 @@ class Teacher:
             weights = place_of(self.body)[1]
             self.dtype = weights if weights in (torch.float16, torch.bfloat16) else torch.float32
             watch(self._embedder.watched)
-
-    def cached_as(self, width: int, dtype: torch.dtype) -> None:
-        """Take over the form of cached embeddings, in place of a model's."""
-        self.width, self.dtype = width, dtype
 
     @property
     def is_placed(self) -> bool:
@@ -108,10 +104,6 @@ class Teacher:
             instead = "Load it with from_pretrained, with a `device_map` if it is to be offloaded"
             raise ValueError(f"the teacher's weights are on the meta device, so it has none. {instead}.")
         self.model.to(device)
-
-    def run_through(self, engine: nn.Module) -> None:
-        """Let the forward go through a wrapper of the model."""
-        self._forward = engine
 
     def read_after(self, prompt_length: int | None) -> None:
         """Tell a SentenceTransformer's pooling how many tokens at the beginning of each text are a prompt."""
@@ -234,7 +226,7 @@ class Teacher:
             try:
                 if self._embedder is not None:
                     keep_next(watched)
-                outputs = self._forward(**placed(inputs, self.body))
+                outputs = self.forward(**placed(inputs, self.body))
                 logits = logits_of(outputs) if self.wants_logits else None
                 logits = None if logits is None else logits.to(device)
                 if self._embedder is None:
@@ -297,7 +289,7 @@ def load_teacher(teacher: Any, kwargs: Any = None, argument: str = "teacher", po
         kind = kind_of(teacher, kwargs) if pooling == "auto" else None
         whole = kind == "SentenceTransformer"
         model = opened(load(teacher, kwargs), argument) if whole else _loaded(teacher, kwargs)
-        model.__dict__[KIND], model.__dict__[LOADED_FROM] = kind, _origin(teacher, kwargs)
+        model.__dict__[KIND], model.__dict__[LOADED_FROM] = kind, (str(teacher), _commit_of(teacher, kwargs))
         return model
     except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         given = f" with `teacher_model_init_kwargs` {sorted(kwargs)}" if kwargs else ""
@@ -313,24 +305,15 @@ def _loaded(name: str | os.PathLike[str], kwargs: dict[str, Any]) -> Any:
     config = transformers.AutoConfig.from_pretrained(name, **{key: kwargs[key] for key in shared if key in kwargs})
     remote = [each for each in getattr(config, "auto_map", None) or {} if each.startswith("AutoModel")]
     classes = [*(getattr(config, "architectures", None) or [])[:1], *remote, "AutoModel"]
-    found: Iterator[Any] = (getattr(transformers, each, None) for each in classes)
-    return next(each for each in found if _is_model_class(each)).from_pretrained(name, **kwargs)
+    for each in classes:
+        found: Any = getattr(transformers, each, None)
+        is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+        if is_model or getattr(found, "__name__", "").startswith("AutoModel"):
+            return found.from_pretrained(name, **kwargs)
 
 
-def _origin(name: Any, kwargs: dict[str, Any]) -> tuple[str, str | None]:
-    return str(name), _commit_of(name, kwargs.get("revision"), kwargs.get("cache_dir"))
-
-
-def _is_model_class(found: Any) -> bool:
-    """Whether an attribute of transformers is what a config may name: a model's class, or an `AutoModelFor...`."""
-    return isinstance(found, type) and (
-        issubclass(found, transformers.PreTrainedModel) or found.__name__.startswith("AutoModel")
-    )
-
-
-def _commit_of(name: Any, revision: str | None, cache_dir: Any) -> str | None:
+def _commit_of(name: Any, kwargs: dict[str, Any]) -> str | None:
     """Of a model of the Hub, as the local cache has just resolved it; None of a folder."""
-    if os.path.isdir(name):
-        return None
-    file = try_to_load_from_cache(str(name), "config.json", revision=revision, cache_dir=cache_dir)
+    where = {key: kwargs.get(key) for key in ("revision", "cache_dir")}
+    file = None if os.path.isdir(name) else try_to_load_from_cache(str(name), "config.json", **where)
     return os.path.basename(os.path.dirname(file)) if isinstance(file, str) else None  # snapshots/<commit>/config.json

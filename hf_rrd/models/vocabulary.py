@@ -15,9 +15,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 
 from hf_rrd.models.initialization import plain_weights_of
 
-BATCH = 1000
-"""Texts that are tokenized at once."""
-
+BATCH = 1000  # texts that are tokenized at once
 # Fields of configs and modules that hold ids of tokens, alone, in lists or in dicts.
 _OF_TOKENS = re.compile(
     r"(^|_)token_(ids?|index)$|^padding_idx$|^(begin_)?suppress_tokens$|^bad_words_ids$|^(lang|task)_to_id$"

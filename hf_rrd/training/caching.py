@@ -30,13 +30,10 @@ from hf_rrd.training.projection import TeacherProjection
 from hf_rrd.training.reading import Columns, Reader, agree, fingerprint_of, outputs_of, spread
 from hf_rrd.training.sources import source_of
 
-SHARD_EXAMPLES = 8192
-"""Examples in a file of the cache: what a killed call loses at most, for each process."""
-
-CALIBRATION_EXAMPLES = 4096
-"""Examples that a projection is measured on."""
-
 logger = logging.get_logger(__name__)
+
+SHARD_EXAMPLES = 8192  # in a file of the cache: what a killed call loses at most, for each process
+CALIBRATION_EXAMPLES = 4096  # that a projection is measured on
 
 AnyDataset = TypeVar("AnyDataset", bound=Dataset | DatasetDict | IterableDataset | IterableDatasetDict)
 
@@ -117,6 +114,10 @@ def cache_teacher_outputs(
         raise ValueError(f"`dtype` must be one of ['float16', 'float32'], got {dtype!r}.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be 1 or more, got {batch_size}.")
+    if text_column is None and prompt_name is not None:
+        raise ValueError(f"`prompt_name` {prompt_name!r} needs a `text_column`, whose texts it comes before.")
+    if text_column is not None and data_collator is not None:
+        raise ValueError(f"`text_column` {text_column!r} is read without a `data_collator`. Leave one of them out.")
     model = load_teacher(teacher, teacher_model_init_kwargs, pooling=pooling)
     if model is None:
         raise TypeError("`teacher` must be a model, a Hub name or a folder, got None.")
@@ -124,11 +125,13 @@ def cache_teacher_outputs(
     if with_logits and is_headless(model):
         raise ValueError(f"`with_logits` needs a teacher with a head, got {type(model).__name__}.")
     frozen = Teacher(model, wants_embedding=True, wants_logits=with_logits, pooling=pooling)
-    texts = _texts(model, text_column, prompt_name, processing_class, data_collator)
+    texts = None if text_column is None else Texts(model, processing_class, prompt_name)
+    settings: dict[str, Any] = {"weights": weights_hash(model), "pooling": frozen.pooling}
     if texts is None:
         frozen.mind_prompt()
     else:
         frozen.read_after(texts.prompt_length)
+        settings["texts"] = (text_column, *texts.rules)
     reader = Reader(
         teacher=frozen,
         collate=data_collator,
@@ -137,12 +140,10 @@ def cache_teacher_outputs(
         num_workers=num_workers,
         with_logits=with_logits,
         dtype=dtype,
-        settings={"weights": weights_hash(model), "pooling": frozen.pooling},
+        settings=settings,
         texts=texts,
         text_column=text_column or "",
     )
-    if texts is not None:
-        reader.settings["texts"] = (text_column, *texts.rules)
     if projection_dim is None and teacher_projection in ("pca", "orthogonal"):
         raise ValueError(f"teacher_projection={teacher_projection!r} needs a `projection_dim`, got None. Try 128.")
     root = Path(cache_dir) if cache_dir is not None else Path(datasets.config.HF_DATASETS_CACHE) / "teacher_outputs"
@@ -189,17 +190,6 @@ def with_views(dataset: Dataset, views: int) -> Dataset:
     count = len(dataset)
     seeds = np.arange(views * count).reshape(views, count)
     return datasets.concatenate_datasets([dataset.add_column("view_seed", row) for row in seeds])
-
-
-def _texts(model: Any, column: str | None, prompt_name: str | None, processor: Any, collator: Any) -> Texts | None:
-    """How a teacher reads a column of texts; None where it reads other columns."""
-    if column is None:
-        if prompt_name is not None:
-            raise ValueError(f"`prompt_name` {prompt_name!r} needs a `text_column`, whose texts it comes before.")
-        return None
-    if collator is not None:
-        raise ValueError(f"`text_column` {column!r} is read without a `data_collator`. Leave one of them out.")
-    return Texts(model, processor, prompt_name)
 
 
 def _check_part(name: str, part: Any, text_column: str | None) -> None:
@@ -274,14 +264,12 @@ def _cached(dataset: Dataset, reader: Reader, root: Path) -> Dataset:
             _write(outputs_of(dataset.select(rows), reader, bar), reader, _file_of(folder, rows))
     reader.state.wait_for_everyone()
     parts = [_kept(folder, rows) for rows in shards]
-    absent = [_file_of(folder, rows).name for rows, part in zip(shards, parts, strict=True) if part is None]
-    if absent:
+    if absent := [_file_of(folder, rows).name for rows, part in zip(shards, parts, strict=True) if part is None]:
         raise FileNotFoundError(
             f"{len(absent)} files of {folder} are not there, {absent[0]} first: another process wrote them elsewhere. "
             "Set `cache_dir` to a folder that all processes share."
         )
-    outputs = datasets.concatenate_datasets(parts)
-    both = [dataset.with_format(None), outputs]
+    both = [dataset.with_format(None), datasets.concatenate_datasets(parts)]
     result = datasets.concatenate_datasets(both, axis=1, split=dataset.split)
     # Where it is from, for the model card.
     result.info.download_checksums, result.info.config_name = dataset.info.download_checksums, dataset.info.config_name

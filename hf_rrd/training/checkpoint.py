@@ -27,23 +27,13 @@ from hf_rrd.files import written_whole
 
 logger = logging.get_logger(__name__)
 
-SIDECAR = "_relational_distillation.safetensors"
-"""The file's name. The underscore keeps it out of what the Trainer pushes beside the student."""
+SIDECAR = "_relational_distillation.safetensors"  # the underscore keeps it out of what the Trainer pushes
+BINARIES = (".safetensors", ".bin", ".pt", ".pth", ".distcp", ".metadata")  # of what is resumed; texts may be edited
+MOST_TENSORS, LONGEST_HEADER = 100, 10_000_000  # heads have few weights; so many bytes name a hundred thousand files
+PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of a sidecar's tensors
+SET_ASIDE = "incomplete-"  # how the name of a checkpoint begins that was not written to its end
 
-BINARIES = (".safetensors", ".bin", ".pt", ".pth", ".distcp", ".metadata")
-"""Endings of the files that a run is resumed from. Texts may be edited."""
-
-MOST_TENSORS, LONGEST_HEADER = 100, 10_000_000
-"""Of a sidecar: heads have few weights, and so many bytes name a hundred thousand files."""
-
-PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""What a sidecar's tensors are in."""
-
-SET_ASIDE = "incomplete-"
-"""How the name of a checkpoint begins that was not written to its end."""
-
-State = dict[str, dict[str, Tensor]]
-"""Tensors by group and name."""
+State = dict[str, dict[str, Tensor]]  # tensors by group and name
 
 
 def save_sidecar(folder: str, state: State, about: dict[str, str] | None = None) -> None:

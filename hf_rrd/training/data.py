@@ -56,21 +56,16 @@ class DataCollatorForDistillation:
             ValueError: They do not make one; it names the columns.
         """
         with named_errors("making a batch", features[0] if features else None):
-            return self._collated(features)
-
-    def _collated(self, features: list[Any]) -> dict[str, Tensor]:
-        features = [dict(feature) if isinstance(feature, Mapping) else dict(vars(feature)) for feature in features]
-        prefixed = [name for name in features[0] if is_teacher_input(name)]
-        cached = [name for name in CACHED_COLUMNS if name in features[0]]
-        teacher_features = [
-            {name.removeprefix(TEACHER_PREFIX): feature.pop(name) for name in prefixed} for feature in features
-        ]
-        stacked = {name: _stacked([feature.pop(name) for feature in features]) for name in cached}
-        batch = _collated(self._collate_student, features, "") | stacked
-        if prefixed:
-            teacher_batch = _collated(self._collate_teacher, teacher_features, TEACHER_PREFIX)
-            batch |= {TEACHER_PREFIX + name: value for name, value in teacher_batch.items()}
-        return batch
+            features = [dict(feature) if isinstance(feature, Mapping) else dict(vars(feature)) for feature in features]
+            prefixed = [name for name in features[0] if is_teacher_input(name)]
+            cached = [name for name in CACHED_COLUMNS if name in features[0]]
+            of_teacher = [{name[len(TEACHER_PREFIX) :]: each.pop(name) for name in prefixed} for each in features]
+            stacked = {name: _stacked([feature.pop(name) for feature in features]) for name in cached}
+            batch = _collated(self._collate_student, features, "") | stacked
+            if prefixed:
+                teacher_batch = _collated(self._collate_teacher, of_teacher, TEACHER_PREFIX)
+                batch |= {TEACHER_PREFIX + name: value for name, value in teacher_batch.items()}
+            return batch
 
 
 def default_collator(student: Any, teacher: Any, model: Any) -> DataCollatorForDistillation:
@@ -181,11 +176,7 @@ class Preview:
 
     @property
     def cached_shape(self) -> tuple[int, torch.dtype] | None:
-        """Width and dtype of the `teacher_embedding` column, or None where a data set has no such column.
-
-        Raises:
-            ValueError: There is one, of something else than rows of numbers.
-        """
+        """Width and dtype of the `teacher_embedding` column, or None; a ValueError where it has no rows of numbers."""
         if "teacher_embedding" not in self.example:
             return None
         feature = (getattr(self.dataset, "features", None) or {}).get("teacher_embedding")
@@ -322,9 +313,7 @@ def cached_embeddings(dataset: Dataset | IterableDataset) -> Tensor:
     """All of the column `teacher_embedding`, (examples, width), whatever else the examples have."""
     rows = dataset.select_columns("teacher_embedding").with_format("torch")
     with named_errors("reading the column `teacher_embedding`"):
-        column = (
-            rows["teacher_embedding"][:] if isinstance(rows, Dataset) else [row["teacher_embedding"] for row in rows]
-        )
+        column = rows["teacher_embedding"][:] if isinstance(rows, Dataset) else list(rows["teacher_embedding"])
         if isinstance(column, Tensor):
             return column.float()
         widths = {str(tuple(row.shape) if isinstance(row, Tensor) else row) for row in column}

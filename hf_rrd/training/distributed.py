@@ -1,8 +1,7 @@
 """Several processes: who has how many examples, everybody's rows, and a teacher that is shared out among them."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,13 +9,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 from datasets import IterableDataset
 from torch import Tensor, nn
-from transformers import TrainingArguments
 from transformers.utils import logging
 
 from hf_rrd.errors import named_errors
 from hf_rrd.models.teacher import Teacher
 from hf_rrd.training.data import cached_embeddings, has_cached_embeddings
-from hf_rrd.training.distillation import Distillation
 
 
 class StepExamples:
@@ -65,18 +62,10 @@ class StepExamples:
 
 
 def gather_rows(accelerator: Accelerator, rows: Tensor, counts: list[list[int]]) -> Tensor:
-    """The rows of all processes, by one all-gather, in the order in which one process would have had them.
+    """The rows of all processes, (all, dim), from those of this one, (own, dim), and who has how many, by micro-batch.
 
-    That is the first micro-batch of each process, then the second of each, and so on. Each process sends as many rows
-    as the one that has the most.
-
-    Args:
-        accelerator: Of the trainer.
-        rows: Of this process, (own, dim).
-        counts: How many each process has in each of its micro-batches.
-
-    Raises:
-        ValueError: There are not as many rows as this process said it has.
+    In the order in which one process would have had them: the first micro-batch of each process, then the second of
+    each, and so on. A ValueError where there are not as many rows as this process said it has.
     """
     totals = [sum(micro_batches) for micro_batches in counts]
     if len(rows) != totals[accelerator.process_index]:
@@ -84,7 +73,7 @@ def gather_rows(accelerator: Accelerator, rows: Tensor, counts: list[list[int]])
             f"the teacher gave {len(rows)} embeddings for {totals[accelerator.process_index]} examples: a pooling or "
             "a collator changes their number. It has to be one for each row of the batch's first tensor."
         )
-    longest = max(totals)
+    longest = max(totals)  # each sends as many
     if len(rows) < longest:
         rows = torch.cat([rows, rows.new_zeros(longest - len(rows), rows.shape[1])])
     gathered = accelerator.gather(rows.contiguous()).split(longest)
@@ -113,64 +102,47 @@ def _length(dataset: Any) -> Any:
     return len(dataset) if hasattr(dataset, "__len__") else "unknown"
 
 
-@contextmanager
-def every_example(accelerator: Accelerator, args: TrainingArguments) -> Iterator[None]:
-    """Loaders made meanwhile give each process as many batches and leave no example out, unlike a training's may."""
-    settings = accelerator.dataloader_config
+def loader_of(examples: Any, trainer: Any) -> Any:
+    """A loader that gives each process as many batches and leaves no example out, unlike a training's may."""
+    settings, args = trainer.accelerator.dataloader_config, trainer.args
     even_batches, drop_last = settings.even_batches, args.dataloader_drop_last
     settings.even_batches, args.dataloader_drop_last = True, False
     try:
-        yield
+        loader = trainer.get_test_dataloader(examples)
     finally:
         settings.even_batches, args.dataloader_drop_last = even_batches, drop_last
+    trainer.accelerator._dataloaders.remove(loader)  # or it is kept, with its examples and workers, as the run lasts
+    return loader
 
 
 @torch.no_grad()
-def embed_all(
-    dataset: Any,
-    teacher: Teacher,
-    loader_of: Callable[[Any], Any],
-    prepare: Callable[[Any], Any],
-    accelerator: Accelerator,
-    args: TrainingArguments,
-) -> Tensor:
-    """The teacher's embeddings of some training examples, (examples, width), on all processes.
-
-    Args:
-        dataset: The examples. Cached embeddings are read from their column.
-        teacher: Reads the others.
-        loader_of: From a data set to a loader that shares it out among the processes.
-        prepare: From a batch to the same on this process's device.
-        accelerator, args: Of the trainer.
-    """
+def embed_all(dataset: Any, trainer: Any) -> Tensor:
+    """The teacher's embeddings of some training examples, (examples, width), on all processes; cached ones as read."""
+    accelerator, args = trainer.accelerator, trainer.args
     if isinstance(dataset, IterableDataset) and not has_cached_embeddings(dataset):
         dataset = list(dataset)
     check_same_lengths("train_dataset", dataset)  # of streams that end early
     if has_cached_embeddings(dataset):
         return cached_embeddings(dataset).to(args.device)
-    with every_example(accelerator, args):  # none twice: a stream's length has to be known
-        loader = loader_of(dataset)
-    parts = []
+    loader, parts = loader_of(dataset, trainer), []  # none twice: a stream's length has to be known
     with named_errors("reading examples of `train_dataset`"):
         is_silent = args.disable_tqdm or not accelerator.is_main_process
         for batch in logging.tqdm(loader, desc="Measuring the teacher", disable=is_silent):
             with named_errors("calibration on `train_dataset`", batch), accelerator.autocast():
-                embedding = teacher.read(prepare(batch), logits=False).embedding
+                embedding = trainer._teacher.read(trainer._prepare_inputs(batch), logits=False).embedding
                 if embedding is None:
                     raise ValueError("there is no teacher, and the batch has no `teacher_embedding`.")
                 parts.append(accelerator.gather_for_metrics(embedding.float()))
-    accelerator._dataloaders.remove(loader)  # or it is kept, with its examples and workers, while the run lasts
     return torch.cat(parts) if parts else torch.empty(0, 0)  # of an empty stream
 
 
-def calibrate(distillation: Distillation, dataset: Any, *how: Any) -> None:
-    """`Distillation.calibrate` on all processes; `how` are the other arguments of `embed_all`."""
-    accelerator: Accelerator = how[-2]
+def calibrate(trainer: Any) -> None:
+    """`Distillation.calibrate` on the training set, on all processes."""
 
     def of_main_process(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return dict(broadcast({name: tensor.to(accelerator.device) for name, tensor in state.items()}))
+        return dict(broadcast({name: tensor.to(trainer.accelerator.device) for name, tensor in state.items()}))
 
-    distillation.calibrate(dataset, lambda sample: embed_all(sample, *how), of_main_process)
+    trainer.distillation.calibrate(trainer.train_dataset, lambda sample: embed_all(sample, trainer), of_main_process)
 
 
 def mean_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
@@ -187,7 +159,7 @@ def place_teacher(teacher: Teacher, accelerator: Accelerator) -> None:
     if accelerator.is_fsdp2:
         _shard(teacher.model, accelerator)
     elif getattr(state, "deepspeed_plugin", None) is not None and state.deepspeed_plugin.zero_stage == 3:
-        teacher.run_through(_partitioned(teacher.model, state.deepspeed_plugin, state.mixed_precision))
+        teacher.forward = _partitioned(teacher.model, state.deepspeed_plugin, state.mixed_precision)
     else:
         teacher.place(accelerator.device)
 

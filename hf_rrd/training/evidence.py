@@ -1,6 +1,5 @@
 """Whether a teacher knows the classes that the student learns: shown by its answers, where there are labels."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,59 +10,36 @@ from transformers.utils import logging
 from hf_rrd.errors import named_errors
 from hf_rrd.losses.logits import NUMBERS, ONE, SEVERAL
 from hf_rrd.models.logits import LogitPair
-from hf_rrd.models.teacher import Teacher
 from hf_rrd.training.data import preserved_randomness, sample_of
-from hf_rrd.training.distributed import every_example
+from hf_rrd.training.distributed import loader_of
 
 logger = logging.get_logger(__name__)
 
-ASKED = 1024
-"""Training examples whose labels a teacher's logits are compared with."""
+ASKED = 1024  # training examples whose labels a teacher's logits are compared with
 
+# How far a teacher that pulls hard has to come on the way from one answer for all to all answers right. A weaker one
+# can do harm where its student could be better than it; its embedding, which pulls as hard as the task, is gentler.
 MOSTLY = 0.75
-"""How far a teacher that pulls hard has to come on the way from one answer for all to all answers right.
-
-A weaker one can do harm where its student could be better than it; its embedding alone, which pulls as hard as the
-task, is the gentler way.
-"""
 
 
 @torch.no_grad()
-def knows_classes(
-    dataset: Any,
-    seed: int,
-    teacher: Teacher,
-    pair: LogitPair,
-    loader_of: Callable[[Any], Any],
-    prepare: Callable[[Any], Any],
-    accelerator: Any,
-    args: Any,
-) -> bool:
-    """Whether a teacher's logits tell the labels, mostly; where nothing tells, whether names have shown it.
+def knows_classes(dataset: Any, trainer: Any) -> bool:
+    """Whether the teacher's logits tell the labels of a training set, mostly; or else whether names have shown it.
 
-    That answer is the most frequent class, of examples, tokens or frames; whether each of several labels is there; or
-    the mean of numbers. A head of fresh weights has the classes' names, and another task may have as many: neither
-    shall teach.
-
-    Args:
-        dataset: The training set, of which up to `ASKED` examples are read.
-        seed: Which.
-        teacher, pair: Of the run.
-        loader_of, prepare: From examples to a loader, and from a batch to the same on this process's device.
-        accelerator, args: Of the trainer.
+    It has to do better than one answer for all: the most frequent class, of examples, tokens or frames; whether each
+    of several labels is there; or the mean of numbers. A head of fresh weights has the classes' names, and another
+    task may have as many: neither shall teach.
     """
-    if dataset is None or not hasattr(dataset, "__len__"):
+    pair, accelerator = trainer.distillation.logits, trainer.accelerator
+    if not hasattr(dataset, "__len__"):
         return pair.is_known
     rows: list[Tensor] = []
     kind = ONE
     with preserved_randomness():
-        with every_example(accelerator, args):
-            loader = loader_of(sample_of(dataset, ASKED, seed))
-        accelerator._dataloaders.remove(loader)  # or it is kept while the run lasts
-        for batch in loader:
+        for batch in loader_of(sample_of(dataset, ASKED, trainer.distillation.seed), trainer):
             with named_errors("asking the teacher for labels of `train_dataset`", batch), accelerator.autocast():
-                batch = prepare(batch)
-                logits, labels = teacher.read(batch).logits, batch.get("labels")
+                batch = trainer._prepare_inputs(batch)
+                logits, labels = trainer._teacher.read(batch).logits, batch.get("labels")
                 if logits is None or not isinstance(labels, Tensor):
                     return pair.is_known
                 kind, row = _compared(pair, logits, labels, batch)

@@ -21,8 +21,7 @@ class FiniteCheck:
     On a GPU `note` only queues work, and `raise_if_found` reads the result: it belongs where the host waits anyway. On
     a CPU there is nothing to wait for, and `note` raises at once.
 
-    Args:
-        broken_terms: Gives the names of the loss's terms that are not finite, for the message.
+    `broken_terms` gives the names of the loss's terms that are not finite, for the message.
     """
 
     def __init__(self, broken_terms: Callable[[], list[str]]) -> None:
@@ -53,10 +52,9 @@ class FiniteCheck:
         for name, first in found.items():
             step = int(first)
             if step >= 0:
-                about = "the loss" if name == "the loss" else "the teacher"
                 terms = ", ".join(self._broken_terms()) if name == "the loss" else ""
-                which = f"{name} ({terms})" if terms else name
-                raise ValueError(f"{which} is not finite (nan or inf) at step {step}. {ADVICE[about]}")
+                which, advice = f"{name} ({terms})" if terms else name, ADVICE.get(name, ADVICE["the teacher"])
+                raise ValueError(f"{which} is not finite (nan or inf) at step {step}. {advice}")
 
 
 @torch.no_grad()

@@ -7,8 +7,8 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
-from functools import cached_property, lru_cache
-from types import CodeType, FunctionType, ModuleType
+from functools import lru_cache
+from types import CodeType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,20 +29,18 @@ def hash_of(*things: Any) -> str:
     digest = hashlib.sha256()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of dill, about what it could not load again
-        pickler = _Pickler(_Sink(digest), recurse=True)
+        pickler = _Pickler(SimpleNamespace(write=digest.update), recurse=True)
+        pickler.found = []
         pickler.dump(things)
         for own in pickler.found:  # which grows meanwhile: one after the other, whatever calls whatever
             pickler.dump(_function(own) if isinstance(own, FunctionType) else _class(own))
     return digest.hexdigest()
 
 
-class _Sink:
-    def __init__(self, digest: Any) -> None:
-        self.write = digest.update
-
-
 class _Pickler(Pickler):
     """That of datasets, whose bytes are alike in all processes, with code by value. Nobody loads what it writes."""
+
+    found: list[Any]  # functions and classes whose code counts
 
     def save(self, obj: Any, save_persistent_id: bool = True) -> None:
         """Write an object, or what stands for it."""
@@ -63,15 +61,9 @@ class _Pickler(Pickler):
             return obj.co_code, obj.co_consts, obj.co_names
         if not isinstance(obj, FunctionType | type) or not _is_own(obj):
             return obj
-        number = next((number for number, own in enumerate(self.found) if own is obj), len(self.found))
-        if number == len(self.found):
+        if not any(own is obj for own in self.found):
             self.found.append(obj)
-        return "own", number
-
-    @cached_property
-    def found(self) -> list[Any]:
-        """Functions and classes whose code counts."""
-        return []
+        return "own", next(number for number, own in enumerate(self.found) if own is obj)
 
 
 def _function(function: FunctionType) -> Any:

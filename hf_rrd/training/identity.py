@@ -19,8 +19,15 @@ from hf_rrd.training.checkpoint import has_sidecar, said_of
 from hf_rrd.training.data import Preview, cached_embeddings, has_cached_embeddings, is_map_style
 from hf_rrd.training.hashing import hash_of
 
-SAMPLED = 1024
-"""Values of each weight in a `weights_sample`."""
+SAMPLED = 1024  # values of each weight in a `weights_sample`
+
+# Fields of a config that say nothing about a model's outputs beside its weights.
+NO_PART_OF_OUTPUTS = (
+    *("_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype"),
+    *("problem_type", "use_cache", "output_hidden_states", "output_attentions", "return_dict"),
+    *("id2label", "label2id"),
+)
+PATHS = ("base_model_name_or_path", "revision", "inference_mode")  # in an adapter's config: where it came from
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -166,7 +173,7 @@ def _hash_of(model: nn.Module, tensors: Iterator[tuple[str, Any]]) -> str:
     plain = unwrapped(model)
     digest = hashlib.sha256(f"{type(plain).__module__}.{type(plain).__qualname__}".encode())
     config = getattr(plain, "config", None)
-    about = [_facts(config, _NO_PART_OF_OUTPUTS) if config is not None else {}, _adapters(model)]
+    about = [_facts(config, NO_PART_OF_OUTPUTS) if config is not None else {}, _adapters(model)]
     digest.update(json.dumps(about, sort_keys=True, default=str).encode())
     for name, tensor in tensors:
         digest.update(name.encode())
@@ -190,16 +197,5 @@ def _adapters(model: nn.Module) -> list[Any]:
         for module in model.modules()
         if hasattr(module, "_disable_adapters")
     }
-    described = {name: _facts(config, _PATHS) for name, config in configs.items()}
+    described = {name: _facts(config, PATHS) for name, config in configs.items()}
     return [described, sorted(map(str, states))]
-
-
-_PATHS = ("base_model_name_or_path", "revision", "inference_mode")
-"""Fields of an adapter's config that say where it came from."""
-
-_NO_PART_OF_OUTPUTS = (
-    *("_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype"),
-    *("problem_type", "use_cache", "output_hidden_states", "output_attentions", "return_dict"),
-    *("id2label", "label2id"),
-)
-"""Fields of a config that say nothing about a model's outputs beside its weights."""

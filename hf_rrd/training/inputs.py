@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ def check_shared_input(student: nn.Module | None, teacher: Teacher, own: Any, ot
     """
     models, of_tokens = (student, teacher.model), main_input_of(teacher.body) == "input_ids"
     if of_tokens and own is not None and others is None:
-        others = _tokenizer_of(teacher.model)
+        others = _beside(teacher.model, "tokenizer.json", lambda file: PreTrainedTokenizerFast(tokenizer_file=file))
     if own is not None and others is not None:
         if _read_alike(own, others):
             return
@@ -137,7 +137,8 @@ def check_shared_input(student: nn.Module | None, teacher: Teacher, own: Any, ot
             "batched=True), and pass it as `teacher_processing_class`."
         )
     if main_input_of(teacher.body) == "pixel_values" and own is not None:
-        values = [_normalization_of(each) for each in (own, _image_settings_of(teacher.model))]
+        settings = _beside(teacher.model, "preprocessor_config.json", lambda file: json.loads(Path(file).read_bytes()))
+        values = [_normalization_of(each) for each in (own, settings)]
         if all(values) and values[0] != values[1]:
             logger.warning(
                 f"The teacher reads the student's `pixel_values`, made with {values[0]}, and the processor beside its "
@@ -169,11 +170,12 @@ def _read_alike(own: Any, others: Any) -> bool:
     return kept[0] == kept[1]
 
 
-def _image_settings_of(model: nn.Module | None) -> Any:
+def _beside(model: nn.Module | None, file: str, read: Callable[[str], Any]) -> Any:
+    """What a file beside a model's weights says; None where it is not on this machine, or cannot be read."""
     name = getattr(getattr(unwrapped(model), "config", None), "_name_or_path", None)
-    try:
-        file = cached_file(name, "preprocessor_config.json", local_files_only=True) if name else None
-        return None if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    try:  # AutoTokenizer would make one of special tokens alone where there is no file
+        path = cached_file(name, file, local_files_only=True) if name else None
+        return None if path is None else read(path)
     except Exception:
         return None
 
@@ -186,12 +188,3 @@ def _normalization_of(processor: Any) -> dict[str, list[float]]:
     if settings.get("do_normalize") is False or not all(isinstance(each, list | tuple) for each in values.values()):
         return {}
     return {name: [float(each) for each in value] for name, value in values.items()}
-
-
-def _tokenizer_of(model: nn.Module | None) -> Any:
-    name = getattr(getattr(unwrapped(model), "config", None), "_name_or_path", None)
-    try:  # AutoTokenizer would make one of special tokens alone where there is no file
-        file = cached_file(name, "tokenizer.json", local_files_only=True) if name else None
-        return None if file is None else PreTrainedTokenizerFast(tokenizer_file=file)
-    except Exception:
-        return None

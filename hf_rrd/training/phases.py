@@ -21,8 +21,7 @@ def ask_teacher(trainer: Any) -> None:
     if trainer.args.kd_weight != "auto" or pair is None or pair.is_asked:
         return
     pair.is_asked = True
-    how = (trainer.get_test_dataloader, trainer._prepare_inputs, trainer.accelerator, trainer.args)
-    if not knows_classes(trainer.train_dataset, trainer.distillation.seed, trainer._teacher, pair, *how):
+    if not knows_classes(trainer.train_dataset, trainer):
         trainer.distillation.leave_out_logits()
 
 

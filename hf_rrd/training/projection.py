@@ -8,26 +8,19 @@ from hf_rrd.losses.relational import SAME_COSINE
 
 logger = logging.get_logger(__name__)
 
-TEACHER_PROJECTIONS = ("none", "center", "pca", "orthogonal")
-"""The values of `teacher_projection=`."""
-
-MEASURED_PROJECTIONS = ("center", "pca")
-"""Those that are measured on the teacher's embeddings before the first step."""
+TEACHER_PROJECTIONS = ("none", "center", "pca", "orthogonal")  # the values of `teacher_projection=`
+MEASURED_PROJECTIONS = ("center", "pca")  # those that are measured on the teacher's embeddings before the first step
 
 
 class TeacherProjection:
     """`(embedding - mean) @ matrix / scale`, frozen.
 
     Args:
-        width: Of the teacher's embedding.
-        dim: Of the result; None keeps the width.
+        width, dim: Of the teacher's embedding, and of the result; None keeps the width.
         kind: "none"; "center": less the mean; "pca": less the mean, onto the `dim` directions of largest variance;
             both over one scale for all, so that an entry of a row is 1 in the quadratic mean; "orthogonal": a random
             projection with orthonormal columns.
         seed: Of the random projection.
-
-    Raises:
-        ValueError: `dim` differs from `width` without a projection, or is wider than it.
     """
 
     def __init__(self, width: int, dim: int | None, kind: str, seed: int) -> None:
@@ -56,11 +49,7 @@ class TeacherProjection:
         return self.kind not in MEASURED_PROJECTIONS or self.mean is not None
 
     def fit(self, embedding: Tensor) -> None:
-        """Measure the mean and, for "pca", the directions on the teacher's embeddings, (examples, width).
-
-        Raises:
-            ValueError: There are no examples, or fewer than directions to find.
-        """
+        """Measure the mean and, for "pca", the directions on the teacher's embeddings, (examples, width)."""
         rows = embedding.detach().cpu().double()
         if len(rows) == 0:
             raise ValueError(f"teacher_projection={self.kind!r} needs training examples to measure, got 0.")
@@ -86,11 +75,7 @@ class TeacherProjection:
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what was saved.
-
-        Raises:
-            ValueError: It is of another kind or another width.
-        """
+        """Take over what was saved; a ValueError if it is of another kind or another width."""
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         expected: dict[str, tuple[int, ...]] = (
             {"mean": (self.width,), "scale": (1,)} if self.kind in MEASURED_PROJECTIONS else {}
@@ -115,18 +100,13 @@ class TeacherProjection:
                 f"`teacher_embedding` must be {self.width} wide, as that of the first example or of the teacher, got "
                 f"the shape {tuple(embedding.shape)}."
             )
+        for name, tensor in self.state_dict().items():
+            setattr(self, name, tensor.to(embedding.device))
         embedding = embedding.detach().float()
         with torch.autocast(embedding.device.type, enabled=False):
-            if self.mean is not None:
-                self.mean = self.mean.to(embedding.device)
-                embedding = embedding - self.mean
-            if self.matrix is not None:
-                self.matrix = self.matrix.to(embedding.device)
-                embedding = embedding @ self.matrix
-            if self.scale is not None:
-                self.scale = self.scale.to(embedding.device)
-                embedding = embedding / self.scale
-        return embedding
+            embedding = embedding if self.mean is None else embedding - self.mean
+            embedding = embedding if self.matrix is None else embedding @ self.matrix
+            return embedding if self.scale is None else embedding / self.scale
 
 
 def prefixes_of(dims: list[int] | None, width: int) -> list[int]:
@@ -145,9 +125,7 @@ def prefixes_of(dims: list[int] | None, width: int) -> list[int]:
 def check_variety(embeddings: Tensor, rows: Tensor) -> None:
     """Raise a ValueError where a teacher tells no example from another, so that a student would have nothing to learn.
 
-    Args:
-        embeddings: The teacher's of several examples, (examples, width).
-        rows: The same projected, unit, (examples, dim).
+    From its embeddings, (examples, width), and the same projected, unit, (examples, dim).
     """
     spread = torch.linalg.vector_norm(embeddings - embeddings.mean(0))
     alike = spread <= 1e-5 * torch.linalg.vector_norm(embeddings)  # also where all are 0

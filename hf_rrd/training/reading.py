@@ -22,11 +22,8 @@ from hf_rrd.training.data import collator_of
 from hf_rrd.training.hashing import hash_of
 from hf_rrd.training.projection import TeacherProjection
 
-Columns = dict[str, np.ndarray[Any, Any]]
-"""The columns of some examples by name, each (examples, width)."""
-
-PROBED_EXAMPLES = 16
-"""Examples that are computed anew before a cache is trusted."""
+Columns = dict[str, np.ndarray[Any, Any]]  # of some examples by name, each (examples, width)
+PROBED_EXAMPLES = 16  # that are computed anew before a cache is trusted
 
 
 @dataclass

@@ -117,7 +117,7 @@ def teacher_for(teacher: Any, args: Any, training_set: Preview, student: nn.Modu
                 "the relational loss needs a teacher: pass `teacher=` a model, a Hub name or a folder, or a "
                 "training set with a `teacher_embedding` column. Got neither. relational_weight=0 does without."
             )
-        made.cached_as(*shape)
+        made.width, made.dtype = shape
     if model is None and wants_logits and args.kd_weight != "auto" and training_set.dataset is not None:
         if "teacher_logits" not in training_set.example:
             raise ValueError(

@@ -118,7 +118,7 @@ def test_a_compiled_teacher_gives_what_it_gives_eagerly() -> None:
         outputs = compiled.compute({"pixel_values": pixels})
         torch.testing.assert_close(outputs.embedding, eager.embedding, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(outputs.logits, eager.logits, rtol=1e-5, atol=1e-6)
-    assert isinstance(compiled._forward, torch._dynamo.OptimizedModule)
+    assert isinstance(compiled.forward, torch._dynamo.OptimizedModule)
 
 
 class Plain(torch.nn.Module):
