@@ -7,13 +7,16 @@ BIN := $(VENV)/bin
 # A file's tests stay together, as they share what was trained for them.
 PARALLEL := -n 2 --dist loadscope
 
-.PHONY: help demo test test-slow test-oldest test-deepspeed check clean
+.PHONY: help demo docs test test-slow test-oldest test-deepspeed check clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/ready ## Distil a small ViT on handwritten digits and print what it gained (some minutes)
 	$(BIN)/python examples/quickstart.py
+
+docs: $(VENV)/ready ## Build the documentation, as out/docs/index.html; a warning is an error
+	$(BIN)/sphinx-build -W -n -q -d out/doctrees docs out/docs
 
 test: $(VENV)/ready ## Run the fast tests
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
@@ -40,7 +43,7 @@ clean: ## Remove environments, caches and outputs
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[dev,onnx]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,docs,onnx]'
 	@touch $@
 
 $(OLDEST)/ready: pyproject.toml constraints-oldest.txt

@@ -95,9 +95,8 @@ class RelationalDistillationConfig(TrainingArguments):
         student_projection: From the student's embedding to that width, trained and then thrown away: 'centered',
             linear after the mean of each 16 examples is taken off, with its gradient; 'linear', without; or 'none'
             where the widths are equal. Of equal widths it starts as the identity.
-        teacher_projection: From the teacher's embedding to that width, frozen: 'center' takes the mean off (see
-            README for what that is worth), 'none' keeps it as it is, 'pca' projects to projection_dim for a smaller
-            bank; 'orthogonal' does so at random.
+        teacher_projection: From the teacher's embedding to that width, frozen: 'center' takes the mean off, 'none'
+            keeps it as it is, 'pca' projects to projection_dim for a smaller bank; 'orthogonal' does so at random.
         alignment_examples: Evaluation examples whose embeddings are compared with the teacher's at each evaluation, 0
             or more, spread evenly over it. Set it to some thousand to have eval_alignment_cka,
             eval_alignment_rank_correlation, eval_alignment_neighbor_overlap and eval_teacher_retrieval@1 and @10, also

@@ -90,10 +90,9 @@ class RelationalDistillationTrainer(Trainer):
             in for the teacher.
         eval_dataset: The same. Without a teacher's outputs an evaluation reports the task alone.
         processing_class: The student's tokenizer or processor, saved beside it.
-        model_init, compute_loss_func, compute_metrics, callbacks, optimizers, optimizer_cls_and_kwargs,
-            preprocess_logits_for_metrics: As in `Trainer`. `compute_loss_func` gives the task loss: a sum divided
-            by `num_items_in_batch`, or a mean over the micro-batch. An optimizer in `optimizers` gets the student's
-            projection into its first group.
+        model_init, compute_metrics, callbacks, preprocess_logits_for_metrics, optimizer_cls_and_kwargs: As in Trainer.
+        compute_loss_func: Gives the task loss: a sum divided by `num_items_in_batch`, or a mean over the micro-batch.
+        optimizers: As in Trainer. The student's projection goes into the first group of an optimizer.
         teacher: A transformers model or a SentenceTransformer, or a Hub name or folder of one; None where the data set
             has its outputs. It is frozen and set to evaluation mode.
         teacher_processing_class: The teacher's, for the default collator; that of a SentenceTransformer is its own.

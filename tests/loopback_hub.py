@@ -306,6 +306,15 @@ class LoopbackHub:
         """The names of the commits up to a revision, in the order of `commits`."""
         return [commit.sha for commit in self.repos[repo].history(revision)][::-1]
 
+    def publish(self, name: str, folder: Path, kind: str = "models") -> None:
+        """Have the files of a folder as a public repository of anybody."""
+        files = {
+            path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+        }
+        repo = self.repos[self._key(kind, name)] = Repository(kind, name, private=False)
+        inside = {path: File(data, _belongs_in_lfs(path, data[:512])) for path, data in sorted(files.items())}
+        repo.add("main", "published", inside)
+
     def is_private(self, repo: str) -> bool:
         return self.repos[repo].private
 

@@ -47,8 +47,11 @@ def srd_loss(student: Tensor, teacher: Tensor) -> Tensor:
     translation of a dimension changes the loss. A dimension that is the same in all rows has correlation 0.
 
     Args, Raises: as for `cosine_loss`; (batch, dim) each.
-    Returns: `log(sum_d |correlation_d - 1|**4 + 1e-5)`, a scalar, at least `log(1e-5)`; 0 for fewer than 3 examples,
+
+    Returns:
+        `log(sum_d |correlation_d - 1|**4 + 1e-5)`, a scalar, at least `log(1e-5)`; 0 for fewer than 3 examples,
         between which all correlations are 1 or -1.
+
     Source: Miles and Mikolajczyk, Understanding the Role of the Projector in Knowledge Distillation, arXiv:2303.11098.
     """
     with pair(student, teacher, one_width=True) as (student, teacher):

@@ -166,9 +166,9 @@ def cache_teacher_outputs(
 def with_views(dataset: Dataset, views: int) -> Dataset:
     """Each example several times, with a column `view_seed`, so that an augmentation can be cached.
 
-    A transform that draws its random numbers from `view_seed` alone (README has one) gives the same view each time it
-    is asked: teacher and student see one and the same. One epoch is then `views` passes over the examples. Each
-    example is stored once; a shuffled or selected set is first written out in its order.
+    A transform that draws its random numbers from `view_seed` alone (docs/guides/caching.md has one) gives the same
+    view each time it is asked: teacher and student see one and the same. One epoch is then `views` passes over the
+    examples. Each example is stored once; a shuffled or selected set is first written out in its order.
 
     Args:
         dataset: Map-style.
