@@ -9,7 +9,10 @@ import torch
 import transformers as hf
 from torch import Tensor
 
+from hf_rrd import RelationalDistillationTrainer
 from tests.builders import log_of, trainer
+from tests.processes import ROOT
+from tests.test_documentation import blocks_of
 
 EXAMPLES, RATE, TEMPERATURE = 8, 0.1, 3.0
 SIZE = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -243,3 +246,31 @@ def test_what_is_logged_and_a_step_equal_plain_loops(kind: str, micro_batches: i
     if projection is not None and head is not None:
         stepped = projection.weight - RATE * projection.weight.grad
         torch.testing.assert_close(head.projection.weight, stepped, rtol=1e-4, atol=1e-5)
+
+
+PAGE = (ROOT / "docs" / "guides" / "heads.md").read_text(encoding="utf-8")
+EXAMPLES_OF = {block.section.removeprefix("heads: "): block for block in blocks_of(PAGE, "heads")}
+
+
+@pytest.mark.parametrize("heading", EXAMPLES_OF)
+def test_an_example_of_the_guide_runs_as_it_is_and_learns_all_three_terms(
+    heading: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainers = []
+
+    class Kept(RelationalDistillationTrainer):
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            trainers.append(self)
+            self.args.logging_steps = 1
+            return super().train(*args, **kwargs)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hf_rrd.RelationalDistillationTrainer", Kept)
+    exec(compile(EXAMPLES_OF[heading].code, heading, "exec"), {})
+    assert trainers[0].state.global_step == 2
+    for term in ("task_loss", "kd_loss", "relational_loss"):
+        assert len(log_of(trainers[0], term)) == 2 and min(log_of(trainers[0], term)) > 0, term
+
+
+def test_the_guide_has_an_example_of_each_kind_of_head() -> None:
+    assert len(EXAMPLES_OF) == len(KINDS) + 1  # few labels
