@@ -33,12 +33,12 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def clear_leftovers(folder: str | os.PathLike[str], *patterns: str) -> None:
+def clear_leftovers(folder: Path, pattern: str) -> None:
     """Remove the temporary files of `written_whole` that match and that nobody has written to for an hour.
 
     Their process was killed. A younger one may be another's, who shares the folder and is about to be done.
     """
-    for path in [path for pattern in patterns for path in Path(folder).glob(f"{pattern}.*.tmp")]:
+    for path in list(folder.glob(f"{pattern}.*.tmp")):
         with suppress(OSError):  # another process was faster
             if time.time() - path.stat().st_mtime > 3600:
                 path.unlink()

@@ -54,20 +54,19 @@ from hf_rrd.training.data import (
     with_cached_arrays,
 )
 from hf_rrd.training.distillation import Distillation
-from hf_rrd.training.distributed import (
-    StepExamples,
-    calibrate,
-    mean_over_processes,
-    mend_wrap_policy,
-    place_teacher,
-    train_together,
-)
+from hf_rrd.training.distributed import StepExamples, calibrate, mend_wrap_policy, place_teacher, train_together
 from hf_rrd.training.finite import FiniteCheck, check_weights
-from hf_rrd.training.identity import check_identity, resuming, settings_of, teacher_identity
+from hf_rrd.training.identity import (
+    check_identity,
+    check_source,
+    check_sources,
+    resuming,
+    settings_of,
+    teacher_identity,
+)
 from hf_rrd.training.inputs import check_inputs, check_reports_input
 from hf_rrd.training.phases import Phases, ask_teacher
 from hf_rrd.training.setup import check_data, prepared, teacher_for
-from hf_rrd.training.sources import check_source, check_sources
 from hf_rrd.training.streams import WholeSteps, with_reading_ahead
 from hf_rrd.training.task import TaskLoss, ask_student, predictions_of
 from hf_rrd.training.terms import TermLog
@@ -182,7 +181,7 @@ class RelationalDistillationTrainer(Trainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        self._task = TaskLoss.of_trainer(self, compute_loss_func)
+        self._task = TaskLoss(self, compute_loss_func)
         self._student_columns = forward_columns(self.model, compute_loss_func is not None and args.task_weight > 0)
         self._set_signature_columns_if_needed()
         raw = [name for each in sets.values() if each.is_transformed for name in each.dataset.column_names]
@@ -284,7 +283,7 @@ class RelationalDistillationTrainer(Trainer):
         """As in `Trainer`, with the terms beside `loss`: over the same steps, so that their weighted sum is `loss`."""
         self._finite.raise_if_found()
         if "loss" in logs:
-            logs.update(self._terms.line(partial(mean_over_processes, self.accelerator)))
+            logs.update(self._terms.line(lambda sums: self.accelerator.reduce(sums.to(self.args.device), "mean")))
         super().log(logs, start_time)
 
     # ---- Evaluation ----

@@ -121,11 +121,7 @@ def reader_of(model: nn.Module, inputs: dict[str, Any]) -> tuple[nn.Module, int]
     """The module whose input is what a classifier's last layer reads, one row an example, and the width of that.
 
     It is that layer, or a dropout right before it. None of a model whose logits do not come from such a layer: it has
-    no head, or one that reads tokens or maps.
-
-    Args:
-        model: A transformers model.
-        inputs: Of a forward with one example.
+    no head, or one that reads tokens or maps. Found in a forward with these `inputs` of one example.
     """
     calls: list[tuple[nn.Module, Any, Any]] = []
     hooks = [

@@ -65,10 +65,7 @@ def class_order(own: Names, others: Names, of_data: Names = None) -> list[int] |
     """Where each class of a model is among those of another, by their names; None where there are none.
 
     Case and spaces do not matter. Names that only count, as LABEL_0 does, are none; then those of the labels in the
-    data stand in for the model's `own`, if they are the others'.
-
-    Raises:
-        ValueError: Both have names, and these are not the same, or one is there twice.
+    data stand in for the model's `own`, if they are the others'. A ValueError where both have names, and other ones.
     """
     mine, theirs = _plain(own), _plain(others)
     place = {name: number for number, name in enumerate(theirs)}
@@ -113,9 +110,6 @@ class LogitPair:
         own_loss: Whether the task loss is the student's own, which reads labels as transformers does.
         same_classes: Whether both sides must have as many classes, which may be the same. `is_known` says whether they
             are: by their names, or because cached logits of unknown names are as many.
-
-    Raises:
-        ValueError: They cannot be compared.
     """
 
     def __init__(
@@ -222,11 +216,8 @@ class LogitPair:
 
     def _given_problem_type(self) -> str | None:
         """As the configs have it: there a model of transformers writes how it reads its first labels."""
-        given = [
-            *(getattr(config, "problem_type", None) for config in self._configs),
-            self._cached.get("problem_type"),
-        ]
-        kinds = [kind for kind in given if kind is not None]
+        given = [getattr(config, "problem_type", None) for config in self._configs]
+        kinds = [kind for kind in [*given, self._cached.get("problem_type")] if kind is not None]
         if len(set(kinds)) > 1:
             raise _refusal(f"the student's `problem_type` is {kinds[0]!r}, the teacher's {kinds[-1]!r}")
         return kinds[0] if kinds else None

@@ -31,9 +31,8 @@ SAME = ("last_hidden_state", ("last_hidden_state",), ["last_hidden_state"])  # w
 class OwnPooling:
     """What the modules of a SentenceTransformer after the first do, as a pooling: Pooling, Dense, Normalize.
 
-    Args:
-        modules: Those modules, which are frozen and set to evaluation mode.
-        truncate_dim: How many of the leading dimensions `encode` keeps; None keeps all.
+    They are frozen and set to evaluation mode. The leading `truncate_dim` dimensions are kept, as `encode` does; None
+    keeps all.
     """
 
     def __init__(self, modules: list[nn.Module], truncate_dim: int | None = None) -> None:
@@ -61,16 +60,10 @@ class OwnPooling:
 
 @dataclass
 class Around:
-    """What a SentenceTransformer does around the model inside, which holds this: a copy of that one is a plain model.
+    """What a SentenceTransformer does around the model inside, which holds this; a copy of that is a plain model."""
 
-    Attributes:
-        pooling: Its modules after the first.
-        first: Its first module, without the weights.
-        prompts, default_prompt_name: Its own.
-    """
-
-    pooling: OwnPooling
-    first: Any
+    pooling: OwnPooling  # its modules after the first
+    first: Any  # its first module, without the weights
     prompts: dict[str, str]
     default_prompt_name: str | None
 
@@ -85,9 +78,6 @@ class Texts:
         model: As `opened` gives it.
         tokenizer: In place of the SentenceTransformer's own.
         prompt_name: One of its prompts; None is its `default_prompt_name`.
-
-    Raises:
-        ValueError: There is no tokenizer, or no such prompt.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any = None, prompt_name: str | None = None) -> None:
@@ -143,11 +133,7 @@ def is_sentence_transformer(model: Any) -> bool:
 
 
 def opened(model: Any, argument: str) -> Any:
-    """The transformers model inside a SentenceTransformer, with its own pooling; any other model as it is.
-
-    Raises:
-        ValueError: It is another model of the library, or its first module is none that gives hidden states.
-    """
+    """The transformers model inside a SentenceTransformer, with its own pooling; any other model as it is."""
     name = type(model).__name__
     if not is_sentence_transformer(model):
         if type(model).__module__.startswith("sentence_transformers."):
@@ -179,7 +165,7 @@ def _around(model: nn.Module | None) -> Around | None:
     return None if model is None else unwrapped(model).__dict__.get(AROUND)
 
 
-def default_prompt(model: nn.Module | None) -> str:
+def default_prompt(model: nn.Module) -> str:
     """What a SentenceTransformer puts before each text unless it is told otherwise; of others nothing."""
     own = _around(model)
     return "" if own is None else own.prompts.get(own.default_prompt_name or "", "")
@@ -188,8 +174,7 @@ def default_prompt(model: nn.Module | None) -> str:
 def own_tokenizer(model: nn.Module | None) -> Any:
     """A SentenceTransformer's tokenizer, if it can pad; None of another model."""
     own = _around(model)
-    tokenizer = None if own is None else own.first.tokenizer
-    return None if tokenizer is None or tokenizer.pad_token is None else tokenizer
+    return None if own is None or getattr(own.first.tokenizer, "pad_token", None) is None else own.first.tokenizer
 
 
 def own_pooling(model: nn.Module) -> OwnPooling | None:
@@ -230,11 +215,7 @@ def is_cross_encoder(model: Any) -> bool:
 
 
 def load(name: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> Any:
-    """A SentenceTransformer by its folder or name on the Hub, on the CPU unless a `device_map` says otherwise.
-
-    Raises:
-        ImportError: The library is missing.
-    """
+    """A SentenceTransformer by its folder or name on the Hub, on the CPU unless a `device_map` says otherwise."""
     if importlib.util.find_spec("sentence_transformers") is None:
         raise ImportError(
             f"{str(name)!r} is a model of sentence-transformers, and to read its pooling as it was trained {MISSING}, "

@@ -12,16 +12,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_rrd.errors import described, named_errors
-from hf_rrd.models.body import (
-    forget,
-    keep_next,
-    main_input_of,
-    place_of,
-    placed,
-    take_kept,
-    unwrapped,
-    watch,
-)
+from hf_rrd.models.body import forget, keep_next, main_input_of, place_of, placed, take_kept, unwrapped, watch
 from hf_rrd.models.columns import TEACHER_PREFIX, Accepted, forward_columns, own_columns, teacher_inputs
 from hf_rrd.models.embedding import Embedder, Pooling
 from hf_rrd.models.logits import layout_of, logits_of
@@ -124,13 +115,8 @@ class Teacher:
     def read(self, inputs: dict[str, Any], logits: bool = True, required: bool = False) -> TeacherOutputs:
         """What is wanted of the teacher for a batch, with the columns of both sides; None for what there is not.
 
-        Args:
-            inputs: The batch.
-            logits: Whether logits are needed this time, if they are wanted at all.
-            required: Whether it is an error that something is missing, without a model.
-
-        Raises:
-            ValueError: A cached column is of no use, something required is missing, or the model returns no logits.
+        `logits` says whether these are needed this time, if they are wanted at all; `required`, whether it is an error
+        that something is missing, without a model.
         """
         wants_logits = self.wants_logits and logits
         found = TeacherOutputs(
@@ -157,11 +143,7 @@ class Teacher:
         return found
 
     def inputs_from(self, batch: Mapping[str, Any], what: str = "the batch") -> dict[str, Any]:
-        """What the teacher reads of a batch: its own `teacher_` columns, or in all batches the student's.
-
-        Raises:
-            ValueError: The batch has not the columns that others had, or nothing to read.
-        """
+        """What the teacher reads of a batch: its own `teacher_` columns, or in all batches the student's."""
         own = own_columns(batch, self.columns)
         if self.own is None:
             self.own = own
@@ -274,11 +256,7 @@ def load_teacher(teacher: Any, kwargs: Any = None, argument: str = "teacher", po
 
     Of a SentenceTransformer, or where the pooling "auto" is to be used the name of one, it is the model inside, which
     then has that one's own pooling. `argument` is what the user knows it as: a student that is only measured is loaded
-    in the same way.
-
-    Raises:
-        TypeError: It is none of these.
-        ValueError: It cannot be loaded, with these `kwargs` of `from_pretrained`.
+    in the same way, with these `kwargs` of `from_pretrained`.
     """
     if teacher is None or isinstance(teacher, nn.Module):
         return opened(teacher, argument)

@@ -113,9 +113,8 @@ def _read_tokenizer(tokenizer: Any) -> tuple[dict[str, Any], dict[str, int]]:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     kind = backend["model"]["type"]
     if kind not in ("WordPiece", "BPE", "Unigram"):
-        raise ValueError(
-            f"`tokenizer` must be of the kind WordPiece, BPE or Unigram, got {kind}, which spells nothing."
-        )
+        came = f"got {kind}, which spells nothing"
+        raise ValueError(f"`tokenizer` must be of the kind WordPiece, BPE or Unigram, {came}.")
     return backend, tokenizer.get_vocab()
 
 
@@ -195,11 +194,8 @@ def _prune_backend(model: dict[str, Any], wanted: set[str]) -> list[str]:
     for token in vocabulary:
         symbols = _symbols_of(token, prefix, suffix)
         is_spelled = all(symbol in vocabulary for symbol in symbols)
-        if (
-            symbols == [token]
-            or (finds_whole and not is_spelled)
-            or (model.get("byte_fallback") and _BYTE.fullmatch(token))
-        ):
+        is_byte = model.get("byte_fallback") and _BYTE.fullmatch(token)
+        if symbols == [token] or (finds_whole and not is_spelled) or is_byte:
             needed.add(token)
     if model["type"] == "BPE":
         merges = [(first, second, first + second[len(prefix) :]) for first, second in model["merges"]]
@@ -267,9 +263,8 @@ def _renumber_tokenizer(
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(backend))
     tokenizer._tokenizer.encode_special_tokens = tokenizer.split_special_tokens
     if tokenizer.get_vocab() != after:
-        raise ValueError(
-            f"`tokenizer` cannot be renumbered: {type(tokenizer).__name__} puts its added tokens elsewhere."
-        )
+        name = type(tokenizer).__name__
+        raise ValueError(f"`tokenizer` cannot be renumbered: {name} puts its added tokens elsewhere.")
     model = backend["model"]
     beside = {"_vocab": model["vocab"], "_vocab_scores": model["vocab"], "_merges": model.get("merges")}
     beside["vocab_file"] = None  # on disk, and whole
@@ -334,8 +329,7 @@ def _renumber_fields(
 
 def _keep_rows(model: Any, numbers: dict[int, int], rows: int) -> None:
     """Cut a model's tables of tokens to the rows of `numbers`, in their order: those that its class resizes."""
-    name, order = type(model).__name__, torch.tensor(list(numbers))
-    shapes = _resized_shapes(model, len(numbers))
+    order, shapes = torch.tensor(list(numbers)), _resized_shapes(model, len(numbers))
     done: set[int] = set()
     for key, weight in model.state_dict(keep_vars=True).items():
         sizes = zip(weight.shape, shapes[key], strict=True) if isinstance(weight, Tensor) else ()
@@ -347,15 +341,14 @@ def _keep_rows(model: Any, numbers: dict[int, int], rows: int) -> None:
     for key, module in model.named_modules():
         if isinstance(module, nn.Linear):
             module.out_features = module.weight.shape[0]
-        elif isinstance(module, nn.Embedding) and id(module.weight) in done:
+        if not isinstance(module, nn.Embedding):
+            continue
+        if id(module.weight) in done:
             module.num_embeddings = len(numbers)
             module.padding_idx = None if module.padding_idx is None else numbers.get(module.padding_idx)
-        elif (
-            isinstance(module, nn.Embedding)
-            and len(numbers) < rows == module.num_embeddings
-            and not _POSITIONS.search(key)
-        ):
-            raise ValueError(f"`model` has a table of tokens that its class does not resize, got {name} with {key}.")
+        elif len(numbers) < rows == module.num_embeddings and not _POSITIONS.search(key):
+            came = f"got {type(model).__name__} with {key}"
+            raise ValueError(f"`model` has a table of tokens that its class does not resize, {came}.")
     model.config.get_text_config().vocab_size = len(numbers)
 
 

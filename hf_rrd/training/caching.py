@@ -9,12 +9,9 @@ from typing import Any, TypeVar, cast
 import datasets
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
-import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict
 from datasets.arrow_writer import ArrowWriter
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import nn
 from transformers.utils import logging
 
@@ -23,12 +20,10 @@ from hf_rrd.models.body import is_classifier, is_headless, unwrapped
 from hf_rrd.models.columns import CACHED_COLUMNS
 from hf_rrd.models.sentence_transformers import Texts, own_tokenizer
 from hf_rrd.models.teacher import Teacher, load_teacher
-from hf_rrd.training.data import Preview, note_logits, sample_of
-from hf_rrd.training.hashing import hash_of
-from hf_rrd.training.identity import weights_hash
-from hf_rrd.training.projection import TeacherProjection
+from hf_rrd.training.data import Preview, cached_embeddings, note_logits, sample_of
+from hf_rrd.training.identity import source_of, weights_hash
+from hf_rrd.training.projection import TEACHER_PROJECTIONS, TeacherProjection
 from hf_rrd.training.reading import Columns, Reader, agree, fingerprint_of, outputs_of, spread
-from hf_rrd.training.sources import source_of
 
 logger = logging.get_logger(__name__)
 
@@ -61,14 +56,13 @@ def cache_teacher_outputs(
     The trainer finds them by their names and then needs no teacher. Works on tokenized or transformed examples: on
     what the teacher would see in training, its `teacher_` columns or those that it shares with the student.
 
-    The outputs lie in Arrow files of `SHARD_EXAMPLES` examples, each written under a temporary name and renamed; what
-    is there is taken up again, so a call after a kill finishes the work, and what was cut short is written anew. Their
-    folder is named by a hash of the data set with its preprocessing, the teacher's class, config and weights, and all
-    that is said here about reading it: of functions of yours (a transform, a collator, a pooling, a model class) by
-    their code and what it refers to. Before old files are trusted, `PROBED_EXAMPLES` of their examples are computed
-    and compared: a changed teacher never meets an old cache. Under `accelerate launch` the processes share the files
-    among them, and each returns the whole data set; the folder has to be one that all of them see. A stream is
-    computed as it is read, and nothing is kept.
+    The outputs lie in Arrow files of `SHARD_EXAMPLES` examples; a call after a kill goes on with those that are whole.
+    Their folder is named by a hash of the data set with its preprocessing, the teacher's class, config and weights,
+    and all that is said here about reading it: of functions of yours (a transform, a collator, a pooling, a model
+    class) by their code and what it refers to. Before old files are trusted, `PROBED_EXAMPLES` of their examples are
+    computed and compared: a changed teacher never meets an old cache. Under `accelerate launch` the processes share
+    the work, in a folder that all of them see, and each returns the whole data set. A stream is computed as it is
+    read, and nothing is kept.
 
     Args:
         dataset: Map-style or streamed, one or a dict of them.
@@ -110,8 +104,11 @@ def cache_teacher_outputs(
     trainer = RelationalDistillationTrainer(model=student, args=args, train_dataset=train)
     ```
     """
-    if dtype not in ("float16", "float32"):  # Arrow has no bfloat16
-        raise ValueError(f"`dtype` must be one of ['float16', 'float32'], got {dtype!r}.")
+    choices = {"dtype": (dtype, ["float16", "float32"])}  # Arrow has no bfloat16
+    choices["teacher_projection"] = teacher_projection, list(TEACHER_PROJECTIONS)
+    for name, (value, known) in choices.items():
+        if value not in known:
+            raise ValueError(f"`{name}` must be one of {known}, got {value!r}.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be 1 or more, got {batch_size}.")
     if text_column is None and prompt_name is not None:
@@ -147,7 +144,7 @@ def cache_teacher_outputs(
     if projection_dim is None and teacher_projection in ("pca", "orthogonal"):
         raise ValueError(f"teacher_projection={teacher_projection!r} needs a `projection_dim`, got None. Try 128.")
     root = Path(cache_dir) if cache_dir is not None else Path(datasets.config.HF_DATASETS_CACHE) / "teacher_outputs"
-    clear_leftovers(root, ".projection-*", "*/.*.arrow")
+    clear_leftovers(root, "*/.*.arrow")
     parts: dict[str, Any] = dict(dataset) if isinstance(dataset, dict) else {"": dataset}
     for name, part in parts.items():
         _check_part(name, part, text_column)
@@ -212,43 +209,20 @@ def _check_part(name: str, part: Any, text_column: str | None) -> None:
 
 
 def _projection(dataset: Any, reader: Reader, kind: str, dim: int | None, root: Path) -> TeacherProjection:
-    """Measured by the main process on examples of a data set, and kept in a file of its own."""
+    """Measured on the embeddings of examples of a data set, which are kept as any others."""
     assert reader.teacher.width is not None
     projection = TeacherProjection(reader.teacher.width, dim, kind, seed=0)
-    if projection.is_ready:
-        return projection
-    sample = sample_of(dataset, CALIBRATION_EXAMPLES, seed=0)
-    if isinstance(sample, IterableDataset):
-        sample = Dataset.from_list(list(sample))
-    measuring = replace(reader, with_logits=False, dtype="float32")
-    (name,) = broadcast_object_list([hash_of(fingerprint_of(sample, measuring), kind, dim)[:16]])
-    path = root / f"projection-{name}.safetensors"
-    if reader.state.is_main_process and not _is_current(path, sample, measuring):
-        with _progress(reader, len(sample), f"teacher_projection={kind!r}") as bar:
-            rows = torch.from_numpy(outputs_of(sample, measuring, bar)["teacher_embedding"])
-        projection.fit(rows)
-        with written_whole(path) as temporary:
-            temporary.write_bytes(save({**projection.state_dict(), _PROBE: rows[spread(len(rows))]}))
-    reader.state.wait_for_everyone()
-    projection.load_state_dict({name: value for name, value in load_file(path).items() if name != _PROBE})
+    if not projection.is_ready:
+        sample = sample_of(dataset, CALIBRATION_EXAMPLES, seed=0)
+        if isinstance(sample, IterableDataset):
+            sample = Dataset.from_list(list(sample))
+        projection.fit(cached_embeddings(_outputs(sample, replace(reader, with_logits=False, dtype="float32"), root)))
+        projection.load_state_dict(broadcast_object_list([projection.state_dict()])[0])  # the same on all processes
     return projection
 
 
-_PROBE = "embeddings"  # in the file of a projection: of some of the examples that it was measured on
-
-
-def _is_current(path: Path, sample: Dataset, measuring: Reader) -> bool:
-    """Whether a projection was measured on embeddings as they come out now."""
-    try:
-        kept = load_file(path)[_PROBE].numpy()
-    except (OSError, KeyError, SafetensorError):  # cut short, or none
-        return False
-    fresh = outputs_of(sample.select(spread(len(sample))), measuring)
-    return agree(fresh, {"teacher_embedding": kept}, measuring)
-
-
-def _cached(dataset: Dataset, reader: Reader, root: Path) -> Dataset:
-    """A map-style data set with the columns, from files that are there or are written now."""
+def _outputs(dataset: Dataset, reader: Reader, root: Path) -> Dataset:
+    """The columns alone, from files that are there or are written now."""
     folder = root / fingerprint_of(dataset, reader)
     starts = range(0, len(dataset), SHARD_EXAMPLES)
     shards = [range(start, min(start + SHARD_EXAMPLES, len(dataset))) for start in starts]
@@ -259,7 +233,8 @@ def _cached(dataset: Dataset, reader: Reader, root: Path) -> Dataset:
     # The main process decides, or a late one would no longer see what is missing.
     folder, missing = broadcast_object_list([folder, [rows for rows in shards if rows not in whole]])
     own = missing[reader.state.process_index :: reader.state.num_processes]
-    with _progress(reader, sum(map(len, own)), "teacher outputs") as bar:
+    quiet = not own or not reader.state.is_local_main_process
+    with logging.tqdm(total=sum(map(len, own)), desc="teacher outputs", unit=" examples", disable=quiet) as bar:
         for rows in own:
             _write(outputs_of(dataset.select(rows), reader, bar), reader, _file_of(folder, rows))
     reader.state.wait_for_everyone()
@@ -269,7 +244,12 @@ def _cached(dataset: Dataset, reader: Reader, root: Path) -> Dataset:
             f"{len(absent)} files of {folder} are not there, {absent[0]} first: another process wrote them elsewhere. "
             "Set `cache_dir` to a folder that all processes share."
         )
-    both = [dataset.with_format(None), datasets.concatenate_datasets(parts)]
+    return datasets.concatenate_datasets(parts)
+
+
+def _cached(dataset: Dataset, reader: Reader, root: Path) -> Dataset:
+    """A map-style data set with the columns."""
+    both = [dataset.with_format(None), _outputs(dataset, reader, root)]
     result = datasets.concatenate_datasets(both, axis=1, split=dataset.split)
     # Where it is from, for the model card.
     result.info.download_checksums, result.info.config_name = dataset.info.download_checksums, dataset.info.config_name
@@ -297,11 +277,6 @@ def _is_trusted(whole: dict[range, Dataset], dataset: Dataset, reader: Reader) -
     places = spread(len(kept))
     rows = [shards[place // SHARD_EXAMPLES][place % SHARD_EXAMPLES] for place in places]
     return agree(outputs_of(dataset.select(rows), reader), kept.select(places).with_format("numpy")[:], reader)
-
-
-def _progress(reader: Reader, total: int, title: str) -> Any:
-    quiet = total == 0 or not reader.state.is_local_main_process
-    return logging.tqdm(total=total, desc=title, unit=" examples", disable=quiet)
 
 
 def _write(columns: Columns, reader: Reader, path: Path) -> None:

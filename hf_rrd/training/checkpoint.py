@@ -48,11 +48,7 @@ def save_sidecar(folder: str, state: State, about: dict[str, str] | None = None)
 
 
 def load_sidecar(folder: str) -> tuple[State, dict[str, str]]:
-    """Read what `save_sidecar` wrote: the tensors by group and name, and what is said of them.
-
-    Raises:
-        ValueError: There is no such file, it is not a whole one, or it has what no sidecar has.
-    """
+    """Read what `save_sidecar` wrote: the tensors by group and name, and what is said of them."""
     path = Path(folder, SIDECAR)
     if not path.is_file():
         raise ValueError(
@@ -202,11 +198,7 @@ def last_complete_checkpoint(folder: str) -> str | None:
 
 
 def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: Any) -> str | None:
-    """The checkpoint that `train(resume_from_checkpoint=...)` means; None starts anew.
-
-    Raises:
-        ValueError: There is none, or it is not whole.
-    """
+    """The checkpoint that `train(resume_from_checkpoint=...)` means, which has to be whole; None starts anew."""
     if not resume_from_checkpoint:
         return None
     if resume_from_checkpoint is not True:
@@ -232,9 +224,6 @@ def load_student(model: Any, folder: str, head: str) -> None:
     transformers writes some families under other names, and its Trainer loads them unconverted and not strictly
     (5.23, not 5.0: huggingface/transformers#43701 and #48805), so that most of a ViT would silently keep the weights
     it had.
-
-    Raises:
-        ValueError: The checkpoint lacks a weight of the student or has one too many.
     """
     if not os.path.isdir(folder):  # transformers would look it up on the Hub
         raise ValueError(f"{folder} is gone: there is no such folder.")

@@ -50,11 +50,7 @@ class DataCollatorForDistillation:
         self._collate_teacher = collator_of(teacher)
 
     def __call__(self, features: list[Any]) -> dict[str, Tensor]:
-        """Make one batch of examples given as dicts.
-
-        Raises:
-            ValueError: They do not make one; it names the columns.
-        """
+        """Make one batch of examples given as dicts; a ValueError where they do not make one names the columns."""
         with named_errors("making a batch", features[0] if features else None):
             features = [dict(feature) if isinstance(feature, Mapping) else dict(vars(feature)) for feature in features]
             prefixed = [name for name in features[0] if is_teacher_input(name)]

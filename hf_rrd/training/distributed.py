@@ -51,35 +51,30 @@ class StepExamples:
         return examples * self.processes / self.total
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The rows of all processes, (total, dim), from those of this one, (own, dim)."""
-        return rows if self.processes == 1 else gather_rows(self.accelerator, rows, self.counts())
+        """The rows of all processes, (total, dim), from those of this one, (own, dim), by one all-gather.
 
-    def counts(self) -> list[list[int]]:
-        """The examples in each micro-batch of each process."""
+        In the order in which one process would have had them: the first micro-batch of each process, then the second
+        of each, and so on.
+        """
+        if self.processes == 1:
+            return rows
         if self._copied is not None:
             self._copied.synchronize()
-        return self._counts.tolist()
-
-
-def gather_rows(accelerator: Accelerator, rows: Tensor, counts: list[list[int]]) -> Tensor:
-    """The rows of all processes, (all, dim), from those of this one, (own, dim), and who has how many, by micro-batch.
-
-    In the order in which one process would have had them: the first micro-batch of each process, then the second of
-    each, and so on. A ValueError where there are not as many rows as this process said it has.
-    """
-    totals = [sum(micro_batches) for micro_batches in counts]
-    if len(rows) != totals[accelerator.process_index]:
-        raise ValueError(
-            f"the teacher gave {len(rows)} embeddings for {totals[accelerator.process_index]} examples: a pooling or "
-            "a collator changes their number. It has to be one for each row of the batch's first tensor."
-        )
-    longest = max(totals)  # each sends as many
-    if len(rows) < longest:
-        rows = torch.cat([rows, rows.new_zeros(longest - len(rows), rows.shape[1])])
-    gathered = accelerator.gather(rows.contiguous()).split(longest)
-    # By micro-batch: [process][micro-batch], of unequal lengths, turned round.
-    parts = [part[:total].split(own) for part, total, own in zip(gathered, totals, counts, strict=True)]
-    return torch.cat([part for micro_batch in zip(*parts, strict=True) for part in micro_batch])
+        counts = self._counts.tolist()
+        totals = [sum(micro_batches) for micro_batches in counts]
+        said = totals[self.accelerator.process_index]
+        if len(rows) != said:
+            raise ValueError(
+                f"the teacher gave {len(rows)} embeddings for {said} examples: a pooling or a collator changes their "
+                "number. It has to be one for each row of the batch's first tensor."
+            )
+        longest = max(totals)  # each sends as many
+        if len(rows) < longest:
+            rows = torch.cat([rows, rows.new_zeros(longest - len(rows), rows.shape[1])])
+        gathered = self.accelerator.gather(rows.contiguous()).split(longest)
+        # By micro-batch: [process][micro-batch], of unequal lengths, turned round.
+        parts = [part[:total].split(own) for part, total, own in zip(gathered, totals, counts, strict=True)]
+        return torch.cat([part for micro_batch in zip(*parts, strict=True) for part in micro_batch])
 
 
 def check_same_lengths(name: str, dataset: Any) -> None:
@@ -143,12 +138,6 @@ def calibrate(trainer: Any) -> None:
         return dict(broadcast({name: tensor.to(trainer.accelerator.device) for name, tensor in state.items()}))
 
     trainer.distillation.calibrate(trainer.train_dataset, lambda sample: embed_all(sample, trainer), of_main_process)
-
-
-def mean_over_processes(accelerator: Accelerator, values: Tensor) -> Tensor:
-    """The mean of a tensor over the processes, on all of them."""
-    mean: Tensor = accelerator.reduce(values.to(accelerator.device), "mean")
-    return mean
 
 
 def place_teacher(teacher: Teacher, accelerator: Accelerator) -> None:

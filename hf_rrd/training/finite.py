@@ -60,16 +60,11 @@ class FiniteCheck:
 @torch.no_grad()
 def check_weights(model: nn.Module, consequence: str) -> None:
     """Raise a ValueError, with its consequence, for a student whose trained weights no run could go on from."""
-    finite: dict[torch.device, list[tuple[str, Tensor]]] = {}
-    for name, weight in model.named_parameters():
-        if weight.requires_grad and weight.is_floating_point() and not weight.is_meta:
-            local = getattr(weight, "_local_tensor", weight)  # the own part of a sharded one
-            finite.setdefault(local.device, []).append((name, local.isfinite().all()))
-    for parts in finite.values():  # one wait for each device
-        whole = torch.stack([part for _, part in parts])
-        if not whole.all():
-            broken = [name for (name, _), is_whole in zip(parts, whole.tolist(), strict=True) if not is_whole]
-            raise ValueError(
-                f"{len(broken)} of the student's weights are not finite (nan or inf), {broken[0]} first: "
-                f"{consequence}. Go on from the checkpoint before with a lower learning_rate or with max_grad_norm."
-            )
+    trained = [named for named in model.named_parameters() if named[1].requires_grad and not named[1].is_meta]
+    # Of a sharded one its own part.
+    broken = [name for name, weight in trained if not getattr(weight, "_local_tensor", weight).isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"{len(broken)} of the student's weights are not finite (nan or inf), {broken[0]} first: "
+            f"{consequence}. Go on from the checkpoint before with a lower learning_rate or with max_grad_norm."
+        )

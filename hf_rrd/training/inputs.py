@@ -22,7 +22,7 @@ from hf_rrd.training.data import (
     is_map_style,
     preserved_randomness,
 )
-from hf_rrd.training.sources import check_source
+from hf_rrd.training.identity import check_source
 
 logger = logging.get_logger(__name__)
 

@@ -1,7 +1,7 @@
 """How a teacher reads the examples of a data set, outside of a training."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -59,12 +59,9 @@ class Reader:
             self.settings, self.with_logits, self.dtype, padding if self.collate is None else "", projection
         )
 
-    def columns(self, names: list[str]) -> dict[str, str]:
-        """Of an example's columns those that the teacher reads, with their names in its forward."""
-        chosen = teacher_inputs(dict.fromkeys(names), self.teacher.columns)
-        prefixed = {f"{TEACHER_PREFIX}{name}": name for name in chosen}
-        own = {name: prefixed[name] for name in names if name in prefixed}
-        return own or {name: name for name in chosen}
+    def columns(self, names: Iterable[str]) -> dict[str, str]:
+        """Of an example's columns those that the teacher reads, by their names in its forward."""
+        return teacher_inputs({name: name for name in names}, self.teacher.columns)
 
     def batch(self, examples: list[Any]) -> dict[str, Any]:
         """The teacher's inputs for some examples."""
@@ -74,20 +71,20 @@ class Reader:
             return teacher_inputs(tensors, self.teacher.columns)
         if self.collate is not None:
             return self.teacher.inputs_from(self.collate(examples))
-        columns = self.columns(list(examples[0]))
+        columns = self.columns(examples[0])
         if not columns:
             wanted = main_input_of(self.teacher.body)
             raise ValueError(
                 f"the teacher needs `{wanted}`, the examples offer it {sorted(examples[0])}. Tokenize or transform "
                 f"them first, with a column `{wanted}` or `{TEACHER_PREFIX}{wanted}`."
             )
-        own = [{columns[name]: example[name] for name in columns} for example in examples]
+        own = [{name: example[column] for name, column in columns.items()} for example in examples]
         try:
             return dict(collator_of(self.processing_class)(own))
         except (ValueError, RuntimeError) as error:  # of lists, of tensors
             raise ValueError(
-                f"the columns {sorted(columns)} could not be collated ({error}). Are they of unequal length? Pass the "
-                "teacher's tokenizer or feature extractor as `processing_class`, or a `data_collator`."
+                f"the columns {sorted(columns.values())} could not be collated ({error}). Are they of unequal length? "
+                "Pass the teacher's tokenizer or feature extractor as `processing_class`, or a `data_collator`."
             ) from error
 
     def outputs(self, inputs: dict[str, Any]) -> Columns:
@@ -137,7 +134,7 @@ def _batches(dataset: Dataset, order: Any, reader: Reader) -> Any:
     if dataset.format["type"] != "custom" and reader.texts is not None:
         dataset = dataset.with_format(None).select_columns([reader.text_column])
     elif dataset.format["type"] != "custom" and reader.collate is None:
-        columns = list(reader.columns(dataset.column_names)) or dataset.column_names
+        columns = list(reader.columns(dataset.column_names).values()) or dataset.column_names
         dataset = dataset.with_format(None).select_columns(columns).with_format("numpy")
     return torch.utils.data.DataLoader(
         dataset,

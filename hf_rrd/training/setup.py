@@ -26,10 +26,9 @@ def check_data(training_set: Preview, eval_dataset: Any, student: Any, args: Any
         inside = "Pass the transformers model inside, `model[0].auto_model`, with its pooling as `student_pooling`"
         saved = "student_format='sentence_transformers' saves one"
         raise ValueError(f"`model` is a SentenceTransformer. {inside}; {saved}.")
-    check_same_lengths("train_dataset", training_set.dataset)
-    check_same_lengths("eval_dataset", eval_dataset)
-    check_dataset("train_dataset", training_set.dataset)
-    check_dataset("eval_dataset", eval_dataset)
+    for check in (check_same_lengths, check_dataset):
+        check("train_dataset", training_set.dataset)
+        check("eval_dataset", eval_dataset)
     if args.relational_weight != 0 and isinstance(data_collator, DataCollatorWithFlattening):
         raise ValueError(f"`data_collator` is a {type(data_collator).__name__}: {PACKED}.")
     names = args.label_names or (None if student is None else find_labels(type(unwrapped(student))))
@@ -45,11 +44,7 @@ def prepared(
     optimizer: Any,
     student: Any,
 ) -> Any:
-    """A student with its head, which a given optimizer trains, too; None of none.
-
-    Raises:
-        ValueError: It cannot be trained under this teacher.
-    """
+    """A student with its head, which a given optimizer trains, too; None of none."""
     if student is None:
         return None
     check_student(student, loss_is_its_own and distillation.args.task_weight > 0)
@@ -78,33 +73,28 @@ def prepared(
 
 
 def teacher_for(teacher: Any, args: Any, training_set: Preview, student: nn.Module | None) -> Teacher:
-    """The teacher of a run, as far as the settings need one: a model, or the training set's cached columns.
-
-    Raises:
-        ValueError: There is neither; or it cannot be loaded, or not teach this student.
-    """
-    wants_embedding, wants_logits = args.relational_weight != 0, args.kd_weight not in (0, "auto")
-    if args.kd_weight == "auto":
+    """The teacher of a run, as far as the settings need one: a model, or the training set's cached columns."""
+    wants_embedding, wants_logits = args.relational_weight != 0, args.kd_weight != 0
+    automatic = args.kd_weight == "auto"
+    if automatic:
         wants_logits = teacher is not None or training_set.has("teacher_logits")  # until `prepared` looks closer
-    needed = wants_embedding or wants_logits
     if isinstance(teacher, nn.Module) and args.teacher_model_init_kwargs:
         raise ValueError(
             f"`teacher_model_init_kwargs` {sorted(args.teacher_model_init_kwargs)} are for a teacher that is given by "
             "its name or folder, and `teacher` is a model. Load it with them, or leave them out."
         )
     pooling = args.teacher_pooling if wants_embedding else None
+    needed = wants_embedding or wants_logits
     model = load_teacher(teacher, args.teacher_model_init_kwargs, pooling=pooling) if needed else None
     if model is not None and student is not None:
         check_teacher(model, student)
         if is_headless(student) and is_cross_encoder(model):
             what = f"`teacher` is a cross-encoder, which scores pairs, and the student a {type(student).__name__}"
             raise ValueError(f"{what}, which embeds one text. Pass an embedding model, or a student with a head.")
-    compiled = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
-    if args.kd_weight == "auto" and model is not None:
+    compiled = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode} if args.torch_compile else None
+    if automatic and model is not None:
         wants_logits = layout_of(model) in NAMED and not is_headless(model)
-    made = Teacher(
-        model, wants_embedding, wants_logits, args.teacher_pooling, compiled if args.torch_compile else None
-    )
+    made = Teacher(model, wants_embedding, wants_logits, args.teacher_pooling, compiled)
     if model is None and wants_embedding:
         shape = training_set.cached_shape
         if shape is None and training_set.has("teacher_embedding"):
@@ -118,7 +108,7 @@ def teacher_for(teacher: Any, args: Any, training_set: Preview, student: nn.Modu
                 "training set with a `teacher_embedding` column. Got neither. relational_weight=0 does without."
             )
         made.width, made.dtype = shape
-    if model is None and wants_logits and args.kd_weight != "auto" and training_set.dataset is not None:
+    if model is None and wants_logits and not automatic and training_set.dataset is not None:
         if "teacher_logits" not in training_set.example:
             raise ValueError(
                 "`kd_weight` is above 0, so a teacher is needed: pass `teacher=` a model, a Hub name or a folder, or "

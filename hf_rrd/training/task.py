@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -25,36 +24,21 @@ class TaskLoss:
     micro-batch. Which of them it is shows once, in two forwards with other counts: many forwards take a count that
     their loss then ignores.
 
-    Args:
-        accelerator: Of the trainer.
-        in_forward: Whether the student's forward may be given the count.
-        func: The user's `compute_loss_func`, or None.
-        student: Whose loss it is.
+    With it the trainer always divides by the accumulation steps, whatever a model does with a count. transformers 5.0
+    does not where there is `func`, a `compute_loss_func`; `divides` says whether the trainer does.
     """
 
-    def __init__(self, accelerator: Accelerator, in_forward: bool, func: Any, student: nn.Module) -> None:
-        self.accelerator, self.in_forward, self.func = accelerator, in_forward, func
-        self.divides = True
-        self.uses_count = None if in_forward or func is not None else False
-        model, layout = unwrapped(student), layout_of(student)
+    def __init__(self, trainer: Any, func: Any) -> None:
+        self.accelerator, self.func = trainer.accelerator, func
+        self.in_forward = trainer.model_accepts_loss_kwargs and trainer.args.n_gpu <= 1  # takes the count
+        self.uses_count = None if self.in_forward or func is not None else False
+        self.divides = func is None or hasattr(Trainer, "loss_is_scaled_for_ga")
+        trainer.model_accepts_loss_kwargs = trainer.loss_is_scaled_for_ga = False
+        trainer.current_gradient_accumulation_steps = 1  # outside of train(), for a `training_step` called by hand
+        model, layout = unwrapped(trainer.model), layout_of(trainer.model)
         # Asked of the loss itself: the names of GPT-2's class and of others do not tell it.
         self._shifts = layout == "next words" and getattr(model, "loss_function", None) is ForCausalLMLoss
         self._sums = layout == "letters" and func is None and getattr(model.config, "ctc_loss_reduction", "") == "sum"
-
-    @classmethod
-    def of_trainer(cls, trainer: Any, func: Any) -> "TaskLoss":
-        """That of a trainer, which then always divides by the accumulation steps, whatever a model does with a count.
-
-        transformers 5.0 does not where there is a `compute_loss_func`; `divides` says whether the trainer does.
-        """
-        task = cls(
-            trainer.accelerator, trainer.model_accepts_loss_kwargs and trainer.args.n_gpu <= 1, func, trainer.model
-        )
-        trainer.model_accepts_loss_kwargs = False
-        task.divides = func is None or hasattr(Trainer, "loss_is_scaled_for_ga")
-        trainer.loss_is_scaled_for_ga = False
-        trainer.current_gradient_accumulation_steps = 1  # outside of train(), for a `training_step` called by hand
-        return task
 
     def labels_in(self, batch: Mapping[str, Any]) -> Tensor | None:
         """How many labels of a batch the loss is about, as a scalar; None where that is not known."""

@@ -431,6 +431,7 @@ def test_cached_embeddings_fill_all_of_the_bank_and_measure_as_many_examples_as_
     ("given", "message"),
     [
         ({"dtype": "bfloat16"}, r"`dtype` must be one of \['float16', 'float32'\], got 'bfloat16'"),
+        ({"teacher_projection": "pcaa"}, r"`teacher_projection` must be one of \['none', .*\], got 'pcaa'"),
         ({"batch_size": 0}, "`batch_size` must be 1 or more, got 0"),
         ({"projection_dim": 8}, "`projection_dim` needs a `teacher_projection`, got 8 and 'none'"),
         ({"teacher_projection": "pca"}, "teacher_projection='pca' needs a `projection_dim`, got None. Try 128"),

@@ -10,8 +10,7 @@ import torch
 from hf_rrd import cache_teacher_outputs
 from hf_rrd.models.teacher import Teacher
 from hf_rrd.training.data import Preview
-from hf_rrd.training.identity import teacher_identity
-from hf_rrd.training.sources import source_of
+from hf_rrd.training.identity import source_of, teacher_identity
 from tests.builders import Images, tiny_vit, trainer
 from tests.training.test_caching import images, teacher_vit
 
