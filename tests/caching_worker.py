@@ -23,7 +23,15 @@ def images() -> datasets.Dataset:
     return datasets.Dataset.from_dict({"pixel_values": data.pixels.tolist(), "labels": data.labels.tolist()})
 
 
-def run(rank: int, processes: int, port: int, folder: str, forwards: "Synchronized[int]", scale: float = 1.0) -> None:
+def run(
+    rank: int,
+    processes: int,
+    port: int,
+    folder: str,
+    forwards: "Synchronized[int]",
+    scale: float = 1.0,
+    projection: str = "none",
+) -> None:
     """Cache into a folder, counting the teacher's forwards, and write the whole data set beside it.
 
     A hook scales what the teacher's encoder gives.
@@ -43,6 +51,7 @@ def run(rank: int, processes: int, port: int, folder: str, forwards: "Synchroniz
 
     data = images()
     handle = teacher.register_forward_hook(count)
-    cached = caching.cache_teacher_outputs(data, teacher, BATCH, cache_dir=folder)
+    how = {"teacher_projection": projection, "projection_dim": None if projection == "none" else 5}
+    cached = caching.cache_teacher_outputs(data, teacher, BATCH, cache_dir=folder, **how)
     handle.remove()
     cached.select_columns(["teacher_embedding", "teacher_logits", "labels"]).to_parquet(f"{folder}/{rank}.parquet")

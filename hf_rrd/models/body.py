@@ -52,9 +52,7 @@ def body_of(model: nn.Module) -> Any:
         return model
     # CLIP and SigLIP classifiers keep it under another name than `base_model_prefix`; in 5.0 it is a plain module.
     own = not type(model).__module__.startswith("transformers.models.")
-    inner = [
-        child for child in model.children() if (has_head and _has_config(child)) or (own and _gives_states(child))
-    ]
+    inner = [each for each in model.children() if (has_head and _has_config(each)) or (own and _gives_states(each))]
     return inner[0] if len(inner) == 1 else model
 
 
@@ -164,9 +162,9 @@ def watch(body: nn.Module) -> Callable[[], None]:
     """
     if is_watched(body):
         return lambda: None
-    return (
-        body.register_forward_pre_hook(_keep_input) if reads_rows(body) else body.register_forward_hook(_keep_output)
-    ).remove
+    if reads_rows(body):
+        return body.register_forward_pre_hook(_keep_input).remove
+    return body.register_forward_hook(_keep_output).remove
 
 
 def is_watched(body: nn.Module) -> bool:

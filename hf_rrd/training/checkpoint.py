@@ -112,11 +112,9 @@ def has_sidecar(folder: str) -> bool:
 
 def sizes_of(checkpoint: str) -> str:
     """The size of every file so far that resuming depends on, as JSON."""
-    files = {path.relative_to(checkpoint).as_posix(): path for path in Path(checkpoint).rglob("*") if path.is_file()}
-    kept = [name for name, path in files.items() if path.suffix in BINARIES and ".tmp" not in path.name]
-    return json.dumps(
-        {name: files[name].stat().st_size for name in sorted(kept) if name not in (SIDECAR, TRAINING_ARGS_NAME)}
-    )
+    files = [path for path in Path(checkpoint).rglob("*") if path.suffix in BINARIES and path.is_file()]
+    kept = [path for path in files if path.name not in (SIDECAR, TRAINING_ARGS_NAME) and ".tmp" not in path.name]
+    return json.dumps({path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in sorted(kept)})
 
 
 def flaw_in(checkpoint: str | os.PathLike[str]) -> str | None:

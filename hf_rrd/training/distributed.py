@@ -206,14 +206,10 @@ def _partitioned(model: nn.Module, plugin: Any, mixed_precision: str) -> nn.Modu
     """A ZeRO-3 engine around a model that is not trained: its weights are fetched layer by layer."""
     import deepspeed
 
-    zero = {
-        name: value
-        for name, value in plugin.deepspeed_config["zero_optimization"].items()
-        if name != "offload_optimizer" and value != "auto"
-    }
+    zero = plugin.deepspeed_config["zero_optimization"].items()
     settings = {
         "train_micro_batch_size_per_gpu": 1,  # DeepSpeed wants one; nothing depends on it
-        "zero_optimization": zero,
+        "zero_optimization": {key: value for key, value in zero if key != "offload_optimizer" and value != "auto"},
         "bf16": {"enabled": mixed_precision == "bf16"},
         "fp16": {"enabled": mixed_precision == "fp16"},
     }

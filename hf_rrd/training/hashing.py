@@ -33,7 +33,7 @@ def hash_of(*things: Any) -> str:
         pickler.found = []
         pickler.dump(things)
         for own in pickler.found:  # which grows meanwhile: one after the other, whatever calls whatever
-            pickler.dump(_function(own) if isinstance(own, FunctionType) else _class(own))
+            pickler.dump(_content_of(own))
     return digest.hexdigest()
 
 
@@ -66,19 +66,18 @@ class _Pickler(Pickler):
         return "own", next(number for number, own in enumerate(self.found) if own is obj)
 
 
-def _function(function: FunctionType) -> Any:
-    names = {name for code in _codes(function.__code__) for name in code.co_names}
-    found = {name: function.__globals__[name] for name in names & function.__globals__.keys()}
+def _content_of(own: Any) -> Any:
+    """What a class tells, or what a function does and refers to."""
+    if isinstance(own, type):
+        told = {name: value for name, value in vars(own).items() if callable(value) or not name.startswith("__")}
+        return own.__qualname__, own.__bases__, told
+    names = {name for code in _codes(own.__code__) for name in code.co_names}
+    found = {name: own.__globals__[name] for name in names & own.__globals__.keys()}
     found |= {name: sys.modules[name] for name in names & sys.modules.keys() - found.keys()}  # imported when it runs
     for _ in range(2):  # module.CONSTANT, package.module.CONSTANT
-        own = [value for value in found.values() if isinstance(value, ModuleType) and _is_own(value)]
-        found |= {f"{each.__name__}.{name}": vars(each)[name] for each in own for name in names & vars(each).keys()}
-    return function.__code__, function.__defaults__, function.__kwdefaults__, function.__closure__, found
-
-
-def _class(own: type) -> Any:
-    told = {name: value for name, value in vars(own).items() if callable(value) or not name.startswith("__")}
-    return own.__qualname__, own.__bases__, told
+        mine = [value for value in found.values() if isinstance(value, ModuleType) and _is_own(value)]
+        found |= {f"{each.__name__}.{name}": vars(each)[name] for each in mine for name in names & vars(each).keys()}
+    return own.__code__, own.__defaults__, own.__kwdefaults__, own.__closure__, found
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:

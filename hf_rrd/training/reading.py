@@ -53,11 +53,10 @@ class Reader:
         processor = self.processing_class
         names = ["padding_side", "pad_token_id", "pad_token_type_id", "padding_value", "model_input_names"]
         names += ["return_attention_mask", "feature_size"]
-        padding = [type(processor), *(getattr(processor, name, None) for name in names)]
+        padding: Any = [type(processor), *(getattr(processor, name, None) for name in names)]
+        padding = padding if self.collate is None else ""
         projection = None if self.projection is None else (self.projection.kind, self.projection.state_dict())
-        return hash_of(
-            self.settings, self.with_logits, self.dtype, padding if self.collate is None else "", projection
-        )
+        return hash_of(self.settings, self.with_logits, self.dtype, padding, projection)
 
     def columns(self, names: Iterable[str]) -> dict[str, str]:
         """Of an example's columns those that the teacher reads, by their names in its forward."""

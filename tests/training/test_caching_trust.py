@@ -195,6 +195,27 @@ def test_a_projection_of_a_changed_teacher_is_measured_anew(tmp_path: Path) -> N
     )
 
 
+@pytest.mark.slow
+def test_two_processes_measure_the_projection_of_one_and_share_its_work(tmp_path: Path) -> None:
+    rows, most = [], []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        port, counts = free_port(), [context().Value("i", 0) for _ in range(processes)]
+        arguments = [(rank, processes, port, str(folder), counts[rank], 1.0, "pca") for rank in range(processes)]
+        children = [context().Process(target=caching_worker.run, args=each) for each in arguments]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(timeout=120)
+        assert [child.exitcode for child in children] == [0] * processes
+        rows += [column(Dataset.from_parquet(str(folder / f"{rank}.parquet"))) for rank in range(processes)]
+        most.append(max(count.value for count in counts))
+    assert rows[0].shape == (caching_worker.EXAMPLES, 5) and torch.equal(rows[1], rows[2])
+    torch.testing.assert_close(rows[0], rows[1], rtol=1e-3, atol=1e-3)
+    assert most == [46, 24]  # 23 batches, in 8 files, of the sample and of all
+
+
 def test_an_attention_mask_of_a_feature_extractor_is_part_of_the_reading() -> None:
     def fingerprint(**settings: Any) -> str:
         teacher, extractor = caching.Teacher(teacher_vit(), True, False), Wav2Vec2FeatureExtractor(**settings)
