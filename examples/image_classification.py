@@ -16,6 +16,7 @@ it on several devices.
 Needs `pip install 'hf_rrd[demo]'`.
 """
 
+import json
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -81,6 +82,9 @@ class DataArguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many only, drawn at random."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many only, drawn at random."})
     report: bool = field(default=False, metadata={"help": "Compare student and teacher at the end, also in speed."})
+    card_baseline: str | None = field(
+        default=None, metadata={"help": "For the card: the same without distillation, '{\"accuracy\": 0.8}'."}
+    )
     card_dataset: str | None = field(default=None, metadata={"help": "For the card: the Hub name of files' data set."})
 
 
@@ -249,6 +253,7 @@ def main() -> None:
     if report is not None:
         Console().print(report.table())
     card = {"dataset_tags": data_args.dataset_name or data_args.card_dataset, "teacher_name": model_args.card_teacher}
+    card |= {"baseline": json.loads(data_args.card_baseline or "{}")}
     if args.push_to_hub:
         trainer.push_to_hub(**card)
     else:

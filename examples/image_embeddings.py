@@ -11,8 +11,8 @@
 The teacher is a model that sees, such as a ViT, a DINO, a classifier without its head, or one side of CLIP or SigLIP.
 The student is pretrained (`--student_model_name_or_path`), or new (`--student_config_name`), or has some of the
 teacher's layers (`--student_num_layers`). `--student_format sentence_transformers` keeps its projection into the
-teacher's space, and saves it as a model of that library. docs/image_embeddings.md says what is printed. Labels are
-there to evaluate with and have no part in the training.
+teacher's space, and saves it as a model of that library. docs/guides/image_embeddings.md says what is printed. Labels
+are there to evaluate with and have no part in the training.
 
 Every field of `RelationalDistillationConfig` is a flag, too. Flags may come from a YAML or JSON file, too (`--config
 file.yaml`); those beside it win. `accelerate launch` instead of `python` runs it on several devices.

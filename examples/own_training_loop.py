@@ -11,6 +11,7 @@ numbers from 0. `hf upload user/name out/own_training_loop` pushes student and c
 'hf_rrd[demo,plots]'`.
 """
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +47,9 @@ class Arguments:
     bank_size: int = field(default=4096, metadata={"help": "Teacher embeddings to compare with."})
     seed: int = field(default=0, metadata={"help": "Of new weights and of the order of batches."})
     card_teacher: str | None = field(default=None, metadata={"help": "For the card: what to call the teacher."})
+    card_baseline: str | None = field(
+        default=None, metadata={"help": "For the card: the same without distillation, '{\"accuracy\": 0.8}'."}
+    )
     card_dataset: str | None = field(default=None, metadata={"help": "For the card: the Hub name of files' data set."})
 
 
@@ -116,10 +120,12 @@ def main() -> None:
         report = compare_models(student, teacher, data["validation"], collate)
         report.save(args.output_dir)
         Console().print(report.table())
-        settings = {name: getattr(args, name) for name in ("relational_weight", "kd_weight", "bank_size")}
-        about: dict[str, Any] = {"settings": settings | {"task_weight": 1.0}, "processing_class": tokenizer}
+        settings = {"task_weight": 1.0, "relational_weight": args.relational_weight, "kd_weight": args.kd_weight}
+        settings |= {"bank_size": len(bank.filled)}
+        about: dict[str, Any] = {"settings": settings, "processing_class": tokenizer}
         about["training"] = {"epochs": args.num_train_epochs, "learning_rate": args.learning_rate, "seed": args.seed}
         about |= {"teacher": teacher, "teacher_name": args.card_teacher, "dataset": args.card_dataset}
+        about["baseline"] = json.loads(args.card_baseline or "{}")
         write_card(args.output_dir, student, report=report, **about)
     accelerator.wait_for_everyone()  # torch 2.13 may hang where the group ends right after a gather
     accelerator.end_training()

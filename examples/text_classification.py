@@ -19,6 +19,7 @@ to 5 minutes on two cores. Flags may come from a YAML or JSON file, too (`--conf
 Needs `pip install 'hf_rrd[demo]'`.
 """
 
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,9 @@ class DataArguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many only, drawn at random."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many only, drawn at random."})
     report: bool = field(default=False, metadata={"help": "Compare student and teacher at the end, also in speed."})
+    card_baseline: str | None = field(
+        default=None, metadata={"help": "For the card: the same without distillation, '{\"accuracy\": 0.8}'."}
+    )
     card_dataset: str | None = field(default=None, metadata={"help": "For the card: the Hub name of files' data set."})
 
 
@@ -253,6 +257,7 @@ def main() -> None:
         name = Path(model_args.teacher_model_name_or_path)
         teacher_name = f"{name.name if name.exists() else name}, fine-tuned on the same data for {epochs:g} epochs"
     card = {"dataset_tags": data_args.dataset_name or data_args.card_dataset, "teacher_name": teacher_name}
+    card |= {"baseline": json.loads(data_args.card_baseline or "{}")}
     if args.push_to_hub:
         trainer.push_to_hub(**card)
     else:

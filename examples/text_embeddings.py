@@ -10,8 +10,8 @@
 The teacher is a model of sentence-transformers, read with its own pooling, layers and prompt, or a plain transformers
 model. The student is pretrained (`--student_model_name_or_path`), or new (`--student_config_name`), or has some of the
 teacher's layers (`--student_num_layers`). It is saved as a model of sentence-transformers, whose embeddings can be
-looked for among the teacher's (`--student_format transformers` saves its layers alone). docs/text_embeddings.md says
-what is printed. Labels and scores are there to evaluate with and have no part in the training.
+looked for among the teacher's (`--student_format transformers` saves its layers alone). docs/guides/text_embeddings.md
+says what is printed. Labels and scores are there to evaluate with and have no part in the training.
 
 Every field of `RelationalDistillationConfig` is a flag, too. Flags may come from a YAML or JSON file, too (`--config
 file.yaml`); those beside it win. `accelerate launch` instead of `python` runs it on several devices.

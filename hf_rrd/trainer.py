@@ -164,7 +164,7 @@ class RelationalDistillationTrainer(Trainer):
         collate = data_collator or default_collator(processing_class, teacher_processing_class, self.teacher)
         own_optimizer = optimizers != (None, None) or optimizer_cls_and_kwargs is not None
         saved_beside = processing_class or getattr(collate, "tokenizer", None)
-        facts = (self.teacher, train_dataset, saved_beside, own_optimizer, self.distillation.weights)
+        facts = (self.teacher, train_dataset, saved_beside, own_optimizer, self.distillation)
         self._facts = FactsCallback(*facts)
         super().__init__(
             model=prepare(model),

@@ -114,6 +114,11 @@ class Embedder:
             pooling = own_pooling(model) or auto_pooling(self.body)
         self.pooling = pooling
 
+    @property
+    def known_as(self) -> Pooling:
+        """The pooling as the settings call it: "head" where it is what the classifier reads."""
+        return self.pooling if self.watched is self.body else "head"
+
     def pool(self, outputs: Any, inputs: dict[str, Any]) -> Tensor:
         """From the body's output for these inputs to (batch, width); a ValueError if it is another number of rows."""
         masks = [inputs[name] for name in ("attention_mask", "pixel_attention_mask") if name in inputs]  # of patches

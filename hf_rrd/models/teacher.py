@@ -73,7 +73,7 @@ class Teacher:
         if wants_embedding:
             self._embedder = Embedder(model, pooling, "teacher_pooling")
             self.body, self.width = self._embedder.body, self._embedder.width
-            self.pooling = self._embedder.pooling if self._embedder.watched is self.body else "head"
+            self.pooling = self._embedder.known_as
             weights = place_of(self.body)[1]
             self.dtype = weights if weights in (torch.float16, torch.bfloat16) else torch.float32
             watch(self._embedder.watched)

@@ -1,7 +1,7 @@
 """The facts of a run, gathered while it goes."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
@@ -15,7 +15,7 @@ from hf_rrd.results.facts import CardFacts, DataFacts, EmbedderFacts, Metric, hu
 from hf_rrd.results.measure import size_of
 from hf_rrd.results.report import DistillationReport
 from hf_rrd.training.checkpoint import flaw_in
-from hf_rrd.training.distillation import BANK_LOSSES
+from hf_rrd.training.distillation import BANK_LOSSES, Distillation
 from hf_rrd.training.terms import LOGGED
 
 Names = str | list[str] | None
@@ -29,7 +29,7 @@ class FactsCallback(TrainerCallback):
         train_dataset: The training set.
         processing_class: What is saved beside the student.
         own_optimizer: Whether the optimizer is the user's own: then the settings do not describe it.
-        weights: Gives the weights of the terms, by the names of the settings, where these say "auto".
+        distillation: The run's, which knows what came of its settings.
     """
 
     def __init__(
@@ -38,10 +38,10 @@ class FactsCallback(TrainerCallback):
         train_dataset: Any,
         processing_class: Any = None,
         own_optimizer: bool = False,
-        weights: Callable[[], dict[str, float]] = dict,
+        distillation: Distillation | None = None,
     ) -> None:
         self.teacher, self.train_dataset = teacher, train_dataset
-        self.processing_class, self.own_optimizer, self.weights = processing_class, own_optimizer, weights
+        self.processing_class, self.own_optimizer, self.distillation = processing_class, own_optimizer, distillation
         self.report: DistillationReport | None = None  # the last one since a training began
         self.sources: dict[str, dict[str, str]] = {}  # by prefix, of which data the metrics are
         self.best_step: int | None = None  # where the student is not that of the last step
@@ -128,9 +128,9 @@ class FactsCallback(TrainerCallback):
         return DataFacts(source.get("id"), config or source.get("config"), title or source.get("id"))
 
     def _settings(self) -> dict[str, Any]:
-        """Those of ours that had a part in this run."""
-        args, weights = self.args, self.weights()
-        weights = {name: weights.get(name, getattr(self.args, name)) for name in WEIGHTS}
+        """Those of ours that had a part in this run, as they came out: numbers for "auto", the rows in the bank."""
+        args, found = self.args, {} if self.distillation is None else in_use(self.distillation)
+        weights = {name: found.get(name, getattr(args, name)) for name in WEIGHTS}
         names = []
         learned = last_losses(self.state.log_history)  # a weight may have come down to 0 since
         if weights["kd_weight"] or "kd_loss" in learned:
@@ -143,7 +143,8 @@ class FactsCallback(TrainerCallback):
             if "rrd" in args.relational_terms:
                 names += ["teacher_temperature"]
         names += ["alignment_examples"] * (args.alignment_examples > 0)
-        settings = weights | {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
+        settings = weights | {name: found.get(name, getattr(args, name)) for name in names}
+        settings = {name: value for name, value in settings.items() if value is not None}
         return {name: name_of(value) if callable(value) else value for name, value in settings.items()}
 
     def _training(self) -> dict[str, Any]:
@@ -194,6 +195,18 @@ class FactsCallback(TrainerCallback):
             source = ({"id": named} if named else {}) | source
             metrics["accuracy", str(source)] = Metric("accuracy", measured["student"]["accuracy"], **source)
         return list(metrics.values())
+
+
+def in_use(distillation: Distillation) -> dict[str, Any]:
+    """What came of a run's settings, by their names: weights, poolings, the width and the rows of the bank."""
+    found: dict[str, Any] = dict(distillation.weights())
+    if distillation.projection is not None:
+        found["projection_dim"] = distillation.projection.dim
+    if distillation.reference is not None:
+        found["bank_size"] = len(distillation.reference)
+    if distillation.head is not None:
+        found["student_pooling"] = distillation.head.embedder.known_as
+    return found
 
 
 def prefix_of(metrics: dict[str, Any]) -> str | None:

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
 from hf_rrd.files import write_json, written_whole
-from hf_rrd.models.body import unwrapped
+from hf_rrd.models.body import is_classifier, unwrapped
 from hf_rrd.models.sentence_transformers import is_sentence_transformer, kind_of, load
 from hf_rrd.models.teacher import load_teacher
 from hf_rrd.results.facts import (
@@ -108,7 +108,7 @@ def write_card(
     if is_sentence_transformer(student) and embedder is None:
         embedder = embedder_facts(student)
     folder, model = Path(folder), load_teacher(student, argument="student")
-    about = model_facts(model)
+    about, names = model_facts(model), class_names(model)
     if model is not student:  # it started from elsewhere
         about.name = about.revision = about.encoder = None
     measured: dict[str, Any] = {} if report is None else report.facts
@@ -134,11 +134,12 @@ def write_card(
         dataset=dataset,
         settings=dict(settings or {}),
         training=dict(training or {}),
+        classes=[str(name) for _, name in sorted((names or {}).items())] if is_classifier(model) else [],
         losses=last_losses(line for line in log_history if line.get("step", 0) <= last),
         metrics=list(metrics),
         baseline=dict(baseline or {}),
         report=measured,
-        pictures=draw_pictures(folder, log_history, report, class_names(model)),
+        pictures=draw_pictures(folder, log_history, report, names),
         versions=versions_in_use(*libraries),
         license=license,
         language=language,

@@ -105,6 +105,7 @@ class CardFacts:
     settings: dict[str, Any] = field(default_factory=dict)  # by the names of `RelationalDistillationConfig`
     training: dict[str, Any] = field(default_factory=dict)  # such as `steps`, `learning_rate` and `seed`
     losses: dict[str, float] = field(default_factory=dict)  # each term's last value in the log
+    classes: list[str] = field(default_factory=list)  # the names of a classifier's, in the order of its logits
     metrics: list[Metric] = field(default_factory=list)  # among them alignment at an evaluation
     baseline: dict[str, float] = field(default_factory=dict)  # metrics of the same student without distillation
     report: dict[str, Any] = field(default_factory=dict)  # the facts of a `DistillationReport`

@@ -7,17 +7,18 @@ from typing import Any
 from transformers.utils import logging
 
 from hf_rrd.files import written_whole
-from hf_rrd.results.plots import Names, plot_embeddings, plot_losses, plot_reliability, plot_similarities
+from hf_rrd.results.plots import Names, plane_of, plot_embeddings, plot_losses, plot_reliability, plot_similarities
 from hf_rrd.results.report import DistillationReport
 
 logger = logging.get_logger(__name__)
 
 FIGURES = "figures"  # the folder of a card's pictures, beside it
+LEAST_SHOWN = 0.2  # of the teacher's variance: axes that show less are no picture of its embeddings
 
 PICTURES = {
     "losses": "Loss terms over the steps",
     "similarities": "Similarity matrices of teacher and student",
-    "embeddings": "Embeddings of teacher and student in the plane",
+    "embeddings": "Embeddings of student and teacher on the teacher's axes",
     "reliability": "Reliability diagram",
 }
 """The pictures by name, and what they show in words."""
@@ -65,7 +66,8 @@ def _figures_of(
     if "alignment" in facts:
         sets = tensors["student_embedding"], tensors["teacher_embedding"]
         figures["similarities"] = plot_similarities(*sets, labels, names)
-        figures["embeddings"] = plot_embeddings(*sets, labels, names)
+        if plane_of(sets[1])[1].sum() >= LEAST_SHOWN:
+            figures["embeddings"] = plot_embeddings(*sets, labels, names)
     if labels is not None:
         others = {"teacher": tensors["teacher_logits"]} if "accuracy" in facts.get("teacher", {}) else {}
         figures["reliability"] = plot_reliability(tensors["student_logits"], labels, others=others)

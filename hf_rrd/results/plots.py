@@ -23,9 +23,12 @@ Names = Mapping[int, str] | Sequence[str]
 MOST_CLASSES = 20  # of more, none is told apart
 
 INK, FAINT = "#333333", "#999999"
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#E69F00", "#F0E442")  # Okabe and Ito
+COLORS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#E69F00", "#F0E442"),  # Okabe and Ito
+    *("#6A3D9A", "#8C564B"),
+)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
-LOOKS = [{"color": COLORS[index % 8], "marker": MARKERS[index % 9]} for index in range(72)]  # all pairs
+LOOKS = [{"color": COLORS[index % 10], "marker": MARKERS[index % 9]} for index in range(90)]  # all pairs
 
 STYLE: dict[str, Any] = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
 STYLE |= {"axes.titlesize": 10, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8}
@@ -113,6 +116,8 @@ def plot_similarities(
 ) -> "Figure":
     """The cosine similarities of all pairs of examples, in the student's embeddings and in the teacher's.
 
+    Each set is taken less its mean first, as in training: what all its embeddings have in common tells no two apart.
+
     Args:
         student, teacher: (examples, any width), the same 2 or more examples in the same order.
         labels: (examples,), class ids: the examples are put in the order of their classes, else they keep theirs.
@@ -129,7 +134,8 @@ def plot_similarities(
     sets, ids = _checked(student, teacher, labels, max_examples)
     order = np.arange(len(student)) if ids is None else ids.argsort(kind="stable")
     kept = order[evenly_spaced(len(order), max_examples).numpy()]
-    units = [rows[kept] / np.linalg.norm(rows[kept], axis=1, keepdims=True).clip(1e-12) for rows in sets]
+    centred = [(rows - rows.mean(0))[kept] for rows in sets]
+    units = [rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12) for rows in centred]
     matrices = [rows @ rows.T for rows in units]  # each (kept, kept)
     others = ~np.eye(len(kept), dtype=bool)
     low, high = np.percentile([matrix[others] for matrix in matrices], (1, 99))
@@ -144,13 +150,15 @@ def plot_similarities(
         classes, counts = np.unique([] if ids is None else ids[kept], return_counts=True)
         if 0 < len(classes) <= MOST_CLASSES:
             ends = counts.cumsum() - 0.5
-            panels[0].set_yticks(ends - counts / 2, [_class_name(names, label) for label in classes])
+            panels[0].set_yticks(ends - counts / 2, _class_names(names, classes))
             for border in ends[:-1]:
                 for axes in panels:
                     axes.axhline(border, color="white", lw=0.5)
                     axes.axvline(border, color="white", lw=0.5)
         bar = figure.colorbar(image, ax=panels, location="bottom", extend="both", aspect=40, pad=0.03)
-        bar.set_label("cosine similarity, one scale for both\n(1st to 99th percentile of other pairs)")
+        bar.set_label(
+            "cosine similarity, each set less its mean, one scale for both\n(1st to 99th percentile of other pairs)"
+        )
     return figure
 
 
@@ -161,7 +169,7 @@ def plot_embeddings(
     names: Names | None = None,
     max_examples: int = 2000,
 ) -> "Figure":
-    """Each embedding set in a plane of its own; the student's is turned so that the two can be compared by eye.
+    """Both embedding sets on the teacher's axes, so that the two can be compared by eye.
 
     Args:
         student, teacher, names: As in `plot_similarities`, whose errors this one has, too.
@@ -169,42 +177,68 @@ def plot_embeddings(
         max_examples: How many to lay out and draw; of more an evenly spaced subset.
 
     Returns:
-        Two scatter plots, each over the two directions of most variance (PCA). The student's plane is rotated or
-        reflected, never scaled, onto the teacher's by orthogonal Procrustes (Schönemann, 1966).
+        Two scatter plots over the two directions in which the teacher varies most (PCA). The student's embeddings are
+        mapped there by least squares, each half of the examples as the other half's fit has it, so that what is alike
+        was not put there by the fit.
     """
     sets, ids = _checked(student, teacher, labels, max_examples)
-    kept = evenly_spaced(len(student), max_examples).numpy()
-    classes = np.unique([] if ids is None else ids[kept])
-    planes = [_plane(rows[kept]) for rows in sets]  # each (kept, 2), centred
-    left, _, right = np.linalg.svd(planes[0].T @ planes[1])
-    planes[0] = planes[0] @ (left @ right)
-    with _figure(7.2, 4.0) as figure:
+    rows, target = (each[evenly_spaced(len(each), max_examples).numpy()] for each in sets)
+    ids = None if ids is None else ids[evenly_spaced(len(ids), max_examples).numpy()]
+    plane, shares = plane_of(target)
+    mapped = _mapped(rows, plane)
+    spread = np.square(plane).sum()
+    found = 1 - np.square(plane - mapped).sum() / spread if spread > 0 else 0.0
+    classes = np.unique([] if ids is None else ids)
+    with _figure(7.2, 4.6, "compressed") as figure:
         panels = figure.subplots(1, 2)
-        for axes, plane, rows, turned in zip(panels, planes, sets, ("turned ", ""), strict=True):
-            first, second = 100 * plane.var(0) / max(rows[kept].var(0).sum(), 1e-30)
-            axes.set_title("student, turned onto the teacher" if turned else "teacher")
-            axes.set_xlabel(f"{turned}PCA axis 1, {first:.0f} % of variance")
-            axes.set_ylabel(f"{turned}PCA axis 2, {second:.0f} % of variance")
-            axes.set_aspect("equal", adjustable="datalim")
+        low, high = (end(np.concatenate([mapped, plane]), 0) for end in (np.min, np.max))  # each (2,)
+        middle, half = (low + high) / 2, 0.55 * max(*(high - low), 1e-6)
+        titles = (f"student, mapped there: R² {max(found, 0.0):.2f}", "teacher")
+        for axes, points, title in zip(panels, (mapped, plane), titles, strict=True):
+            axes.set(title=title, xlabel=f"teacher's axis 1, {100 * shares[0]:.0f} % of its variance")
+            axes.set(
+                xlim=middle[0] + np.array([-half, half]), ylim=middle[1] + np.array([-half, half]), aspect="equal"
+            )
             axes.locator_params(nbins=6)  # or the numbers of a wide scale touch
             if ids is None or len(classes) > MOST_CLASSES:
-                axes.scatter(*plane.T, color=COLORS[0], s=14, lw=0)
+                axes.scatter(*points.T, color=COLORS[0], s=14, lw=0)
                 continue
-            for index, label in enumerate(classes):
+            for index, (label, name) in enumerate(zip(classes, _class_names(names, classes), strict=True)):
                 look = {"color": FAINT, "marker": "."} if label == NO_LABEL else LOOKS[index]
-                axes.scatter(*plane[ids[kept] == label].T, s=14, lw=0, label=_class_name(names, label), **look)
+                axes.scatter(*points[ids == label].T, s=14, lw=0, label=name, **look)
+        panels[0].set_ylabel(f"teacher's axis 2, {100 * shares[1]:.0f} % of its variance")
         if 0 < len(classes) <= MOST_CLASSES:
-            figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
+            handles, texts = panels[0].get_legend_handles_labels()
+            columns = max(1, min(5, 100 // (6 + max(map(len, texts)))))  # as many as fit, of so many letters
+            figure.legend(handles, texts, loc="outside lower center", ncols=columns, markerscale=1.5)
     return figure
 
 
-def _plane(rows: np.ndarray) -> np.ndarray:
-    """The rows, (examples, width), along their two directions of most variance, centred: (examples, 2)."""
+def plane_of(rows: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Rows, (examples, width), in the plane of most variance, (examples, 2), and the share of each axis, (2,)."""
+    rows = np.asarray(rows, dtype=np.float64)
     rows = rows - rows.mean(0)
     directions = np.linalg.svd(rows, full_matrices=False)[2][:2]  # (2, width), of unit length
     largest = np.take_along_axis(directions, np.abs(directions).argmax(1)[:, None], 1)
     plane = rows @ (directions * np.sign(largest)).T  # a sign that does not depend on the machine
-    return np.pad(plane, ((0, 0), (0, 2 - plane.shape[1])))  # those of width 1 lie on a line
+    plane = np.pad(plane, ((0, 0), (0, 2 - plane.shape[1])))  # those of width 1 lie on a line
+    return plane, np.square(plane).sum(0) / max(np.square(rows).sum(), 1e-30)
+
+
+def _mapped(rows: np.ndarray, plane: np.ndarray) -> np.ndarray:
+    """Rows, (examples, width), in a plane, (examples, 2), by least squares, each half by the fit of the other half.
+
+    Of a half's rows so many directions count as there are examples in a quarter of it: of more, a fit would be noise.
+    """
+    mapped = np.zeros_like(plane)
+    halves = np.arange(len(rows)) % 2
+    for half in (halves == 0, halves == 1):
+        mean, place = rows[~half].mean(0), plane[~half].mean(0)
+        left, sizes, right = np.linalg.svd(rows[~half] - mean, full_matrices=False)
+        count = min(max(len(left) // 4, 1), int((sizes > 1e-9 * sizes[0]).sum()))
+        fit = left[:, :count].T @ (plane[~half] - place) / sizes[:count, None]  # (count, 2)
+        mapped[half] = (rows[half] - mean) @ right[:count].T @ fit + place
+    return mapped
 
 
 def plot_reliability(
@@ -247,14 +281,15 @@ def plot_reliability(
     return figure
 
 
-def _class_name(names: Names | None, label: int) -> str:
-    """A class's name, at most 20 letters of it, or its number."""
-    if label == NO_LABEL:
-        return "no label"
+def _class_names(names: Names | None, labels: Any) -> list[str]:
+    """The classes' names, at most 20 letters of each, or their numbers; which follow where two would look the same."""
     known = names if isinstance(names, Mapping) else dict(enumerate(names or ()))
-    text = str(known.get(int(label), label))
-    text = text if len(text) <= 20 else f"{text[:19]}…"
-    return f" {text}" if text.startswith("_") else text  # matplotlib leaves such out of a legend
+    texts = ["no label" if label == NO_LABEL else str(known.get(int(label), label)) for label in labels]
+    texts = [text if len(text) <= 20 else f"{text[:19]}…" for text in texts]
+    texts = [
+        text if texts.count(text) == 1 else f"{text} ({label})" for text, label in zip(texts, labels, strict=True)
+    ]
+    return [f" {text}" if text.startswith("_") else text for text in texts]  # matplotlib leaves such out of a legend
 
 
 def _checked(student: Tensor, teacher: Tensor, labels: Tensor | None, max_examples: int) -> tuple[list[Any], Any]:

@@ -151,6 +151,8 @@ def compare_models(
                 facts[name]["examples_per_second"] = 1000 * examples_in(batch) / times["median"]
     others = names_of(models.get("teacher")) or noted_logits(dataset).get("classes")
     logits = _comparable_logits(tensors, names_of(models["student"]), others, Preview(dataset).classes)
+    if _knows_nothing(models.get("teacher"), logits.get("teacher"), tensors.get("labels")):
+        del logits["teacher"]
     for name, rows in logits.items():
         if quality := _quality(rows, tensors.get("labels")):
             facts[name] = facts.get(name, {}) | quality
@@ -227,6 +229,23 @@ def _comparable_logits(tensors: dict[str, Tensor], *names: Names) -> dict[str, T
         if "teacher" in found and order is not None and len(order) == classes:
             found["teacher"] = tensors["teacher_logits"] = found["teacher"][:, order]
     return found
+
+
+def _knows_nothing(teacher: nn.Module | None, logits: Tensor | None, labels: Tensor | None) -> bool:
+    """Whether a teacher's head is random: its files had not all weights, and no labels show that it was trained since.
+
+    It was, if more of its answers are right than of the most frequent class's, by two standard deviations.
+    """
+    if logits is None or teacher is None or unwrapped(teacher) is not teacher:  # adapters are in no model's files
+        return False
+    loaded = [getattr(weight, "_is_hf_initialized", False) for weight in teacher.parameters()]
+    if all(loaded) or not any(loaded):  # the latter were made from a config
+        return False
+    if labels is None or not (known := labels != NO_LABEL).any():
+        return True
+    count, most = int(known.sum()), int(labels[known].bincount().max())
+    right = int((logits.argmax(1) == labels)[known].sum())
+    return bool(right <= most + 2 * (most * (count - most) / count) ** 0.5)
 
 
 def _quality(logits: Tensor, labels: Tensor | None) -> dict[str, float]:

@@ -92,7 +92,7 @@ def test_a_script_reports_and_pushes_by_flags(
     ("name", "page"),
     [
         *((name, "") for name in SCRIPTS),
-        *((name, f"docs/{name}.md") for name in ("text_embeddings", "image_embeddings")),
+        *((name, f"docs/guides/{name}.md") for name in ("text_embeddings", "image_embeddings")),
     ],
 )
 def test_the_command_in_the_docstring_or_on_the_page_is_understood(name: str, page: str) -> None:
@@ -105,7 +105,22 @@ def test_the_command_in_the_docstring_or_on_the_page_is_understood(name: str, pa
 @pytest.mark.parametrize("student", write_cards.RUNS)
 def test_the_commands_of_the_model_cards_are_understood(student: str) -> None:
     script, *words = shlex.split(write_cards.RUNS[student])
-    assert settings_of(Path(script).stem, [*words, "--output_dir", "out/mine"]).output_dir == "out/mine"
+    assert settings_of(Path(script).stem, words).output_dir == "out/mine"
+
+
+def test_the_same_student_without_distillation_is_trained_for_a_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[str] = []
+    (tmp_path / write_cards.REPORT_FILE).write_text('{"student": {"accuracy": 0.5}}')
+    monkeypatch.setattr(write_cards, "train", lambda name, command: commands.append(command) or tmp_path)
+    assert set(write_cards.ALONE) <= set(write_cards.RUNS)
+    for name in write_cards.ALONE:
+        script, *words = shlex.split(f"{write_cards.RUNS[name]} {write_cards.alone(name, write_cards.RUNS[name])}")
+        given = [getattr(each, "card_baseline", None) for each in all_settings_of(Path(script).stem, words)]
+        assert '{"accuracy": 0.5}' in given
+        without = settings_of(Path(script).stem, shlex.split(commands[-1])[1:])
+        assert (float(without.relational_weight), float(without.kd_weight)) == (0, 0)
 
 
 def test_the_scripts_use_one_set_of_names() -> None:
@@ -125,8 +140,12 @@ def kinds_of(script: Any) -> list[Any]:
     return [kind for kind in kinds if kind] + ([] if kinds[0] else [script.RelationalDistillationConfig])
 
 
+def all_settings_of(name: str, words: list[str]) -> tuple[Any, ...]:
+    return parse_arguments(*kinds_of(load_script(name)), words=["--output_dir", "out/mine", *words])
+
+
 def settings_of(name: str, words: list[str]) -> Any:
-    return parse_arguments(*kinds_of(load_script(name)), words=words)[-1]
+    return all_settings_of(name, words)[-1]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

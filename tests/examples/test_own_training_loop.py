@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -23,7 +24,8 @@ def test_the_own_loop_runs_on_two_processes_and_saves_a_student_of_the_printed_a
     line = (
         "--train_file {}/train.csv --validation_file {}/validation.csv --text_column_name sentence "
         "--per_device_train_batch_size 8 --teacher_model_name_or_path {}/classifier --student_num_layers 1 "
-        "--kd_weight 1 --bank_size 30 --learning_rate 0.01 --output_dir OUT"
+        "--kd_weight 1 --bank_size 30 --learning_rate 0.01 --output_dir OUT "
+        "--card_teacher 'a bigger one' --card_baseline '{\"accuracy\": 0.125}'"
     )
     printed = start_process("own_training_loop", line, folder, tmp_path, processes=2)
     assert printed.count("epoch 2: loss") == 1
@@ -39,7 +41,9 @@ def test_the_own_loop_runs_on_two_processes_and_saves_a_student_of_the_printed_a
         right = sum(a == row["label"] for a, row in zip(found, rows, strict=True)) / len(rows)
         assert saved[name]["accuracy"] == pytest.approx(right)
         assert f"{100 * right:.1f} %" in printed
-    assert "distilled from a `BertForSequenceClassification`" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert "distilled from a bigger one (" in card and "against a bank of 30 of" in card
+    assert re.search(r"\| accuracy \| validation \| [\d.]+ \| 0.125 \| [\d.]+ \|\n", card), "student, without, teacher"
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path).config.num_hidden_layers == 1
 
 

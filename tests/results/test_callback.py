@@ -124,6 +124,22 @@ def test_a_reports_accuracy_is_of_the_data_that_it_measured_on(tmp_path: Path) -
     }
 
 
+def test_settings_are_told_as_they_came_out(tmp_path: Path) -> None:
+    run = trainer(tmp_path, train_dataset=Images(30), relational_weight="auto", kd_weight="auto", bank_size=4096)
+    run.train()
+    card = card_of(run).text
+    settings = facts_of(run)["settings"]
+    weights = run.distillation.weights()
+    assert (settings["bank_size"], settings["projection_dim"]) == (30, 24)
+    assert {name: settings[name] for name in weights} == weights
+    assert "against a bank of 30 of its embeddings" in card and "4,096" not in card and "4096" not in card
+    assert "| `student_pooling` | head |" in card
+    headless = trainer(tmp_path, model=tiny_vit().vit, task_weight=0.0, bank_size=8)
+    assert headless._facts._settings()["student_pooling"] == "cls"
+    headless.train()
+    assert headless._facts._settings()["bank_size"] == 8
+
+
 def test_what_was_learned_is_told_after_its_weight_has_come_down_to_0(tmp_path: Path) -> None:
     run = trainer(tmp_path, kd_weight=1.0)
     run.train()

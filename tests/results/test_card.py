@@ -38,6 +38,7 @@ from tests.results.runs import card_of, facts_of, finished, numbers_shown, unsai
 from tests.results.test_sentence_transformers import run_of as embedding_run
 from tests.sentences import embedder, headless, tokenizer
 
+LIBRARY = "[hf_rrd](https://pypi.org/project/hf-rrd/)"
 DATASET = {"dataset_tags": "org/images", "dataset": "Images"}
 
 
@@ -170,7 +171,7 @@ def test_a_loop_of_ones_own_writes_a_card_in_one_call(tmp_path: Path, monkeypatc
     assert (card.data.model_name, card.data.datasets, card.data.license) == ("mine", ["org/images"], "mit")
     for said in (
         "distilled from a bigger ViT",
-        "a bank of at most 4,096",
+        "a bank of 4,096 of",
         "One run, with seed 7",
         "| `loss` | 1 |",
     ):
@@ -207,7 +208,7 @@ def test_a_metric_that_is_no_finite_number_is_an_error(tmp_path: Path, value: An
         ({"kd_weight": 1.0}, "- its teacher's logits\n"),
         ({"task_weight": 1.0, "kd_weight": 1.0}, "- its task\n- its teacher's logits\n"),
         ({"relational_weight": 0.0}, "The student learned its task, without a teacher."),
-        ({"bank_size": 4096}, "With `hf_rrd`.\n"),
+        ({"bank_size": 4096}, f"With {LIBRARY}.\n"),
     ],
 )
 def test_any_setting_of_a_loop_of_ones_own_may_be_missing(tmp_path: Path, settings: Any, said: str) -> None:
@@ -233,7 +234,7 @@ def test_the_least_that_a_card_takes_is_a_student(tmp_path: Path) -> None:
     write_card(tmp_path / "mine", tiny_vit(), dataset="my pictures", metrics={"f1": 0.25})
     card = ModelCard.load(tmp_path / "mine" / "README.md")
     assert "datasets" not in card.data.to_dict() and " on my pictures. It is a plain transformers model" in card.text
-    assert "| f1 |  | 0.25 |" in card.text and "With `hf_rrd`.\n" in card.text
+    assert "| f1 |  | 0.25 |" in card.text and f"With {LIBRARY}.\n" in card.text
     for nothing in ("None", "without a teacher", "distilled from", "setting", "![", "## Teacher"):
         assert nothing not in card.text.split("## Citation")[0]
 
@@ -506,6 +507,36 @@ def test_a_loop_of_ones_own_gives_it_as_it_is(by: str, tmp_path: Path, monkeypat
     assert names["embeddings"].shape == (3, 8) and card.data.library_name == "sentence-transformers"
 
 
+# ---- Classes, settings ----
+
+
+def test_the_classes_are_named_in_the_order_of_the_logits(tmp_path: Path) -> None:
+    student = tiny_vit()
+    student.config.id2label = {2: "dog", 0: "cat", 1: "a|b", 3: "fox"}
+    facts = write_card(tmp_path, student)
+    assert facts.classes == ["cat", "a|b", "dog", "fox"]
+    assert (
+        "Its classes, in the order of the logits: cat, a&#124;b, dog, fox.\n"
+        in Path(tmp_path, "README.md").read_text()
+    )
+    for other in (tiny_vit(), student.vit):  # without names, or without a head
+        write_card(tmp_path, other)
+        assert " classes" not in Path(tmp_path, "README.md").read_text()
+    many = tiny_vit(classes=21)
+    many.config.id2label = {number: f"class {number}" for number in range(21)}
+    assert write_card(tmp_path, many).classes[20] == "class 20"
+    text = Path(tmp_path, "README.md").read_text()
+    assert "The names of its classes are in `model.config`.\n" in text and "class 20" not in text
+
+
+def test_settings_losses_and_versions_are_folded_and_the_pictures_are_not(run: RelationalDistillationTrainer) -> None:
+    text = card_of(run).text
+    before, folded, after = re.split(r"\n</?details>\n", text)
+    assert folded.startswith("<summary>Settings, losses and versions</summary>\n\n| setting | value |\n")
+    assert "| last in the training log | value |" in folded and "\nWith python " in folded
+    assert "figures/losses.png" in before and "## Limits" in after
+
+
 # ---- Without distillation ----
 
 
@@ -575,7 +606,7 @@ def test_no_text_of_somebody_else_is_markup_of_a_card(tmp_path: Path) -> None:
     assert card.data.license == plain and card.data.model_name is None
     page = text.split("---\n", 2)[2].replace(usage_of(card), "")
     assert page.count("<img") == page.count("](http://d") == page.count("`e`") == 0
-    assert page.count("&lt;img src=x onerror=y> &#91;c&#93;(http://d) &#96;e&#96; &#124; &#91;2J") == 10
+    assert page.count("&lt;img src=x onerror=y> &#91;c&#93;(http://d) &#96;e&#96; &#124; &#91;2J") == 14
     headings = [line for line in page.splitlines() if line.startswith("#")]
     assert len([line for line in headings if line.startswith("# ")]) == 1 and "## How it was made" in headings
     loaded: list[str] = []

@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 from hf_rrd import DistillationReport, compare_models
 from hf_rrd.results.pictures import PICTURES, draw_pictures, place_of
+from hf_rrd.results.plots import plane_of
 from tests.builders import Images, tiny_vit
-from tests.results.figures import FIGURES, draw, log
+from tests.results.figures import FIGURES, draw, embeddings, log
 
 
 @pytest.fixture
@@ -44,6 +46,19 @@ def test_what_there_is_nothing_of_is_not_drawn_and_an_earlier_picture_is_removed
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["losses.png", "mine.png"]
     del report.facts["student"]["accuracy"]
     assert draw_pictures(tmp_path, [], report, None) == ["similarities", "embeddings"]
+
+
+@pytest.mark.parametrize(("scale", "is_drawn"), [(3.0, True), (1.0, False)])
+def test_embeddings_whose_two_axes_show_less_than_a_fifth_are_not_drawn(
+    scale: float, is_drawn: bool, tmp_path: Path, report: DistillationReport
+) -> None:
+    rows = embeddings(400, width=30, seed=1) * torch.tensor([scale, scale, *[1.0] * 28])
+    share = float(plane_of(rows)[1].sum())
+    assert (share >= 0.2) == is_drawn and 0.05 < share < 0.5
+    report.tensors |= {"teacher_embedding": rows, "student_embedding": rows, "labels": torch.arange(400) % 4}
+    report.tensors["student_logits"] = report.tensors["teacher_logits"] = torch.randn(400, 4)
+    drawn = draw_pictures(tmp_path, [], report, None)
+    assert drawn == ["similarities", *["embeddings"] * is_drawn, "reliability"]
 
 
 def test_a_full_disk_costs_the_pictures_and_leaves_no_part_of_one(

@@ -10,9 +10,9 @@ import datasets
 import pytest
 import torch
 from torch import nn
-from transformers import BertTokenizer
+from transformers import BertTokenizer, ViTForImageClassification
 
-from hf_rrd import DistillationReport, cache_teacher_outputs, compare_models, relational_alignment
+from hf_rrd import DistillationReport, cache_teacher_outputs, compare_models, relational_alignment, write_card
 from hf_rrd.results.report import REPORT_FILE
 from tests.builders import CLASSES, Images, Texts, tiny_bert, tiny_vit, trainer
 
@@ -108,6 +108,39 @@ def test_cached_outputs_stand_in_for_a_teacher() -> None:
     assert cached["teacher"] == pytest.approx(
         {name: online["teacher"][name] for name in ("accuracy", "calibration_error")}, abs=1e-4
     )
+
+
+def loaded(folder: Path, model: Any, classes: int = CLASSES) -> Any:
+    """A classifier by `from_pretrained` of the files of a model."""
+    model.save_pretrained(folder)
+    return ViTForImageClassification.from_pretrained(folder, num_labels=classes)
+
+
+def test_of_a_teacher_whose_head_is_random_there_are_no_figures(tmp_path: Path) -> None:
+    data, student = Images(50), tiny_vit()
+    teacher = loaded(tmp_path / "headless", tiny_vit(width=24, seed=1).vit)
+    report = compare_models(student, teacher, data)
+    assert report.facts["teacher"].keys() & {"accuracy", "calibration_error"} == set()
+    assert "agreement" not in report.facts and "teacher_logits" in report.tensors
+    assert report.facts["alignment"]["cka"] > 0 and report.facts["teacher"]["latency_ms"]
+    text = (write_card(tmp_path / "card", student, teacher=teacher, report=report), (tmp_path / "card" / "README.md"))
+    assert "same top class" not in text[1].read_text() and "accuracy" in report.facts["student"]
+    assert "agreement" not in compare_models(student, teacher, Images(50, labels=False)).facts
+
+    whole = loaded(tmp_path / "whole", tiny_vit(width=24, seed=1))
+    assert {"accuracy", "calibration_error"} <= compare_models(student, whole, data).facts["teacher"].keys()
+    assert "agreement" in compare_models(student, whole, Images(50, labels=False)).facts, "its head is from its files"
+
+
+def test_a_head_that_was_trained_since_is_measured(tmp_path: Path) -> None:
+    data, teacher = Images(50), loaded(tmp_path, tiny_vit(width=24, seed=1).vit)
+    optimizer = torch.optim.Adam(teacher.parameters(), lr=1e-2)
+    for _ in range(40):
+        teacher(pixel_values=data.pixels, labels=data.labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    facts = compare_models(tiny_vit(), teacher, data).facts
+    assert facts["teacher"]["accuracy"] > 0.6 and "agreement" in facts
 
 
 def test_a_teacher_reads_its_own_columns() -> None:
