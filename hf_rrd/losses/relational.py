@@ -1,16 +1,22 @@
 """The relational losses against a bank: RRD and InfoNCE."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_rrd.losses.rows import check_positive, pair, ratio, unit
+from hf_rrd.losses.rows import check_positive, lengths, pair, ratio, unit
 
-SLICE_ROWS = 4096  # of the bank, that are read at a time, at most; 16 times as many on an accelerator
+SLICE_ROWS = 4096  # of the bank, that are read at a time on a CPU, at most
+LOGITS_MEMORY = 2**30
+"""Bytes of the logits of both sides that an accelerator holds at once; at the peak there are two such matrices."""
 SAME_COSINE = 1 - 1e-4
-"""From this cosine on, a row of the bank is a copy of an example's own: half precision and TF32 leave no less of 1."""
+"""From this cosine on, a row of the bank is a copy of an example's own: half precision leaves no less of 1."""
+INFONCE_TEMPERATURE = 1e-7
+"""A teacher's temperature at which a cosine of `SAME_COSINE` has a weight of exp(-1000) beside the own key's."""
 
 
 def relational_loss(
@@ -27,7 +33,13 @@ def relational_loss(
     an example is `-sum_k p_t[k] log p_s[k]`. Rows of the bank that are copies of an example's own teacher row, with a
     cosine of 0.9999 or more, are no candidates for it, on either side. Only `student` gets a gradient, and no second
     derivative; the cosine of a row of zeros is 0. Computed in float32 (float64 for a float64 student), also under
-    autocast, from one pass over slices of the bank: memory does not grow with it.
+    autocast. On a CPU the bank is read in slices, and memory does not grow with it. An accelerator makes all logits at
+    once while those of both sides fit into 1 GiB, and reads larger slices beyond.
+
+    On CUDA the products with the bank are in TF32, from torch 2.9 on unless it was told otherwise
+    (`torch.set_float32_matmul_precision("highest")`, `tf32=False`), before where it was asked to. Cosines are then
+    right to 1e-3 at worst, at the default temperatures loss and divergence to 0.02 and the gradient to half a percent.
+    All else stays float32.
 
     Args:
         student: Rows of any scale, (batch, dim).
@@ -49,25 +61,42 @@ def relational_loss(
     return relational_terms(student, teacher, bank, student_temperature, teacher_temperature, include_own)[0].mean()
 
 
-def relational_terms(
+def relational_terms(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """`relational_loss` of each example, (batch,), and how far it is from its floor: `KL(p_t || p_s)`, (batch,).
+
+    Takes what `relational_parts` does.
+    """
+    cross_entropy, divergence, _ = relational_parts(*args, **kwargs)
+    return cross_entropy, divergence
+
+
+def relational_parts(
     student: Tensor,
     teacher: Tensor,
     bank: Tensor,
     student_temperature: float = 0.1,
     teacher_temperature: float = 0.02,
     include_own: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """`relational_loss` of each example, (batch,), and how far it is from its floor: `KL(p_t || p_s)`, (batch,).
+    bank_is_unit: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The two of `relational_terms`, and the teacher's rows over their length, (batch, dim).
 
     With `s` the student's logits, `m_s` its mean of the candidates under p_s and `m_t` the teacher's, all rows unit,
     the first is `logsumexp(s) - <student, m_t> / student_temperature`, with the gradient
-    `(m_s - m_t) / student_temperature`: two attention reads of the bank.
+    `(m_s - m_t) / student_temperature`: two attention reads of the bank. `bank_is_unit` says that its rows have the
+    length 1 already.
     """
     check_positive("teacher_temperature", teacher_temperature, 0.02)
     student, teacher, bank = _prepared(student, teacher, bank, student_temperature)
     if len(bank) == 0:  # nothing, or one candidate alone: certain either way
         nothing = (student * 0).sum(-1)  # (batch,), still part of the graph
-        return nothing, nothing
+        return nothing, nothing, unit(teacher)
+    if include_own and _fits(student, bank):
+        with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
+            temperatures = (student_temperature, teacher_temperature)
+            one, other, slope, teacher = _at_once(student, teacher, bank, *temperatures, bank_is_unit)
+        return *_with_slope(student, one, other, slope), teacher
+    student, teacher = unit(student), unit(teacher)
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
         # Both sides as columns of one matrix: half as many products, and a wider one is faster.
         queries = torch.cat(
@@ -75,13 +104,13 @@ def relational_terms(
         ).T.contiguous()  # (dim, 2 * batch)
         own = teacher.T.repeat(1, 2)  # (dim, 2 * batch)
         own_logits = (queries * own).sum(0) if include_own else queries.new_full((queries.shape[1],), -torch.inf)
-        logsumexp, read = _read(queries, bank, own, own_logits, SAME_COSINE / teacher_temperature)
+        logsumexp, read = _read(queries, bank, own, own_logits, SAME_COSINE / teacher_temperature, bank_is_unit)
         (student_norm, teacher_norm), (student_mean, teacher_mean) = logsumexp.chunk(2), read.chunk(2, dim=1)
         student_query, teacher_query = queries.chunk(2, dim=1)
         entropy = teacher_norm - (teacher_query * teacher_mean).sum(0)
         cross_entropy = student_norm - (student_query * teacher_mean).sum(0)
         slope = (student_mean - teacher_mean).T / student_temperature  # (batch, dim)
-    return _with_slope(student, cross_entropy, slope), _with_slope(student, cross_entropy - entropy, slope)
+    return *_with_slope(student, cross_entropy, cross_entropy - entropy, slope), teacher
 
 
 def infonce_loss(student: Tensor, teacher: Tensor, bank: Tensor, student_temperature: float = 0.1) -> Tensor:
@@ -98,18 +127,92 @@ def infonce_loss(student: Tensor, teacher: Tensor, bank: Tensor, student_tempera
 
 def infonce_terms(student: Tensor, teacher: Tensor, bank: Tensor, student_temperature: float = 0.1) -> Tensor:
     """`infonce_loss` of each example, (batch,)."""
-    student, teacher, bank = _prepared(student, teacher, bank, student_temperature)
-    with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
-        queries = torch.cat([student / student_temperature, teacher]).T.contiguous()  # (dim, 2 * batch)
-        own = teacher.T.repeat(1, 2)  # (dim, 2 * batch)
-        own_logits = (queries * own).sum(0)
-        logsumexp, read = _read(queries, bank, own, own_logits, SAME_COSINE)
-        slope = (read[:, : len(student)] - teacher.T).T / student_temperature  # (batch, dim)
-        value = (logsumexp - own_logits)[: len(student)]
-    return _with_slope(student, value, slope)
+    return relational_terms(student, teacher, bank, student_temperature, INFONCE_TEMPERATURE, include_own=True)[0]
 
 
-def _read(queries: Tensor, bank: Tensor, own: Tensor, own_logits: Tensor, same: float) -> tuple[Tensor, Tensor]:
+def _fits(student: Tensor, bank: Tensor) -> bool:
+    """Whether all logits are made at once: on an accelerator, where each operation costs a launch."""
+    return _is_accelerator(bank.device) and len(bank) <= _slice_rows(bank.device, 2 * len(student), student)
+
+
+def _is_accelerator(device: torch.device) -> bool:
+    return device.type != "cpu"
+
+
+def _slice_rows(device: torch.device, queries: int, like: Tensor) -> int:
+    """Rows of the bank that are read at a time for so many queries, of the width and the dtype of `like`."""
+    if _is_accelerator(device):
+        return max(1, LOGITS_MEMORY // (queries * like.itemsize))
+    # 2 MiB of a slice and its logits, which stay in the cache.
+    return max(1, min(SLICE_ROWS, 2**19 // max(1, queries + like.shape[1])))
+
+
+@contextmanager
+def _tf32(device: torch.device) -> Iterator[None]:
+    """Products of float32 in TF32 on CUDA meanwhile, where torch knows whether it was told otherwise: from 2.9 on."""
+    matmul = torch.backends.cuda.matmul
+    if device.type != "cuda" or getattr(matmul, "fp32_precision", "") != "none":
+        yield
+        return
+    matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = "none"
+
+
+@lru_cache(maxsize=8)
+def _others(batch: int, device: torch.device) -> Tensor:
+    """Which keys of a batch are those of other examples, (batch, batch)."""
+    return ~torch.eye(batch, dtype=torch.bool, device=device)
+
+
+def _at_once(
+    student: Tensor,
+    teacher: Tensor,
+    bank: Tensor,
+    student_temperature: float,
+    teacher_temperature: float,
+    unit_bank: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of raw rows, with the own keys: cross-entropy and divergence, (batch,) each, gradient and unit teacher rows.
+
+    Written for few operations: factors go into products, and each example's own key is found among those of all, by
+    the same product. So TF32 makes a row's cosine with its copy no other than that with itself.
+    """
+    batch, contrast = len(student), student_temperature / teacher_temperature
+    queries = torch.cat([student, teacher])  # (2 * batch, dim)
+    norms = lengths(queries)
+    queries.div_(norms)
+    teacher = queries[batch:]
+    rows = torch.cat([teacher, bank if unit_bank else unit(bank.to(queries.dtype))])  # (batch + bank, dim)
+    queries[:batch].div_(contrast)
+    nothing = queries.new_empty(1)  # is not read
+    with _tf32(queries.device):
+        logits = torch.addmm(nothing, queries, rows.T, beta=0, alpha=1 / teacher_temperature)
+    pair = logits.view(2, batch, -1)  # (2, batch, batch + bank): of the student, of the teacher
+    own = pair[:, :, :batch].diagonal(dim1=1, dim2=2)  # (2, batch)
+    copies = pair[1] > (own[1] * SAME_COSINE).unsqueeze(1)  # (batch, batch + bank)
+    copies[:, :batch] = _others(batch, copies.device)
+    pair.masked_fill_(copies, -torch.inf)
+    log_probs = torch.log_softmax(logits, 1)
+    logsumexp = own - log_probs.view_as(pair)[:, :, :batch].diagonal(dim1=1, dim2=2)  # (2, batch)
+    probs = torch.exp(log_probs, out=logits)
+    with _tf32(queries.device):
+        means = torch.addmm(nothing, probs, rows, beta=0, alpha=1 / student_temperature)
+    slope = means[:batch].sub_(means[batch:])  # (batch, dim)
+    # (batch, 2, dim): queries of either side; (batch, dim, 2): the slope, and the teacher's mean
+    sides, pulls = queries.view(2, batch, -1).transpose(0, 1), means.view(2, batch, -1).permute(1, 2, 0)
+    dots = torch.baddbmm(nothing, sides, pulls, beta=0, alpha=contrast)  # (batch, 2, 2)
+    cross_entropy, entropy = torch.sub(logsumexp, dots[:, :, 1].T).unbind()
+    # Less what would only lengthen a row.
+    slope = slope.addcmul(queries[:batch], dots[:, 0, :1], value=-contrast).div_(norms[:batch])
+    return cross_entropy, cross_entropy - entropy, slope, teacher
+
+
+def _read(
+    queries: Tensor, bank: Tensor, own: Tensor, own_logits: Tensor, same: float, unit_bank: bool
+) -> tuple[Tensor, Tensor]:
     """Softmax attention over the rows of the bank, made unit, and each query's own column, a slice at a time.
 
     Args:
@@ -127,55 +230,64 @@ def _read(queries: Tensor, bank: Tensor, own: Tensor, own_logits: Tensor, same: 
     highest = own_logits.clamp(min=floor)
     total = own_logits.isfinite().to(queries.dtype)
     read = own * total
-    # On a CPU, 2 MiB of a slice and its logits, which stay in its cache; elsewhere each slice costs some launches.
-    slice_rows = max(1, min(SLICE_ROWS, 2**19 // max(1, sum(queries.shape))))
-    slice_rows *= 1 if bank.device.type == "cpu" else 16
+    slice_rows = min(_slice_rows(bank.device, queries.shape[1], queries.T), len(bank))
+    # On an accelerator before each slice the batch's own keys: TF32 makes of copies what it makes of a row and itself.
+    front = batch if _is_accelerator(bank.device) else 0
     # Two pieces of memory for all slices: so it is flat, and no time goes into asking for it.
-    count = min(slice_rows, len(bank))
-    row_room, logit_room = queries.new_empty(count, len(queries)), queries.new_empty(count, len(own_logits))
+    row_room, logit_room = (queries.new_empty(front + slice_rows, n) for n in queries.shape)
+    row_room[:front] = own[:, :front].T
     for start in range(0, len(bank), slice_rows):
         rows = bank[start : start + slice_rows]
-        room = row_room[: len(rows)]
-        rows = unit(rows if rows.dtype == room.dtype else room.copy_(rows), out=room)  # (slice, dim)
-        logits = torch.mm(rows, queries, out=logit_room[: len(rows)])  # (slice, 2 * batch)
+        room = row_room[: front + len(rows)]
+        if front or not unit_bank or rows.dtype != room.dtype:
+            part = room[front:]
+            unit(rows if rows.dtype == room.dtype else part.copy_(rows), out=part)  # (slice, dim)
+            rows = room
+        with _tf32(bank.device):
+            logits = torch.mm(rows, queries, out=logit_room[: len(rows)])  # (front + slice, 2 * batch)
+        limit: Any = logits[:front, batch:].diagonal() * SAME_COSINE if front else same
+        rows, logits = rows[front:], logits[front:]
         peak = logits.amax(0)
-        if bank.device.type != "cpu" or bool((peak[batch:] >= same).any()):  # an accelerator is not waited for
-            copies = logits[:, batch:] >= same  # (slice, batch)
+        if front or bool((peak[batch:] > limit).any()):  # an accelerator is not waited for
+            copies = logits[:, batch:] > limit  # (slice, batch)
             logits.view(len(rows), 2, batch).masked_fill_(copies.unsqueeze(1), -torch.inf)
             peak = logits.amax(0)
         highest, previous = torch.maximum(highest, peak), highest
         weights = logits.sub_(highest).exp_()
         rescale = (previous - highest).exp()
         total = total * rescale + weights.sum(0)
-        read.mul_(rescale).addmm_(rows.T, weights)
+        with _tf32(bank.device):
+            read.mul_(rescale).addmm_(rows.T, weights)
     found = total > 0
     return (highest + total.log()).masked_fill(~found, 0), ratio(read, total)
 
 
 class _WithSlope(torch.autograd.Function):
-    """Each example's value, (batch,), as a function of the student whose gradient, (batch, dim), is known."""
+    """Two values of each example, (batch,), as functions of the student of one known gradient, (batch, dim)."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+    def forward(ctx: Any, student: Tensor, one: Tensor, other: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(slope)
-        return value.clone()
+        return one, other
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (slope,) = ctx.saved_tensors
-        return grads[0].unsqueeze(-1) * slope, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        one, other = grads
+        grad = other if one is None else one if other is None else one + other
+        return None if grad is None else grad.unsqueeze(-1) * ctx.saved_tensors[0], None, None, None
 
 
-_with_slope: Callable[[Tensor, Tensor, Tensor], Tensor] = _WithSlope.apply
+_with_slope: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = _WithSlope.apply
 
 
 def _prepared(student: Tensor, teacher: Tensor, bank: Tensor, student_temperature: float) -> tuple[Tensor, ...]:
-    """Checked; student and teacher unit and in full precision, a gradient for the student alone, the bank as it is."""
+    """Checked; student and teacher in full precision, a gradient for the student alone, the bank as it is."""
     check_positive("student_temperature", student_temperature, 0.1)
     with pair(student, teacher, one_width=True) as (student, teacher):
         shape = tuple(getattr(bank, "shape", ()))
         if len(shape) != 2 or shape[1] != student.shape[1]:
             came = shape if isinstance(bank, Tensor) else type(bank).__name__
             raise ValueError(f"`bank` must have the shape (bank, {student.shape[1]}), got {came}.")
-        return unit(student), unit(teacher), bank.detach()
+        return student, teacher, bank.detach()

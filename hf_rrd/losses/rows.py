@@ -42,7 +42,12 @@ def unit(rows: Tensor, out: Tensor | None = None) -> Tensor:
 
     A row of zeros stays one and gets a gradient of 0. In float32 lengths may lie between 1e-19 and 1e19.
     """
-    return ratio(rows, torch.linalg.vector_norm(rows, dim=-1, keepdim=True), out)
+    return torch.div(rows, lengths(rows), out=out)
+
+
+def lengths(rows: Tensor) -> Tensor:
+    """Of each row, (batch, 1), and inf of a row of zeros."""
+    return _divisor(torch.linalg.vector_norm(rows, dim=-1, keepdim=True))
 
 
 def correlation(one: Tensor, other: Tensor, epsilon: float) -> Tensor:
@@ -57,5 +62,9 @@ def correlation(one: Tensor, other: Tensor, epsilon: float) -> Tensor:
 
 def ratio(numerator: Tensor, denominator: Tensor, out: Tensor | None = None) -> Tensor:
     """`numerator / denominator`, and 0 with a gradient of 0 where the denominator is 0 (or as good as 0)."""
-    least = math.sqrt(torch.finfo(denominator.dtype).tiny)  # the gradient holds the denominator's square
-    return torch.div(numerator, denominator.masked_fill(denominator < least, torch.inf), out=out)
+    return torch.div(numerator, _divisor(denominator), out=out)
+
+
+def _divisor(values: Tensor) -> Tensor:
+    least = math.sqrt(torch.finfo(values.dtype).tiny)  # the gradient holds the denominator's square
+    return torch.threshold(values, least, torch.inf)

@@ -81,8 +81,7 @@ class RelationalHead(nn.Module):
 
     def _centered(self, pooled: Tensor) -> Tensor:
         if self.training and len(pooled) >= FEWEST:
-            groups = pooled.tensor_split(max(1, len(pooled) // GROUP))
-            return torch.cat([group - group.mean(0) for group in groups])
+            return _less_means(pooled)
         return pooled if self.mean is None else pooled - self.mean.to(pooled.device)
 
     def pool(self, outputs: Any, inputs: dict[str, Any]) -> Tensor:
@@ -91,6 +90,25 @@ class RelationalHead(nn.Module):
         if pooled.shape[1:] != (width,):
             raise ValueError(f"the student's embedding must be {width} wide, got shape {tuple(pooled.shape)}.")
         return pooled
+
+
+class _LessMeans(torch.autograd.Function):
+    """Rows less the mean of each `GROUP` of them, which is a projection: so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        groups = max(1, len(rows) // GROUP)
+        if len(rows) % groups == 0:
+            grouped = rows.reshape(groups, -1, rows.shape[1])
+            return (grouped - grouped.mean(1, keepdim=True)).view_as(rows)
+        return torch.cat([group - group.mean(0) for group in rows.tensor_split(groups)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return _less_means(grads[0])
+
+
+_less_means: Callable[[Tensor], Tensor] = _LessMeans.apply
 
 
 def attach_head(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_rrd.losses.bank import FeatureBank
 from hf_rrd.losses.in_batch import BATCH_LOSSES, own_space_loss
-from hf_rrd.losses.relational import infonce_terms, relational_terms
+from hf_rrd.losses.relational import infonce_terms, relational_parts
 from hf_rrd.losses.rows import unit
 from hf_rrd.models.head import RelationalHead, StudentOutputs, attach_head, detach_head, head_of, load_head, put_head
 from hf_rrd.models.logits import LogitPair, logits_of
@@ -219,13 +219,17 @@ class Distillation:
         student = student.to(teacher.device)
         if pooled is not None and training and self.balance is not None:
             self.balance.add(pooled, student)
-        losses, rows = self.args.relational_terms, self._candidates(teacher, training)
+        losses, rows, unit_rows = self.args.relational_terms, teacher, None  # without a bank the micro-batch itself
+        if self.bank.size > 0:
+            rows = self.bank.filled if training or self.reference is None else self.reference
         if self.prefixes:
             # Stored are unit rows of the full width: of their leading dimensions the losses make unit rows anew.
-            each = [self._compared(student[:, :dim], teacher[:, :dim], rows[:, :dim]) for dim in self.prefixes]
+            each = [self._compared(student[:, :dim], teacher[:, :dim], rows[:, :dim])[0] for dim in self.prefixes]
             terms = {name: torch.stack([part[name] for part in each]).mean(0) for name in each[0]}
         else:
-            terms = self._compared(student, teacher, rows)
+            terms, unit_rows = self._compared(student, teacher, rows)
+        if training and self.bank.size > 0 and not self.is_whole:
+            self.pending.append(unit(teacher) if unit_rows is None else unit_rows)
         if pooled is not None and "own_space" in losses:
             terms["relational_own_space"] = own_space_loss(pooled, teacher)
         if [*losses.values()] != [1.0]:
@@ -243,26 +247,19 @@ class Distillation:
             return None
         return self.projection(teacher_embedding)[:, : self.prefixes[0] if self.prefixes else None]
 
-    def _candidates(self, teacher: Tensor, training: bool) -> Tensor:
-        """The rows that the losses of the bank compare with; in training the teacher's new ones wait to be of them."""
+    def _compared(self, student: Tensor, teacher: Tensor, rows: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The terms in the teacher's space by name, in one order on all processes; and its unit rows, if made."""
         assert self.bank is not None
-        if self.bank.size == 0:
-            return teacher  # the micro-batch itself
-        if training and not self.is_whole:
-            self.pending.append(teacher)
-        return self.bank.filled if training or self.reference is None else self.reference
-
-    def _compared(self, student: Tensor, teacher: Tensor, rows: Tensor) -> dict[str, Tensor]:
-        """The terms in the teacher's space by name, in one order on all processes."""
-        args, terms = self.args, {}
+        args, terms, unit_rows = self.args, {}, None
         if "infonce" in args.relational_terms:
             terms["relational_infonce"] = infonce_terms(student, teacher, rows, args.student_temperature)
         if "rrd" in args.relational_terms:
-            how = (args.student_temperature, args.teacher_temperature, True)
-            terms["relational_rrd"], terms["relational_kl"] = relational_terms(student, teacher, rows, *how)
+            is_unit = self.bank.size > 0 and rows.shape[1] == self.bank.dim  # as they went into the bank
+            how = (args.student_temperature, args.teacher_temperature, True, is_unit)
+            terms["relational_rrd"], terms["relational_kl"], unit_rows = relational_parts(student, teacher, rows, *how)
         for name in [name for name in args.relational_terms if name in BATCH_LOSSES]:
             terms[f"relational_{name}"] = BATCH_LOSSES[name](student, teacher)
-        return terms
+        return terms, unit_rows
 
     def kd_terms(self, student_logits: Tensor, teacher_logits: Tensor, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """`kd_loss` of each example, (batch,); of "dist" their mean."""
@@ -303,7 +300,7 @@ class Distillation:
     def update_bank(self, gather: Callable[[Tensor], Tensor]) -> None:
         """Put the step's rows, gathered from all processes, into the bank: unit rows, which fit any dtype."""
         if self.bank is not None and self.pending:
-            rows = unit(torch.cat(self.pending))
+            rows = self.pending[0] if len(self.pending) == 1 else torch.cat(self.pending)
             self.bank.enqueue(gather(rows.to(self.bank.filled.dtype)))
         self.pending.clear()
 

@@ -102,9 +102,9 @@ class TeacherProjection:
             )
         for name, tensor in self.state_dict().items():
             setattr(self, name, tensor.to(embedding.device))
-        embedding = embedding.detach().float()
+        embedding = embedding.detach()
         with torch.autocast(embedding.device.type, enabled=False):
-            embedding = embedding if self.mean is None else embedding - self.mean
+            embedding = (embedding if self.mean is None else embedding - self.mean).float()
             embedding = embedding if self.matrix is None else embedding @ self.matrix
             return embedding if self.scale is None else embedding / self.scale
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +19,17 @@ from tests.losses.loops import gradient_of
 
 DIM = 4
 WHOLE = 4096
-SLICES = [WHOLE, 1, 3, 7]
-"""Rows of the bank that are read at a time."""
+SLICES = [WHOLE, 1, 3, 7, "at once", "accelerator 1", "accelerator 3"]
+"""Rows of the bank that are read at a time; as on an accelerator, all at once or so many."""
+
+
+def read_by(monkeypatch: pytest.MonkeyPatch, slice_rows: int | str) -> None:
+    if isinstance(slice_rows, str):
+        rows = int(slice_rows.split()[1]) if slice_rows != "at once" else 1 << 20
+        monkeypatch.setattr(losses, "_is_accelerator", lambda device: True)
+        monkeypatch.setattr(losses, "_slice_rows", lambda *_: rows)
+    else:
+        monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
 
 
 def unit_rows(count: int, dim: int = DIM, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -88,9 +98,9 @@ def test_relational_loss_and_its_gradient_equal_a_triple_loop_over_the_formula(
     bank_rows: int,
     temperatures: tuple[float, float],
     include_own: bool,
-    slice_rows: int,
+    slice_rows: int | str,
 ) -> None:
-    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
+    read_by(monkeypatch, slice_rows)
     student, teacher, bank = raw_rows(batch, seed=1), raw_rows(batch, seed=2), raw_rows(bank_rows, seed=3)
     expected, expected_gradient = gradient_of(
         lambda rows: sum(naive_relational(rows, teacher, bank, *temperatures, include_own)[0]) / batch, student
@@ -105,9 +115,9 @@ def test_relational_loss_and_its_gradient_equal_a_triple_loop_over_the_formula(
 @pytest.mark.parametrize("slice_rows", SLICES)
 @pytest.mark.parametrize("include_own", [False, True])
 def test_each_examples_loss_and_divergence_and_a_mix_of_their_gradients_equal_the_loop(
-    monkeypatch: pytest.MonkeyPatch, include_own: bool, slice_rows: int
+    monkeypatch: pytest.MonkeyPatch, include_own: bool, slice_rows: int | str
 ) -> None:
-    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
+    read_by(monkeypatch, slice_rows)
     student, teacher, bank = raw_rows(4, seed=1), raw_rows(4, seed=2), raw_rows(10, seed=3)
     weights = torch.tensor([[0.5, -1.0, 2.0, 0.0], [3.0, 0.25, 0.0, -2.0]], dtype=torch.float64)
 
@@ -133,8 +143,10 @@ def test_each_examples_loss_and_divergence_and_a_mix_of_their_gradients_equal_th
 
 
 @pytest.mark.parametrize("slice_rows", SLICES)
-def test_the_gradient_equals_central_differences_of_the_loss(monkeypatch: pytest.MonkeyPatch, slice_rows: int) -> None:
-    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
+def test_the_gradient_equals_central_differences_of_the_loss(
+    monkeypatch: pytest.MonkeyPatch, slice_rows: int | str
+) -> None:
+    read_by(monkeypatch, slice_rows)
     student, teacher, bank = unit_rows(2, seed=1), unit_rows(2, seed=2), unit_rows(8, seed=3)
     gradient = gradient_of(lambda rows: relational_loss(rows, teacher, bank, include_own=True), student)[1]
     step = 1e-5
@@ -149,9 +161,9 @@ def test_the_gradient_equals_central_differences_of_the_loss(monkeypatch: pytest
 
 @pytest.mark.parametrize("slice_rows", SLICES)
 def test_with_the_own_key_and_a_teacher_temperature_near_0_the_loss_is_info_nce(
-    monkeypatch: pytest.MonkeyPatch, slice_rows: int
+    monkeypatch: pytest.MonkeyPatch, slice_rows: int | str
 ) -> None:
-    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
+    read_by(monkeypatch, slice_rows)
     student, teacher, bank = unit_rows(6, 16, seed=1), unit_rows(6, 16, seed=2), unit_rows(40, 16, seed=3)
 
     def info_nce(rows: Tensor) -> Tensor:
@@ -171,21 +183,24 @@ def test_with_the_own_key_and_a_teacher_temperature_near_0_the_loss_is_info_nce(
 @pytest.mark.parametrize("include_own", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_divergence_is_exactly_0_for_equal_embeddings_and_temperatures(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, include_own: bool, slice_rows: int
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, include_own: bool, slice_rows: int | str
 ) -> None:
-    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
+    read_by(monkeypatch, slice_rows)
     rows, bank = unit_rows(5, seed=1, dtype=dtype), unit_rows(11, seed=2, dtype=dtype)
     cross_entropy, divergence = relational_terms(rows, rows.clone(), bank, 0.07, 0.07, include_own)
-    assert divergence.tolist() == [0.0] * 5
+    if isinstance(slice_rows, str):  # rows of one product may be added up in another order
+        assert divergence.abs().max() <= 8 * torch.finfo(dtype).eps / 0.07
+    else:
+        assert divergence.tolist() == [0.0] * 5
     assert cross_entropy.min() > 0  # what is left is the teacher's entropy
 
 
-@pytest.mark.parametrize("slice_rows", [WHOLE, 7])
+@pytest.mark.parametrize("slice_rows", [WHOLE, 7, "at once", "accelerator 7"])
 @pytest.mark.parametrize("include_own", [False, True])
 def test_temperatures_of_a_ten_thousandth_stay_finite_in_float32(
-    monkeypatch: pytest.MonkeyPatch, include_own: bool, slice_rows: int
+    monkeypatch: pytest.MonkeyPatch, include_own: bool, slice_rows: int | str
 ) -> None:
-    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
+    read_by(monkeypatch, slice_rows)
     student, teacher, bank = (unit_rows(n, seed=s, dtype=torch.float32) for n, s in ((6, 1), (6, 2), (20, 3)))
     bank = torch.cat([-student, bank, student])  # similarities of -10,000 in one slice and of 10,000 in a later one
     loss, gradient = gradient_of(lambda rows: relational_loss(rows, teacher, bank, 1e-4, 1e-4, include_own), student)
@@ -241,9 +256,9 @@ def with_copies(teacher: Tensor, bank: Tensor, dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", LOSSES)
 def test_copies_of_an_examples_own_row_are_no_candidates_for_it_alone(
-    monkeypatch: pytest.MonkeyPatch, name: str, stored: torch.dtype, slice_rows: int
+    monkeypatch: pytest.MonkeyPatch, name: str, stored: torch.dtype, slice_rows: int | str
 ) -> None:
-    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
+    read_by(monkeypatch, slice_rows)
     student, teacher, bank = raw_rows(5, 16, seed=1), raw_rows(5, 16, seed=2), raw_rows(20, 16, seed=3)
     bank = with_copies(teacher, bank, stored)
     for i in range(5):
@@ -279,13 +294,13 @@ def test_a_row_that_is_almost_the_own_one_stays_a_candidate() -> None:
     assert float(terms[0]) == pytest.approx(float(expected), rel=1e-12)
 
 
-@pytest.mark.parametrize("slice_rows", [WHOLE, 7])
+@pytest.mark.parametrize("slice_rows", [WHOLE, 7, "at once", "accelerator 7"])
 @pytest.mark.parametrize("raw", ["student", "teacher", "bank", "all"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_raw_rows_give_what_unit_rows_give_whichever_side_is_raw(
-    monkeypatch: pytest.MonkeyPatch, name: str, raw: str, slice_rows: int
+    monkeypatch: pytest.MonkeyPatch, name: str, raw: str, slice_rows: int | str
 ) -> None:
-    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
+    read_by(monkeypatch, slice_rows)
     sides = {side: raw_rows(n, 16, seed=s) for side, n, s in (("student", 6, 1), ("teacher", 6, 2), ("bank", 40, 3))}
     unit = {side: F.normalize(rows, dim=-1) for side, rows in sides.items()}
     given = {side: sides[side] if raw in (side, "all") else unit[side] for side in sides}
@@ -298,12 +313,12 @@ def test_raw_rows_give_what_unit_rows_give_whichever_side_is_raw(
     torch.testing.assert_close(gradient * lengths, expected_gradient, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("slice_rows", [WHOLE, 7])
+@pytest.mark.parametrize("slice_rows", [WHOLE, 7, "at once", "accelerator 7"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_rows_of_1e17_and_1e_minus_17_give_in_float32_what_unit_rows_give(
-    monkeypatch: pytest.MonkeyPatch, name: str, slice_rows: int
+    monkeypatch: pytest.MonkeyPatch, name: str, slice_rows: int | str
 ) -> None:
-    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
+    read_by(monkeypatch, slice_rows)
     unit = [unit_rows(n, 16, seed=s, dtype=torch.float32) for n, s in ((6, 1), (6, 2), (40, 3))]
     scales = [torch.tensor([1e17, 1e-17, 1.0]).repeat(14)[: len(rows), None] for rows in unit]
     student, teacher, bank = (rows * scale for rows, scale in zip(unit, scales, strict=True))
@@ -316,9 +331,9 @@ def test_rows_of_1e17_and_1e_minus_17_give_in_float32_what_unit_rows_give(
 @pytest.mark.parametrize("slice_rows", SLICES)
 @pytest.mark.parametrize("include_own", [False, True])
 def test_rows_of_zeros_have_a_cosine_of_0_with_all_and_a_gradient_of_0(
-    monkeypatch: pytest.MonkeyPatch, include_own: bool, slice_rows: int
+    monkeypatch: pytest.MonkeyPatch, include_own: bool, slice_rows: int | str
 ) -> None:
-    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
+    read_by(monkeypatch, slice_rows)
     student, teacher, bank = raw_rows(4, seed=1), raw_rows(4, seed=2), raw_rows(10, seed=3)
     student[1], teacher[2], bank[[0, 6]] = 0, 0, 0
     expected, expected_gradient = gradient_of(
@@ -356,10 +371,12 @@ def test_no_tensor_grows_with_the_bank(monkeypatch: pytest.MonkeyPatch, dtype: t
         assert largest.elements == 64 * 16  # a slice: of its logits for 16 queries, or of its rows
 
 
-@pytest.mark.parametrize("slice_rows", [WHOLE, 3])
+@pytest.mark.parametrize("slice_rows", [WHOLE, 3, "at once", "accelerator 3"])
 @pytest.mark.parametrize("include_own", [False, True])
-def test_only_the_student_gets_a_gradient(monkeypatch: pytest.MonkeyPatch, include_own: bool, slice_rows: int) -> None:
-    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
+def test_only_the_student_gets_a_gradient(
+    monkeypatch: pytest.MonkeyPatch, include_own: bool, slice_rows: int | str
+) -> None:
+    read_by(monkeypatch, slice_rows)
     student, teacher, bank = (unit_rows(n, seed=n).requires_grad_() for n in (5, 5, 8))
     teacher = unit_rows(5, seed=99).requires_grad_()
     relational_loss(student, teacher, bank, include_own=include_own).backward()
@@ -368,12 +385,12 @@ def test_only_the_student_gets_a_gradient(monkeypatch: pytest.MonkeyPatch, inclu
     assert bank.grad is None
 
 
-@pytest.mark.parametrize("slice_rows", [WHOLE, 7])
+@pytest.mark.parametrize("slice_rows", [WHOLE, 7, "at once", "accelerator 7"])
 @pytest.mark.parametrize("include_own", [False, True])
 def test_an_empty_bank_gives_a_loss_and_a_gradient_of_0(
-    monkeypatch: pytest.MonkeyPatch, include_own: bool, slice_rows: int
+    monkeypatch: pytest.MonkeyPatch, include_own: bool, slice_rows: int | str
 ) -> None:
-    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
+    read_by(monkeypatch, slice_rows)
     loss, gradient = gradient_of(
         lambda rows: relational_loss(rows, unit_rows(3, seed=2), torch.empty(0, DIM), include_own=include_own),
         unit_rows(3, seed=1, dtype=torch.float32),
@@ -382,12 +399,12 @@ def test_an_empty_bank_gives_a_loss_and_a_gradient_of_0(
     assert gradient.tolist() == [[0.0] * DIM] * 3
 
 
-@pytest.mark.parametrize("slice_rows", [WHOLE, 7])
+@pytest.mark.parametrize("slice_rows", [WHOLE, 7, "at once", "accelerator 7"])
 @pytest.mark.parametrize("include_own", [False, True])
 def test_bfloat16_autocast_changes_no_bit_of_the_loss_and_its_gradient(
-    monkeypatch: pytest.MonkeyPatch, include_own: bool, slice_rows: int
+    monkeypatch: pytest.MonkeyPatch, include_own: bool, slice_rows: int | str
 ) -> None:
-    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
+    read_by(monkeypatch, slice_rows)
     student, teacher, bank = (unit_rows(n, 16, seed=s, dtype=torch.float32) for n, s in ((6, 1), (6, 2), (20, 3)))
     loss, gradient = gradient_of(lambda rows: relational_loss(rows, teacher, bank, 0.1, 0.02, include_own), student)
 
@@ -402,12 +419,12 @@ def test_bfloat16_autocast_changes_no_bit_of_the_loss_and_its_gradient(
     assert torch.equal(cast_gradient, gradient)
 
 
-@pytest.mark.parametrize("slice_rows", [WHOLE, 7])
+@pytest.mark.parametrize("slice_rows", [WHOLE, 7, "at once", "accelerator 7"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs_are_compared_in_float32(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, slice_rows: int
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, slice_rows: int | str
 ) -> None:
-    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
+    read_by(monkeypatch, slice_rows)
     student, teacher, bank = (raw_rows(n, 16, seed=s).to(dtype) for n, s in ((6, 1), (6, 2), (20, 3)))
     loss, gradient = gradient_of(lambda rows: relational_loss(rows, teacher, bank, include_own=True), student)
     expected, expected_gradient = gradient_of(
@@ -418,11 +435,11 @@ def test_half_precision_inputs_are_compared_in_float32(
     assert torch.equal(gradient, expected_gradient.to(dtype))
 
 
-@pytest.mark.parametrize("slice_rows", [WHOLE, 3])
+@pytest.mark.parametrize("slice_rows", [WHOLE, 3, "at once", "accelerator 3"])
 def test_a_bank_written_between_loss_and_backward_leaves_the_gradient_as_it_was(
-    monkeypatch: pytest.MonkeyPatch, slice_rows: int
+    monkeypatch: pytest.MonkeyPatch, slice_rows: int | str
 ) -> None:
-    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
+    read_by(monkeypatch, slice_rows)
     start, teacher = unit_rows(4, seed=1), unit_rows(4, seed=2)
     bank = FeatureBank(6, DIM, dtype=torch.float64)
     bank.enqueue(unit_rows(6, seed=3))
@@ -460,12 +477,12 @@ def test_relational_loss_names_the_shapes_that_do_not_agree(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("include_own", [False, True])
-@pytest.mark.parametrize("slice_rows", [WHOLE, 7])
+@pytest.mark.parametrize("slice_rows", [WHOLE, 7, "at once", "accelerator 7"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_relational_loss_gives_on_cuda_what_they_give_on_the_cpu(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float, slice_rows: int, include_own: bool
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float, slice_rows: int | str, include_own: bool
 ) -> None:
-    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
+    read_by(monkeypatch, slice_rows)
     student, teacher, bank = (raw_rows(n, 16, seed=s, dtype=dtype) for n, s in ((9, 1), (9, 2), (50, 3)))
     bank = torch.cat([bank, teacher[:3]])  # copies of own rows
     loss, gradient = gradient_of(lambda rows: relational_loss(rows, teacher, bank, 0.1, 0.05, include_own), student)
@@ -479,13 +496,79 @@ def test_relational_loss_gives_on_cuda_what_they_give_on_the_cpu(
     torch.testing.assert_close(cuda_gradient.cpu(), gradient, rtol=tolerance, atol=tolerance)
 
 
+class Tf32(TorchDispatchMode):
+    """Gives float32 products what a GPU may make of them: operands with 10 bits of mantissa, cut off or rounded."""
+
+    def __init__(self, half: int) -> None:
+        super().__init__()
+        self.half = half  # added before the last 13 bits go
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            args = (*args[:-2], *map(self.rounded, args[-2:]))
+        return func(*args, **(kwargs or {}))
+
+    def rounded(self, values: Tensor) -> Tensor:
+        return ((values.contiguous().view(torch.int32) + self.half) & -(2**13)).view(torch.float32)
+
+
+@pytest.mark.parametrize("half", [0, 2**12])
+@pytest.mark.parametrize("slice_rows", ["at once", "accelerator 500"])
+def test_products_in_tf32_still_find_all_copies_and_leave_loss_and_divergence_right_to_2_hundredths(
+    monkeypatch: pytest.MonkeyPatch, slice_rows: str, half: int
+) -> None:
+    teacher = unit_rows(32, 64, seed=1, dtype=torch.float32)
+    near = teacher.repeat(32, 1) + unit_rows(1024, 64, seed=2, dtype=torch.float32) * 0.8
+    bank = torch.cat([teacher, F.normalize(near, dim=-1)])  # 32 copies of own keys, of which none may count
+    student = F.normalize(teacher + unit_rows(32, 64, seed=3, dtype=torch.float32) * 0.3, dim=-1)
+
+    def terms_and_gradient() -> tuple[Tensor, Tensor, Tensor]:
+        rows = student.clone().requires_grad_()
+        cross_entropy, divergence = relational_terms(rows, teacher, bank, include_own=True)
+        cross_entropy.sum().backward()
+        return cross_entropy.detach(), divergence.detach(), rows.grad
+
+    expected = terms_and_gradient()
+    read_by(monkeypatch, slice_rows)
+    with Tf32(half):
+        found = terms_and_gradient()
+    errors = [float((one - other).abs().max()) for one, other in zip(found, expected, strict=True)]
+    assert max(errors[:2]) < 0.02
+    assert errors[2] < 0.005 * float(expected[2].abs().max())
+    assert min(errors) > 1e-5  # it did round
+
+
+@pytest.mark.parametrize(("was", "meanwhile"), [("none", "tf32"), ("ieee", "ieee"), ("tf32", "tf32")])
+def test_cuda_products_are_in_tf32_unless_torch_was_told_to_be_exact(
+    monkeypatch: pytest.MonkeyPatch, was: str, meanwhile: str
+) -> None:
+    matmul = SimpleNamespace(fp32_precision=was)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    with losses._tf32(torch.device("cuda")):
+        assert matmul.fp32_precision == meanwhile
+    with losses._tf32(torch.device("cpu")):
+        assert matmul.fp32_precision == was
+    monkeypatch.setattr(torch.backends.cuda, "matmul", old := SimpleNamespace(allow_tf32=False))  # torch 2.8
+    with losses._tf32(torch.device("cuda")):
+        assert vars(old) == {"allow_tf32": False}
+
+
+def test_an_accelerator_reads_so_many_rows_that_the_logits_of_both_sides_take_1_gib() -> None:
+    cuda, cpu, like = torch.device("cuda"), torch.device("cpu"), torch.empty(1, 384)
+    assert losses._slice_rows(cuda, 2 * 256, like) == 2**30 // (2 * 256 * 4) == 524_288
+    assert losses._slice_rows(cuda, 2 * 1024, like.double()) == 65_536
+    assert losses._slice_rows(cpu, 2 * 64, like) == 2**19 // (2 * 64 + 384)
+
+
 # ---- InfoNCE ----
 
 
 @pytest.mark.parametrize("rows", [0, 1, 17])
-@pytest.mark.parametrize("slice_rows", [WHOLE, 6])
-def test_infonce_is_the_loop_over_its_formula(rows: int, slice_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
+@pytest.mark.parametrize("slice_rows", [WHOLE, 6, "at once", "accelerator 6"])
+def test_infonce_is_the_loop_over_its_formula(
+    rows: int, slice_rows: int | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_by(monkeypatch, slice_rows)
     student, teacher, bank = raw_rows(5, 4, 0).requires_grad_(), raw_rows(5, 4, 1), raw_rows(rows, 4, 2)
     expected = torch.zeros(()).double()
     for s, t in zip(student, teacher, strict=True):

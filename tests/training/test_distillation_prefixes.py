@@ -122,7 +122,7 @@ def test_a_step_by_prefixes_is_the_same_however_its_batch_is_cut(tmp_path: Path)
     for name in ("loss", "relational_loss", "relational_kl"):
         assert log_of(whole, name) == pytest.approx(log_of(cut, name), rel=1e-4)
     for one, other in zip(whole.model.parameters(), cut.model.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=3e-5)
 
 
 def test_a_resumed_run_ends_where_the_whole_one_does_to_the_bit(tmp_path: Path) -> None:
