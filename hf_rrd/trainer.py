@@ -227,7 +227,7 @@ class RelationalDistillationTrainer(Trainer):
             terms = self._task.parts(terms, plain, student.outputs, step, share)
             self._terms.add(terms, share)
             undone = self.current_gradient_accumulation_steps if self._task.divides else 1
-            loss = self.distillation.total(terms) * undone
+            loss = self.distillation.total(terms, undone)
             if self._step is None:  # nobody counted: `training_step` was called by hand
                 self.distillation.end_step(step, self.accelerator)
             if self.accelerator.scaler is None:  # which skips the steps of a float16 training that overflow

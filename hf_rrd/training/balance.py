@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hf_rrd.training.terms import times
+
 START = 1e-3
 """What the relational terms' gradient is multiplied by until it was measured."""
 
@@ -39,7 +41,7 @@ class Balance:
         self.state = torch.zeros(4 + width)
         self.factor = torch.tensor(START)
         self._squares = torch.zeros(2, requires_grad=True)  # whose gradient is what was measured
-        self._rows = torch.zeros(1 + width)  # a step's sums
+        self._rows: Tensor | None = None  # a step's sums, (1 + width,)
 
     @property
     def mean(self) -> Tensor:
@@ -57,19 +59,19 @@ class Balance:
 
     def add(self, embedding: Tensor, rows: Tensor) -> None:
         """Add the student's embeddings of a micro-batch, (batch, width), and these projected, (batch, dim)."""
-        squares, sums = rows.detach().float().square().sum(), embedding.detach().float().sum(0)
-        self._rows = self._rows.to(sums.device) + torch.cat([squares.to(sums.device).view(1), sums])
+        norm = torch.linalg.vector_norm(rows.detach(), dtype=torch.float32)
+        sums = torch.cat([norm.square().view(1), embedding.detach().sum(0, dtype=torch.float32).to(norm.device)])
+        self._rows = sums if self._rows is None else self._rows + sums
 
     def clear(self) -> None:
         """Forget all."""
-        for tensor in (self.state, self._rows):
-            tensor.zero_()
+        self.state.zero_()
         self.factor.fill_(START)
-        self._squares.grad = None
+        self._squares.grad = self._rows = None
 
     def to(self, device: torch.device) -> None:
         """Move all to a device."""
-        self.state, self.factor, self._rows = (t.to(device) for t in (self.state, self.factor, self._rows))
+        self.state, self.factor = self.state.to(device), self.factor.to(device)
         self._squares = torch.zeros(2, device=device, requires_grad=True)
 
     def update(self, weight: float, examples: float | Tensor, total: Callable[[Tensor], Tensor], scale: float) -> None:
@@ -81,23 +83,26 @@ class Balance:
             total: From this process's sums, (3 + width,), to those of all processes.
             scale: What gradients were multiplied by: the processes, and what a loss scaler adds to that.
         """
-        squares = self._squares.grad
-        if squares is None:
-            squares = torch.zeros_like(self._squares)
-        sums = total(torch.cat([squares, self._rows.to(squares.device)]))
-        self._squares.grad, self._rows = None, torch.zeros_like(self._rows)
-        (task, relation), rows = sums[:2].sqrt() / scale, sums[2:] / examples
-        steps, old_task, old_relation = self.state[:3].unbind()
-        steps = steps + 1
-        share = 1 / steps.clamp(max=WINDOW)
-        of_relation = torch.where(old_relation > 0, share, 1.0)  # the first that pulled counts whole
-        relation = torch.lerp(old_relation, relation / (weight * self.factor), of_relation) if weight else old_relation
-        new = torch.stack([steps, torch.lerp(old_task, task, 1 / steps), relation])
-        new = torch.cat([new, torch.lerp(self.state[3:], rows, share)])
-        self.state = torch.where(new.isfinite().all(), new, self.state)  # a step of float16 may overflow
-        _, task, relation = self.state[:3].unbind()
-        known = torch.where(relation > 0, task / relation.masked_fill(relation == 0, 1), START)
-        self.factor = torch.where(task > 0, known, 1.0)
+        squares = torch.zeros_like(self._squares) if self._squares.grad is None else self._squares.grad
+        rows = torch.zeros_like(self.state[3:]) if self._rows is None else self._rows
+        sums = total(torch.cat([squares, rows.to(squares.device)]))
+        self._squares.grad = self._rows = None
+        steps = self.state[:1] + 1
+        share = steps.clamp(max=WINDOW).reciprocal_()
+        pulls, before = sums[:2].sqrt() / scale, self.state[1:3]
+        if weight:
+            pulls[1:].div_(self.factor * weight)
+            # The first that pulled counts whole.
+            shares = torch.cat([1 / steps, torch.where(before[1:] > 0, share, 1.0)])
+        else:
+            shares = torch.cat([1 / steps, torch.zeros_like(share)])
+        new = torch.cat(
+            [steps, torch.lerp(before, pulls, shares), torch.lerp(self.state[3:], sums[2:] / examples, share)]
+        )
+        # A step of float16 may overflow.
+        self.state = torch.where(new.sum().isfinite(), new, self.state)
+        task, relation = self.state[1:3].unbind()
+        self.factor = torch.where(task > 0, torch.where(relation > 0, task / relation, START), 1.0)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All there is to save: `measured`, (4 + width,), and `factor`, (1,)."""
@@ -111,9 +116,19 @@ class Balance:
         self.state, self.factor = state["measured"].to(self.state), state["factor"].to(self.factor).squeeze(0)
 
 
-def with_gradient_of(loss: Tensor, factor: float | Tensor) -> Tensor:
-    """A loss as it is, whose gradient is multiplied by a factor."""
-    return torch.lerp(loss.detach(), loss, factor.to(loss) if isinstance(factor, Tensor) else factor)
+class _WeightedSum(torch.autograd.Function):
+    """`weighted_sum`."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: list[float], factors: list[float | Tensor], *losses: Tensor) -> Tensor:
+        ctx.factors = factors
+        parts = [times(loss, weight) for weight, loss in zip(weights, losses, strict=True)]
+        return sum(parts[1:], parts[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(times(grads[0], factor) for factor in ctx.factors)
 
 
 class _Border(torch.autograd.Function):
@@ -127,8 +142,14 @@ class _Border(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, task: Tensor, relation: Tensor) -> tuple[Tensor, Tensor]:
-        squares = torch.stack([task.float().square().sum(), relation.float().square().sum()])
-        return task + relation, squares.to(ctx.place)
+        norms = [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in (task, relation)]  # without a copy
+        return task + relation, torch.stack(norms).square_().to(ctx.place)
 
 
 _at_border: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = _Border.apply
+
+
+def weighted_sum(weights: list[float], factors: list[float | Tensor], losses: list[Tensor]) -> Tensor:
+    """The sum of scalar losses, each times its weight; in its gradient each is times its factor instead."""
+    total: Tensor = _WeightedSum.apply(weights, factors, *losses)  # type: ignore[no-untyped-call]
+    return total

@@ -16,11 +16,11 @@ from hf_rrd.losses.rows import unit
 from hf_rrd.models.head import RelationalHead, StudentOutputs, attach_head, detach_head, head_of, load_head, put_head
 from hf_rrd.models.logits import LogitPair, logits_of
 from hf_rrd.models.teacher import Teacher, TeacherOutputs
-from hf_rrd.training.balance import Balance, with_gradient_of
+from hf_rrd.training.balance import Balance, weighted_sum
 from hf_rrd.training.checkpoint import State
 from hf_rrd.training.data import is_map_style, preserved_randomness, sample_of
 from hf_rrd.training.projection import TeacherProjection, check_variety, prefixes_of
-from hf_rrd.training.terms import Weights, weights_of
+from hf_rrd.training.terms import Weights, mean_of, weights_of
 
 BANK_LOSSES = ("rrd", "infonce")
 """The values of `relational_loss=` that compare with the bank."""
@@ -267,19 +267,21 @@ class Distillation:
         how = (self.args.kd_temperature, self.args.kd_loss)
         return {"kd_loss": self.logits.terms(student_logits, teacher_logits, inputs, *how)}
 
-    def total(self, terms: dict[str, Tensor]) -> Tensor:
-        """The weighted sum of the terms' means, a scalar; where the losses are balanced its gradient is, too.
+    def total(self, terms: dict[str, Tensor], times: float = 1) -> Tensor:
+        """The weighted sum of the terms' means, so many times; where the losses are balanced its gradient is, too.
 
         That gradient is then of the mean of both sides, not of their sum: as long as the task's, whatever the weight,
         so that `max_grad_norm` and the learning rate of SGD mean what they mean without a teacher. `relational_kl` is
         for reading and has no weight.
         """
-        means = {name: terms[name].mean() for name in terms if name.endswith("_loss")}
-        weights, balance = self.weights(), self.balance if self.is_balanced else None
-        if balance is not None and "relational_loss" in means:
-            means["relational_loss"] = with_gradient_of(means["relational_loss"], balance.factor)
-        loss = torch.stack([weight * means[name] for name, weight in weights_of(weights, means).items()]).sum()
-        return loss if balance is None else with_gradient_of(loss, 1 / (1 + weights["relational_weight"]))
+        settings = self.weights()
+        weights = {name: times * weight for name, weight in weights_of(settings, terms).items()}
+        factors: dict[str, float | Tensor] = {**weights}
+        if self.balance is not None and self.is_balanced:
+            factors = {name: weight / (1 + settings["relational_weight"]) for name, weight in weights.items()}
+            if "relational_loss" in factors:
+                factors["relational_loss"] = self.balance.factor * factors["relational_loss"]
+        return weighted_sum([*weights.values()], [*factors.values()], [mean_of(terms[name]) for name in weights])
 
     # ---- The bank ----
 

@@ -29,7 +29,9 @@ class StepExamples:
         self.accelerator = accelerator
         self.processes = accelerator.num_processes
         self.total: int | Tensor = sum(micro_batches)  # of all processes; on the device where there are several
-        self.labels = None if None in labels else torch.stack([each for each in labels if each is not None]).sum()
+        self.is_one = self.processes == len(micro_batches) == 1
+        known = [each for each in labels if each is not None]
+        self.labels = None if len(known) < len(labels) else known[0] if len(known) == 1 else torch.stack(known).sum()
         self._counts = torch.tensor(micro_batches).unsqueeze(0)  # (processes, micro-batches), on the host
         self._copied: torch.cuda.Event | None = None
         if self.processes > 1:

@@ -21,7 +21,8 @@ class FiniteCheck:
     On a GPU `note` only queues work, and `raise_if_found` reads the result: it belongs where the host waits anyway. On
     a CPU there is nothing to wait for, and `note` raises at once.
 
-    `broken_terms` gives the names of the loss's terms that are not finite, for the message.
+    Args:
+        broken_terms: Gives the names of the loss's terms that are not finite, for the message.
     """
 
     def __init__(self, broken_terms: Callable[[], list[str]]) -> None:
@@ -30,15 +31,19 @@ class FiniteCheck:
 
     def start(self) -> None:
         """Forget what was noted in an earlier training."""
-        self._first_step: dict[str, Tensor] = {}
+        self._noted: dict[str, tuple[list[int], list[Tensor]]] = {}  # steps, and what stands for their values
 
     def note(self, step: int, name: str, value: Tensor) -> None:
         """Look at a value of a step, numbered as in the log."""
-        found = torch.where(value.detach().isfinite().all(), -1, step)  # scalar
-        first = self._first_step.get(name, found)
-        self._first_step[name] = torch.where(first >= 0, first, found)
+        steps, ends = self._noted.setdefault(name, ([], []))
+        value = value.detach()
+        steps.append(step)
+        # The ends of its range are not finite if anything is not; sums could be too large.
+        ends.append(torch.stack([value, value] if value.dim() == 0 else list(value.aminmax())))
         if value.device.type == "cpu":
             self.raise_if_found()
+        elif len(ends) > 1000:
+            ends[:] = [torch.cat(ends)]
 
     def note_teacher(self, step: int, embedding: Tensor | None, logits: Tensor | None) -> None:
         """Look at a teacher's outputs in a step, as far as there are any."""
@@ -48,13 +53,16 @@ class FiniteCheck:
 
     def raise_if_found(self) -> None:
         """Raise a ValueError for what was noted since the last call and is not finite, with its step."""
-        found, self._first_step = self._first_step, {}  # read once: what comes later may be in order again
-        for name, first in found.items():
-            step = int(first)
-            if step >= 0:
+        noted, self._noted = self._noted, {}  # read once: what comes later may be in order again
+        for name, (steps, ends) in noted.items():
+            values = torch.cat(ends).view(-1, 2)  # (steps, 2)
+            broken = values.isfinite().all(1).logical_not().nonzero()
+            if len(broken):
+                step = steps[int(broken[0])]
+                about = "the loss" if name == "the loss" else "the teacher"
                 terms = ", ".join(self._broken_terms()) if name == "the loss" else ""
-                which, advice = f"{name} ({terms})" if terms else name, ADVICE.get(name, ADVICE["the teacher"])
-                raise ValueError(f"{which} is not finite (nan or inf) at step {step}. {advice}")
+                which = f"{name} ({terms})" if terms else name
+                raise ValueError(f"{which} is not finite (nan or inf) at step {step}. {ADVICE[about]}")
 
 
 @torch.no_grad()

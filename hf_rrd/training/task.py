@@ -15,6 +15,7 @@ from hf_rrd.models.body import unwrapped
 from hf_rrd.models.head import WITH_EMBEDDING, StudentOutputs, split_embedding
 from hf_rrd.models.logits import layout_of
 from hf_rrd.training.data import check_batch_labels, preserved_randomness
+from hf_rrd.training.terms import mean_of, times
 
 
 class TaskLoss:
@@ -55,7 +56,7 @@ class TaskLoss:
         """
         if step is None:
             return partial(compute_loss, return_outputs=True, num_items_in_batch=count)
-        count = step.labels if count is None else count
+        count = None if self.uses_count is False else step.labels if count is None else count
         if isinstance(count, Tensor):
             count = count.clamp(min=1)  # a step without a label has a loss of 0, not of 0 / 0
 
@@ -97,12 +98,17 @@ class TaskLoss:
         Gradients are averaged over the processes, so all shares of a step together are as many as these. Without a
         label the part of the task is 0, whose mean over labels is not a number.
         """
-        shares = {"task_loss": self._share(inputs, outputs, step, share)}
-        parts = {name: term.mean() * shares.get(name, share) for name, term in terms.items()}
-        labels = self.labels_in(inputs) if self.func is None else None
-        if labels is not None and "task_loss" in parts:
-            parts["task_loss"] = torch.where(labels > 0, parts["task_loss"], 0.0)
-        return parts
+        parts = {name: times(mean_of(term), share) for name, term in terms.items() if name != "task_loss"}
+        if "task_loss" not in terms:
+            return parts
+        labels = step.labels if step.is_one else None
+        if labels is None and self.func is None:
+            labels = self.labels_in(inputs)
+        task = times(mean_of(terms["task_loss"]), self._share(inputs, outputs, step, share))
+        return {
+            "task_loss": task if labels is None or self.func is not None else task.masked_fill(labels == 0, 0.0),
+            **parts,
+        }
 
     def _share(self, inputs: Mapping[str, Any], outputs: Any, step: Any, otherwise: Any) -> Any:
         if self._sums:  # over the examples, as CTC does by default
@@ -113,7 +119,9 @@ class TaskLoss:
         if self.func is not None or step.labels is None or not isinstance(labels, Tensor) or logits is None:
             return otherwise
         means_over_labels = labels.shape == logits.shape[:-1] and not labels.is_floating_point()
-        return self.labels_in(inputs) * step.processes / step.labels.clamp(min=1) if means_over_labels else otherwise
+        if not means_over_labels:
+            return otherwise
+        return 1 if step.is_one else self.labels_in(inputs) * step.processes / step.labels.clamp(min=1)
 
 
 def ask_student(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,17 @@ def weights_of(weights: Weights, terms: Iterable[str]) -> dict[str, float]:
     return {name: weights[f"{name.removesuffix('_loss')}_weight"] for name in terms if name.endswith("_loss")}
 
 
+def mean_of(term: Tensor) -> Tensor:
+    """The mean of a term of each example; one that is a mean already costs no operation."""
+    return term.mean() if term.dim() else term
+
+
+def times(value: Tensor, factor: Any) -> Tensor:
+    """A product; that with the number 1 costs no operation."""
+    product: Tensor = value if not isinstance(factor, Tensor) and factor == 1 else value * factor
+    return product
+
+
 class TermLog:
     """What the terms came to since the last log line, and during an evaluation. Adding never waits for the device.
 
@@ -48,13 +60,14 @@ class TermLog:
 
     def __init__(self, weights: Callable[[], Weights]) -> None:
         self.weights = weights
-        self.window: dict[str, Tensor] = {}
+        self.start_training()
         self._evaluated: list[Tensor] = []
         self._evaluated_names: list[str] = []
 
     def start_training(self) -> None:
         """Forget an earlier training."""
-        self.window = {}
+        self.window: dict[str, Tensor] = {}
+        self._steps: float | Tensor = 0.0  # of one process a number: no operation
 
     def add(self, parts: dict[str, Tensor], share: float | Tensor) -> None:
         """Add a micro-batch's part of each term of an optimizer step, and its share of the step.
@@ -62,11 +75,9 @@ class TermLog:
         The shares of a step add up to 1, in the mean over the processes.
         """
         for name, part in parts.items():
-            self._sum(name, part.detach().float())
-        self._sum("steps", torch.as_tensor(share, dtype=torch.float32))
-
-    def _sum(self, name: str, value: Tensor) -> None:
-        self.window[name] = self.window[name] + value if name in self.window else value
+            value = part.detach().float()
+            self.window[name] = self.window[name] + value if name in self.window else value
+        self._steps = self._steps + share
 
     def not_finite(self) -> list[str]:
         """The terms that were nan or inf since the last line."""
@@ -78,12 +89,14 @@ class TermLog:
         Args:
             reduce: From this process's sums to their mean over the processes, in one collective.
         """
-        window, self.window = self.window, {}
+        window, steps = self.window, self._steps
+        self.start_training()
         names = [name for name in TERMS if name in window]
-        names += [name for name in window if name not in (*TERMS, "steps")]
+        names += [name for name in window if name not in TERMS]
         if not names:
             return {}
         device = window[names[0]].device
+        window["steps"] = torch.as_tensor(steps, dtype=torch.float32)
         sums = reduce(torch.stack([window[name].to(device) for name in (*names, "steps")]))
         return _with_perplexity(dict(zip(names, (sums[:-1] / sums[-1]).tolist(), strict=True)))
 

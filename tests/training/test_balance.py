@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from hf_rrd.models.head import GROUP
-from hf_rrd.training.balance import START, WINDOW, Balance, with_gradient_of
+from hf_rrd.training.balance import START, WINDOW, Balance, weighted_sum
 from tests.builders import Images, Texts, log_of, tiny_bert, tiny_vit, trainer
 
 DEFAULTS: dict[str, Any] = {"balance_losses": True, "student_projection": "centered", "relational_weight": 3.0}
@@ -25,8 +25,8 @@ def pulled(balance: Balance, task: Tensor, relation: Tensor, weight: float = 1.0
     """The gradient of what was split, for the gradients of a task and of relational terms of this weight."""
     hidden = torch.zeros_like(task, requires_grad=True)
     onwards, compared = balance.split(hidden)
-    relational = with_gradient_of((compared * relation).sum(), balance.factor)
-    ((onwards * task).sum() + weight * relational).backward()
+    losses = [(onwards * task).sum(), (compared * relation).sum()]
+    weighted_sum([1.0, weight], [1.0, weight * balance.factor], losses).backward()
     assert hidden.grad is not None
     return hidden.grad
 
@@ -35,7 +35,7 @@ def test_the_parts_equal_the_whole_and_the_first_step_pulls_little() -> None:
     hidden = torch.randn(5, 7, requires_grad=True)
     balance = Balance(7)
     assert all(torch.equal(part, hidden) for part in balance.split(hidden))
-    assert with_gradient_of(torch.tensor(2.3), balance.factor) == torch.tensor(2.3)
+    assert weighted_sum([1.0, 2.0], [0.0, balance.factor], [torch.tensor(2.3), torch.tensor(0.1)]) == 2.5
     task, relation = torch.randn(5, 7), torch.randn(5, 7)
     torch.testing.assert_close(pulled(balance, task, relation), task + START * relation)
 
