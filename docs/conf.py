@@ -23,16 +23,17 @@ myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4
 nitpick_ignore_regex = [("py:.*", r"(?!hf_rrd).*")]  # of types only ours are described here
 exclude_patterns = ["pictures"]
+highlight_language = "text"  # of a block that names none
 default_role = "literal"  # a docstring's `name`
 autodoc_typehints = "none"  # the signature would have them again; what a reader needs is under Parameters
 autodoc_member_order = "bysource"
-copybutton_exclude = ".linenos, .gp"
 
 html_theme = "furo"
 html_title = f"hf_rrd {version}"
 html_static_path = ["static"]
 html_css_files = ["tables.css"]
 html_copy_source = False
+html_show_copyright = False
 html_show_sourcelink = False
 html_theme_options = {"navigation_with_keys": True}
 

@@ -22,6 +22,11 @@ for name in (
     with contextlib.suppress(ImportError):
         importlib.import_module(name)
 
+with contextlib.suppress(ImportError, AttributeError):  # transformers 5.0 has it elsewhere
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("bert")  # compiles a thousand patterns, once for all processes
+
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -117,7 +117,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]:
 @pytest.mark.parametrize("heading", QUICK_STARTS)
 def test_a_quick_start_of_readme_runs_as_it_stands(heading: str, hub: LoopbackHub, tmp_path: Path) -> None:
     code = QUICK_STARTS[heading]
-    (folder,) = re.findall(r"output_dir=\"([\w-]+)\"", code)
+    (folder,) = re.findall(r"DistillationConfig\(\"([\w-]+)\"", code)
     fresh = hub.environment(tmp_path / "home", token=False)
     printed = run_script("-c", code, folder=tmp_path / "new", environment=fresh, seconds=120)
     assert hub.unhandled == []
@@ -203,7 +203,7 @@ def messages_of_the_package() -> list[str]:
 
 def test_the_messages_of_the_page_on_errors_are_the_packages_own() -> None:
     page = PAGES["troubleshooting"].read_text(encoding="utf-8")
-    quoted = re.findall(r"^### `(.+)`$", page, re.MULTILINE)
+    quoted = re.findall(r"^### `` (.+) ``$", page, re.MULTILINE)
     messages = messages_of_the_package()
     parts = {quote: [part.strip() for part in quote.split("…") if len(part.strip()) > 2] for quote in quoted}
     lost = [quote for quote, each in parts.items() if not any(all(part in text for part in each) for text in messages)]
