@@ -207,6 +207,7 @@ def test_what_is_logged_and_a_step_equal_plain_loops(kind: str, micro_batches: i
         model=student,
         teacher=teacher,
         train_dataset=Rows(batch),
+        eval_dataset=Rows(batch),
         kd_weight=0.7,
         kd_temperature=TEMPERATURE,
         relational_weight=0.5 * relational,
@@ -220,6 +221,7 @@ def test_what_is_logged_and_a_step_equal_plain_loops(kind: str, micro_batches: i
     )
     head = run.distillation.head
     projection = None if head is None else copy.deepcopy(head.projection)
+    metrics = run.evaluate()
     run.train()
 
     outputs = mine(**batch)
@@ -235,6 +237,7 @@ def test_what_is_logged_and_a_step_equal_plain_loops(kind: str, micro_batches: i
         loss = loss + 0.5 * terms["relational_loss"]
     for name, term in terms.items():
         assert log_of(run, name) == [pytest.approx(term.item(), rel=1e-4)], name
+        assert metrics[f"eval_{name}"] == pytest.approx(term.item(), rel=1e-4), name
     assert terms["kd_loss"] > 0.05
     loss.backward()
     trained = dict(student.named_parameters())

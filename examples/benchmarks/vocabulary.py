@@ -1,22 +1,36 @@
 """How much smaller MiniLM is with the vocabulary of some sentences, and whether its outputs stay bitwise the same.
 
     python examples/benchmarks/vocabulary.py --data_dir data
+    python examples/benchmarks/vocabulary.py --data_dir data --accuracy --min_counts 3 8
 
 The texts are those of the task `sentences` of `compare_losses.py`, SST-2's among them: nothing is trained here.
+
+With `--accuracy` a student is: two layers of the SST-2 teacher of `compare_losses.py`, distilled with the defaults and
+all labels. Then its vocabulary is pruned to SST-2's training split, and each student is exported as int8: bytes, and
+accuracy on the test split, over some seeds.
 """
 
 import dataclasses
+import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from comparison_tasks import Texts, minilm_folder
+from comparison_tasks import Texts, examples_of, minilm_folder, quiet, save_atomically, sst2
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModel
+from torch import Tensor
+from transformers import AutoModel, AutoModelForSequenceClassification, PrinterCallback, set_seed
 
-from hf_rrd import prune_vocabulary, student_from_teacher
+from hf_rrd import (
+    RelationalDistillationConfig,
+    RelationalDistillationTrainer,
+    prune_vocabulary,
+    student_from_teacher,
+)
+from hf_rrd.results.export import OnnxModel, export_onnx
 
 TRAINED_ON = {"sst2/train": ["sentence"], "sentences/stsb_train": ["sentence1", "sentence2"]}
 TRAINED_ON |= {"sentences/trec_train": ["text"], "sentences/mr_train": ["text"]}
@@ -33,6 +47,10 @@ class Arguments:
         default_factory=lambda: [1, 2, 3, 5, 8, 10], metadata={"help": "A row of the table for each."}
     )
     num_hidden_layers: int = dataclasses.field(default=2, metadata={"help": "Layers of the small student, of 6."})
+    accuracy: bool = dataclasses.field(default=False, metadata={"help": "Bytes and accuracy of students, instead."})
+    output_dir: str = dataclasses.field(default="out/compare", metadata={"help": "Where the SST-2 teacher is."})
+    seeds: int = dataclasses.field(default=3, metadata={"help": "Students that are trained for the accuracy."})
+    max_steps: int = dataclasses.field(default=162, metadata={"help": "Of 64 sentences, for each of them."})
     compared: int = dataclasses.field(default=1000, metadata={"help": "Texts whose outputs are compared."})
 
 
@@ -101,9 +119,90 @@ def main(args: Arguments) -> None:
     Console(width=max(160, Console().width)).print(table)
 
 
+# ---- Bytes and accuracy ----
+
+
+def distilled(task: Any, args: Arguments, seed: int) -> Any:
+    """Some layers of the teacher, trained with the defaults, once."""
+    saved = Path(args.output_dir) / "small" / f"{args.num_hidden_layers}-{args.max_steps}-{seed}"
+    if (saved / "config.json").is_file():
+        return AutoModelForSequenceClassification.from_pretrained(saved).eval()
+    set_seed(seed)
+    teacher = AutoModelForSequenceClassification.from_pretrained(task.teacher)
+    student = student_from_teacher(teacher, num_hidden_layers=args.num_hidden_layers)
+    with tempfile.TemporaryDirectory() as folder:
+        how = task.settings | {"learning_rate": 4e-4, "max_steps": args.max_steps, "seed": seed}
+        settings = RelationalDistillationConfig(**quiet(Path(folder), **how))
+        trainer = RelationalDistillationTrainer(
+            student, settings, train_dataset=examples_of(task, "all", distils=True)
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    save_atomically(student, None, saved)
+    return student.eval()
+
+
+@torch.no_grad()
+def accuracy(model: Callable[..., Any], inputs: dict[str, Tensor], labels: Tensor) -> float:
+    """Of a model or an ONNX file, in percent."""
+    batches = zip(*(each.split(64) for each in inputs.values()), strict=True)
+    logits = [model(**dict(zip(inputs, batch, strict=True)))["logits"] for batch in batches]
+    return 100 * (torch.cat(logits).argmax(-1) == labels).float().mean().item()
+
+
+def read(texts: Any, tokenizer: Any) -> dict[str, Tensor]:
+    """Texts as the task has them, all of one length."""
+    how = {"padding": "max_length", "truncation": True, "max_length": 32, "return_tensors": "pt"}
+    return {name: tokenizer(texts, **how)[name] for name in ("input_ids", "attention_mask")}
+
+
+def measured(model: Any, tokenizer: Any, args: Arguments, examples: list[str]) -> dict[str, tuple[int, float]]:
+    """Bytes and accuracy of a model in float32 and in int8."""
+    data = Texts(Path(args.data_dir))
+    inputs = read(data.column("sst2/test", "sentence"), tokenizer)
+    labels = torch.tensor(data.column("sst2/test", "label"))
+    found = {"float32": (bytes_of(model), accuracy(model, inputs, labels))}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "model.onnx")
+        figures = export_onnx(model, file, read(examples, tokenizer), atol=1e-3, quantize="int8", min_agreement=0.9)
+        print({name: round(value, 4) for name, value in figures.items()}, flush=True)
+        found["int8"] = (file.stat().st_size, accuracy(OnnxModel(file), inputs, labels))
+    return found
+
+
+def accuracies(args: Arguments) -> None:
+    """Train, prune, export, print."""
+    task, data = sst2(Path(args.data_dir), Path(args.output_dir) / "sst2"), Texts(Path(args.data_dir))
+    corpus = data.column("sst2/train", "sentence")
+    teacher = AutoModelForSequenceClassification.from_pretrained(task.teacher).eval()
+    size = bytes_of(teacher)
+    tested = {name: each[:, 0] for name, each in task.test.inputs.items()}
+    rows: dict[str, list[tuple[int, float]]] = {"teacher": [(size, accuracy(teacher, tested, task.test.labels))]}
+    for seed in range(args.seeds):
+        student = distilled(task, args, seed)
+        kinds = {f"{args.num_hidden_layers} layers": (student, data.tokenizer)}
+        for count in args.min_counts:
+            kinds[f"min_count={count}"] = prune_vocabulary(student, data.tokenizer, corpus, min_count=count)
+        for name, (model, tokenizer) in kinds.items():
+            for kind, figures in measured(model, tokenizer, args, corpus[:300]).items():
+                rows.setdefault(f"{name}, {kind}", []).append(figures)
+                print(seed, name, kind, figures, flush=True)
+    table = Table(
+        "", "MB", "of the teacher's", "accuracy, %", "less than in float32 with all words", title="SST-2, test"
+    )
+    whole = [each for _, each in rows[f"{args.num_hidden_layers} layers, float32"]]
+    for name, found in rows.items():
+        figures = [each for _, each in found]
+        gaps = [] if name == "teacher" else [a - b for a, b in zip(whole, figures, strict=True)]
+        cells = [f"{statistics.fmean(figures):.1f}", f"{statistics.fmean(gaps):+.2f}" if gaps else ""]
+        table.add_row(name, f"{found[0][0] / 1e6:.1f}", f"{found[0][0] / size:.3f}", *cells)
+    Console(width=max(120, Console().width)).print(table)
+
+
 if __name__ == "__main__":
     from transformers import HfArgumentParser
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())
+    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    (accuracies if arguments.accuracy else main)(arguments)

