@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
 DEEPSPEED := .venv-deepspeed
+WHEEL := .venv-wheel
 BIN := $(VENV)/bin
 # A file's tests stay together, as they share what was trained for them.
 PARALLEL := -n 2 --dist loadscope
 
-.PHONY: help demo docs test test-slow test-oldest test-deepspeed check clean
+.PHONY: help demo docs package test test-slow test-oldest test-deepspeed check clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,6 +18,14 @@ demo: $(VENV)/ready ## Distil a small ViT on handwritten digits and print what i
 
 docs: $(VENV)/ready ## Build the documentation, as out/docs/index.html; a warning is an error
 	$(BIN)/sphinx-build -W -n -q -d out/doctrees docs out/docs
+
+package: $(VENV)/ready ## Build the wheel and the source archive in dist/, check them, and try the wheel in an empty environment
+	rm -rf dist $(WHEEL)
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/pip install -q -c constraints.txt dist/*.whl
+	cd $(WHEEL) && bin/pip check && bin/python -m hf_rrd env
 
 test: $(VENV)/ready ## Run the fast tests
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
@@ -36,7 +45,7 @@ check: $(VENV)/ready ## Lint, formatting and types
 	$(BIN)/mypy
 
 clean: ## Remove environments, caches and outputs
-	rm -rf $(VENV) $(OLDEST) $(DEEPSPEED) out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(DEEPSPEED) $(WHEEL) dist out .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and alone: its pinned build satisfies all that the others ask of it.

@@ -25,7 +25,7 @@ from hf_rrd.trainer import RelationalDistillationTrainer
 from hf_rrd.training.caching import cache_teacher_outputs, with_views
 from hf_rrd.training.data import DataCollatorForDistillation
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DataCollatorForDistillation",

@@ -1,13 +1,20 @@
 """What the package says it needs is what it imports, and what the tests run on."""
 
 import ast
+import os
 import re
+import subprocess
 import sys
+import sysconfig
+import venv
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+import hf_rrd
 
 ROOT = Path(__file__).parents[1]
 # Imported names whose distribution has another name.
@@ -92,3 +99,96 @@ def test_the_hooks_have_the_pinned_versions_and_environments_of_their_own() -> N
             for requirement in hook["additional_dependencies"]:
                 assert requirement.split("==") == [name_of(requirement), newest[name_of(requirement)]]
             assert name_of(hook["entry"]) in {name_of(each) for each in hook["additional_dependencies"]}
+
+
+# ---- A release ----
+
+
+def workflow(name: str) -> Any:
+    return yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text(encoding="utf-8"))
+
+
+def test_there_is_one_version_and_the_changelog_begins_with_it() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    sections = re.findall(r"^## \[(.+)\] - (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert citation["version"] == sections[0][0] == hf_rrd.__version__
+    assert all(re.fullmatch(r"Unreleased|\d{4}-\d\d-\d\d", date) for _, date in sections)
+
+
+def test_the_workflows_run_each_python_of_the_classifiers(project: Any) -> None:
+    said = re.findall(r"Python :: (3\.\d+)", "\n".join(project["project"]["classifiers"]))
+    jobs = workflow("tests")["jobs"]
+    newest = jobs["newest"]["strategy"]["matrix"]["python-version"]
+    oldest = [step["with"]["python-version"] for step in jobs["oldest"]["steps"] if "with" in step]
+    assert oldest + newest == said
+
+
+def test_the_workflows_run_targets_of_the_makefile_and_have_no_rights_but_to_read() -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    called = []
+    for file in (ROOT / ".github" / "workflows").iterdir():
+        jobs = workflow(file.stem)
+        assert jobs["permissions"] == {"contents": "read"}, "what a job needs beside it asks for itself"
+        steps = [step for job in jobs["jobs"].values() for step in job["steps"]]
+        called += [step["run"].removeprefix("make ") for step in steps if step.get("run", "").startswith("make ")]
+    assert set(called) == {"check", "docs", "test", "test-oldest", "test-slow", "package"} <= set(targets)
+
+
+def test_a_release_is_published_by_a_trusted_publisher_after_its_wheel_was_tried() -> None:
+    release = workflow("release")
+    assert release[True] == {"push": {"tags": ["v*"]}}  # `on`, as YAML reads it
+    publish, text = release["jobs"]["publish"], (ROOT / ".github" / "workflows" / "release.yml").read_text()
+    assert publish["needs"] == "build" and publish["permissions"] == {"id-token": "write"}
+    assert "secrets." not in text and "password" not in text
+
+
+def test_the_templates_ask_for_what_env_prints() -> None:
+    forms = ROOT / ".github" / "ISSUE_TEMPLATE"
+    bug = yaml.safe_load((forms / "bug_report.yml").read_text(encoding="utf-8"))
+    asked = {field["id"]: field for field in bug["body"]}
+    assert "`python -m hf_rrd env`" in asked["env"]["attributes"]["description"]
+    assert [name for name, field in asked.items() if field.get("validations")] == ["what", "code", "env"]
+    for file in (forms / "feature_request.yml", ROOT / ".github" / "PULL_REQUEST_TEMPLATE.md"):
+        assert "`python -m hf_rrd env`" in file.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_wheel_trains_and_writes_a_card_where_the_repository_is_not(tmp_path: Path) -> None:
+    pytest.importorskip("build")
+    pytest.importorskip("hatchling")
+    twine = pytest.importorskip("twine.commands.check")
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    wheel, archive = (str(next((tmp_path / "dist").glob(f"*{kind}"))) for kind in (".whl", ".tar.gz"))
+    assert not twine.check([archive, wheel], strict=True)
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    of_ours = {str(path.relative_to(ROOT)) for path in (ROOT / "hf_rrd").rglob("*") if path.is_file()}
+    assert held == {name for name in of_ours if "__pycache__" not in name}, "no tests, no examples"
+
+    # Our dependencies and not this repository: the .pth files of a path that a .pth file adds are not read.
+    venv.create(tmp_path / "empty", with_pip=False)
+    (packages,) = (tmp_path / "empty" / "lib").glob("python3*/site-packages")
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    python, install = str(tmp_path / "empty" / "bin" / "python"), ["-m", "pip", "install", "--no-deps", "--no-index"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    how: dict[str, Any] = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    for command in ([*install, "--ignore-installed", wheel], ["-c", TRAIN], ["-m", "hf_rrd", "env"]):
+        done = subprocess.run([python, *command], **how)
+        assert done.returncode == 0, done.stderr
+    assert f"- hf_rrd: {hf_rrd.__version__}\n" in done.stdout
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert "distilled from a `ViTForImageClassification`" in (tmp_path / "out" / "README.md").read_text()
+
+
+TRAIN = """
+import sys, torch, hf_rrd
+from transformers import ViTConfig, ViTForImageClassification
+assert hf_rrd.__file__.startswith(sys.prefix), hf_rrd.__file__
+size = dict(num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=16, patch_size=8)
+size |= dict(num_labels=4)
+student, teacher = (ViTForImageClassification(ViTConfig(hidden_size=width, **size)) for width in (16, 24))
+rows = [{"pixel_values": torch.randn(3, 16, 16), "labels": number % 4} for number in range(32)]
+args = hf_rrd.RelationalDistillationConfig("out", max_steps=2, report_to=[], save_strategy="no", use_cpu=True)
+trainer = hf_rrd.RelationalDistillationTrainer(student, args, train_dataset=rows, teacher=teacher)
+trainer.train(), trainer.save_model(), trainer.report(rows), trainer.create_model_card()
+"""
