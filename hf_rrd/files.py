@@ -16,8 +16,7 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     A reader sees the old file or the new one, never a part. If the block raises, the old file stays and the temporary
     one is removed; an `OSError` that names no file, as that of a full disk, names `path`. A process that is killed
-    leaves a hidden file whose name ends in `.tmp`. Missing folders are made. A file that is opened at the temporary
-    path has the usual permissions.
+    leaves a hidden file whose name ends in `.tmp`. Missing folders are made.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -96,10 +96,8 @@ def embed(
 class Embedder:
     """What is watched of a model, and the pooling of that; `argument` is what the user knows the pooling as.
 
-    Attributes:
-        body: The model's body.
-        watched: What to watch: the body, or with the pooling "head" the layer that its classifier reads from.
-        pooling: A key of `POOLERS` or a function.
+    Watched is the body, or with the pooling "head" the layer that its classifier reads from. Its `pooling` is then a
+    key of `POOLERS` or a function.
     """
 
     def __init__(self, model: nn.Module, pooling: Pooling = "auto", argument: str = "pooling") -> None:
@@ -149,8 +147,7 @@ class Embedder:
     def width(self) -> int:
         """The width of a pooled embedding, measured on one blank input, or else `hidden_size` of the config.
 
-        A config does not say it for all: an OPT may project its output, a Wav2Vec2 may end with an adapter. A
-        ValueError says that the body gives no hidden states, or that there is no width either way.
+        A config does not say it for all: an OPT may project its output, a Wav2Vec2 may end with an adapter.
         """
         if self._read_width is not None:
             return self._read_width
@@ -218,9 +215,8 @@ _READ_BY_FIRST_TOKEN = ("funnel", "layoutlmv2", "layoutlmv3", "vilt", "visual_be
 def auto_pooling(body: Any) -> str:
     """The key of `POOLERS` that `"auto"` means for a body.
 
-    The model's own embedding where that is what it is for (`...WithProjection`, DPR, timm). Else the last token of a
-    causal decoder or of an encoder-decoder, the CLS token of a vision model that has one, otherwise the mean over the
-    unmasked tokens, or over the positions of a convolutional map.
+    The model's own embedding where that is what it is for. Else the last token of a causal decoder or of an
+    encoder-decoder, the CLS token of a vision model that has one, otherwise the mean over tokens or positions.
     """
     name = type(body).__name__
     if reads_rows(body) or name.startswith(("TimmWrapper", "DPR")) or name.endswith("WithProjection"):

@@ -320,10 +320,7 @@ def cached_embeddings(dataset: Dataset | IterableDataset) -> Tensor:
 
 
 def with_cached_arrays(dataset: Any) -> Any:
-    """With the cached columns as arrays where all columns would be Python objects: lists of numbers are slow.
-
-    Several sets in a dict get so each, in a dict; what is no `datasets.Dataset` stays as it is.
-    """
+    """With the cached columns as arrays where all columns would be Python objects: lists of numbers are slow."""
     if isinstance(dataset, Mapping):
         return {name: with_cached_arrays(part) for name, part in dataset.items()}
     cached = [name for name in CACHED_COLUMNS if isinstance(dataset, Dataset) and name in dataset.column_names]

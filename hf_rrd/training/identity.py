@@ -57,18 +57,17 @@ def weights_sample(model: nn.Module) -> str:
 def teacher_identity(teacher: Teacher, training_set: Preview) -> dict[str, str]:
     """By the name of the column, what stands for the source of the outputs that a run learns.
 
-    That is the model with its pooling, or a sample of a cached column; of a stream's column only the name is known.
+    That is the model, with its pooling for embeddings, or a sample of a cached column; of a stream's column only the
+    name is known.
     """
-    identity, model = {}, ""
-    for column, wanted, how in (
-        ("teacher_embedding", teacher.wants_embedding, f", pooling {known_as(teacher.pooling)}"),
-        ("teacher_logits", teacher.wants_logits, ""),
-    ):
-        if wanted and (teacher.model is None or training_set.has(column)):
-            identity[column] = f"cached outputs {_column_sample(training_set, column)}"
-        elif wanted and teacher.model is not None:
-            model = model or f"{type(unwrapped(teacher.model)).__name__} {weights_sample(teacher.model)[:16]}"
-            identity[column] = model + how
+    if teacher.model is not None:
+        teacher.sources["teacher"] = source_of(teacher)
+    identity, own = {}, teacher.sources.get("teacher", "")
+    wanted = {"teacher_embedding": teacher.wants_embedding, "teacher_logits": teacher.wants_logits}
+    for column in [column for column, is_wanted in wanted.items() if is_wanted]:
+        is_cached = teacher.model is None or training_set.has(column)
+        made = own if column == "teacher_embedding" else own.partition(", pooling ")[0]
+        identity[column] = f"cached outputs {_column_sample(training_set, column)}" if is_cached else made
     return identity
 
 
@@ -157,8 +156,7 @@ def check_sources(identity: dict[str, str], teacher: Teacher, sets: Mapping[str,
     A teacher beside columns that lack some of what is wanted may be another one: it is there for the rest.
     """
     sources = {name: source for name, preview in sets.items() if (source := _noted(preview.dataset))}
-    here = {"teacher": source_of(teacher)} if teacher.model is not None else {}
-    identity, here = broadcast_object_list([identity, here])
+    identity, here = broadcast_object_list([identity, teacher.sources])
     teacher.sources = here | sources
     for name in sources:
         check_source(name, sets[name], teacher)

@@ -113,8 +113,8 @@ class Reader:
 
     def features(self, widths: dict[str, int]) -> Features:
         """Of the columns, by their widths, with their source."""
-        values = {name: Value(self.dtype, id=self.source) for name in widths}
-        return Features({name: Sequence(values[name], length=width) for name, width in widths.items()})
+        kinds = {name: Sequence(Value(self.dtype, id=self.source), length=width) for name, width in widths.items()}
+        return Features(kinds)
 
 
 def outputs_of(dataset: Dataset, reader: Reader, bar: Any = None) -> Columns:
