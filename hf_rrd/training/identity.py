@@ -112,8 +112,8 @@ def check_identity(about: dict[str, str], identity: dict[str, str], checkpoint: 
     known = columns & about.keys()  # a term that was off then has no source to compare
     changed = sorted(column for column in known or columns if about.get(column) != identity[column])
     if changed:
-        source = ", ".join(f"{column} from {about.get(column, 'one that it does not name')}" for column in changed)
-        here = ", ".join(f"{column} from {identity[column]}" for column in changed)
+        source = " and ".join(f"{column} from {about.get(column, 'one that it does not name')}" for column in changed)
+        here = " and ".join(f"{column} from {identity[column]}" for column in changed)
         what = f"{checkpoint} was written with another teacher: {source}; this run has {here}"
         raise ValueError(f"{what}. Pass the same teacher, or {instead}")
 

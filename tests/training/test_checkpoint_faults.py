@@ -347,7 +347,8 @@ def fine_tuned() -> Any:
     [
         (
             {"teacher": fine_tuned()},
-            "teacher_embedding from ViTForImageClassification .*, teacher_logits from ViT.*; this run has teacher_emb",
+            "teacher_embedding from ViTForImageClassification, float32, weights .*, pooling cls and teacher_logits from "
+            "ViTForImageClassification, float32, weights [0-9a-f]{16}; this run has teacher_emb",
         ),
         ({"teacher": tiny_vit(width=32, seed=1)}, "teacher_embedding from ViTForImageClassification"),
         ({"teacher_pooling": "mean"}, "from ViT.*, pooling cls; this run has teacher_embedding from ViT.* mean"),
@@ -368,7 +369,7 @@ def test_cached_outputs_of_another_teacher_are_refused(interrupted: Path, tmp_pa
     folders = [tmp_path / "first", tmp_path / "second"]
     cached = [cache_teacher_outputs(data, tiny_vit(width=24, seed=seed), 8, cache_dir=tmp_path) for seed in (1, 2)]
     run_in(folders[0], teacher=None, train_dataset=cached[0], max_steps=2).train()
-    with pytest.raises(ValueError, match="embedding from cached .*, teacher_logits from cached .*; this run has"):
+    with pytest.raises(ValueError, match="embedding from cached .* and teacher_logits from cached .*; this run has"):
         run_in(folders[0], teacher=None, train_dataset=cached[1]).train(resume_from_checkpoint=True)
     with pytest.raises(
         ValueError, match="another teacher: teacher_embedding from ViTFor.*this run has teacher_embedding from cached"
