@@ -347,8 +347,8 @@ def fine_tuned() -> Any:
     [
         (
             {"teacher": fine_tuned()},
-            "teacher_embedding from ViTForImageClassification, float32, weights .*, pooling cls and teacher_logits from "
-            "ViTForImageClassification, float32, weights [0-9a-f]{16}; this run has teacher_emb",
+            "teacher_embedding from ViTForImageClassification, float32, weights .*, pooling cls and teacher_logits "
+            "from ViTForImageClassification, float32, weights [0-9a-f]{16}; this run has teacher_emb",
         ),
         ({"teacher": tiny_vit(width=32, seed=1)}, "teacher_embedding from ViTForImageClassification"),
         ({"teacher_pooling": "mean"}, "from ViT.*, pooling cls; this run has teacher_embedding from ViT.* mean"),
