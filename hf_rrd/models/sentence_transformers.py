@@ -24,7 +24,6 @@ logger = logging.get_logger(__name__)
 AROUND = "_hf_rrd_around"  # on a transformers model: the `Around` of the SentenceTransformer that it is inside of
 KIND = "_hf_rrd_kind"  # on a transformers model: which of the library's models its folder was, if any
 MISSING = "needs the library. Try: pip install 'hf_rrd[sentence-transformers]'"
-HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only")
 SAME = ("last_hidden_state", ("last_hidden_state",), ["last_hidden_state"])  # what the modules after the first read
 
 
@@ -188,10 +187,10 @@ def kind_of(name: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> str | No
 
     None where it is none, as far as its files say.
     """
-    how = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
-    how |= {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
     if "subfolder" in kwargs:
         return None
+    how = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+    how |= {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
     config = cached_file(name, "config_sentence_transformers.json", **how)
     if config is not None:
         with open(config, encoding="utf-8") as file:

@@ -6,7 +6,6 @@ import random
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterator
 from functools import lru_cache
 from types import CodeType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any
@@ -71,20 +70,16 @@ def _content_of(own: Any) -> Any:
     if isinstance(own, type):
         told = {name: value for name, value in vars(own).items() if callable(value) or not name.startswith("__")}
         return own.__qualname__, own.__bases__, told
-    names = {name for code in _codes(own.__code__) for name in code.co_names}
+    codes = [own.__code__]
+    for code in codes:  # which grows meanwhile by the functions inside
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    names = {name for code in codes for name in code.co_names}
     found = {name: own.__globals__[name] for name in names & own.__globals__.keys()}
     found |= {name: sys.modules[name] for name in names & sys.modules.keys() - found.keys()}  # imported when it runs
     for _ in range(2):  # module.CONSTANT, package.module.CONSTANT
         mine = [value for value in found.values() if isinstance(value, ModuleType) and _is_own(value)]
         found |= {f"{each.__name__}.{name}": vars(each)[name] for each in mine for name in names & vars(each).keys()}
     return own.__code__, own.__defaults__, own.__kwdefaults__, own.__closure__, found
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
 
 
 def _is_own(thing: Any) -> bool:

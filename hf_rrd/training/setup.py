@@ -51,8 +51,7 @@ def prepared(
     if teacher.model is not None:
         check_teacher(teacher.model, student)
     if teacher.wants_logits:
-        columns = {} if training_set.dataset is None else training_set.example
-        width = np.shape(columns.get("teacher_logits", ()))[-1:]
+        width = np.shape(training_set.example.get("teacher_logits", ()))[-1:]
         noted = {"width": width, **noted_logits(training_set.dataset)}
         known = (noted, training_set.classes, loss_is_its_own)
         automatic = distillation.args.kd_weight == "auto"
@@ -108,10 +107,10 @@ def teacher_for(teacher: Any, args: Any, training_set: Preview, student: nn.Modu
                 "training set with a `teacher_embedding` column. Got neither. relational_weight=0 does without."
             )
         made.width, made.dtype = shape
-    if model is None and wants_logits and not automatic and training_set.dataset is not None:
-        if "teacher_logits" not in training_set.example:
-            raise ValueError(
-                "`kd_weight` is above 0, so a teacher is needed: pass `teacher=` a model, a Hub name or a folder, or "
-                "a training set with a `teacher_logits` column. Got neither."
-            )
+    needs_column = model is None and wants_logits and not automatic and training_set.dataset is not None
+    if needs_column and "teacher_logits" not in training_set.example:
+        raise ValueError(
+            "`kd_weight` is above 0, so a teacher is needed: pass `teacher=` a model, a Hub name or a folder, or a "
+            "training set with a `teacher_logits` column. Got neither."
+        )
     return made
