@@ -18,8 +18,8 @@ from hf_rrd.models.pooling import POOLERS, name_of
 from hf_rrd.training.distillation import RELATIONAL_LOSSES
 from hf_rrd.training.projection import TEACHER_PROJECTIONS
 
-WEIGHTS = ("task_weight", "kd_weight", "relational_weight")
-AUTOMATIC = ("kd_weight", "relational_weight")  # of these may be "auto"
+WEIGHTS = ("task_weight", "kd_weight", "relational_weight", "layer_weight")
+AUTOMATIC = ("kd_weight", "relational_weight", "layer_weight")  # of these may be "auto"
 TEMPERATURES = {"kd_temperature": 4, "student_temperature": 0.1, "teacher_temperature": 0.02}
 CHOICES = {
     "kd_loss": ("kl", "dist"),
@@ -57,8 +57,9 @@ def described(config: Config) -> Config:
 class RelationalDistillationConfig(TrainingArguments):
     """`TrainingArguments` with the settings of relational distillation.
 
-    `loss = task_weight * task + kd_weight * KD + relational_weight * relational`. Every field may come from Python,
-    from the command line, JSON or YAML through `HfArgumentParser`; a pooling given as a callable only from Python.
+    `loss = task_weight * task + kd_weight * KD + relational_weight * relational + layer_weight * layers`. Every field
+    may come from Python, from the command line, JSON or YAML through `HfArgumentParser`; a pooling given as a callable
+    only from Python.
 
     Args:
         task_weight: Weight of the task loss (the model's own, label smoothing or compute_loss_func included), 0 or
@@ -80,6 +81,13 @@ class RelationalDistillationConfig(TrainingArguments):
             their weights among each other. 'rrd': cross-entropy between the teacher's and the student's distribution
             of similarity over the bank; 'infonce': each example finds its own teacher embedding in the bank; the
             others compare within the micro-batch, 'own_space' in the student's own space, the rest in the teacher's.
+        layer_weight: Weight of the loss of layers below the last, 0 or more, never balanced. Above 0 the teacher has
+            to be there in training and read the student's input. Of one width the standardised hidden states of each
+            token are compared; otherwise how its queries, keys and values in the last layer are like those of the
+            other tokens. 'auto': 0.
+        layer_pairs: Which layers are compared, as a list (on the command line JSON, "[[0, 1], [1, 3]]") of pairs of
+            the student's and the teacher's layer, counted from 0. Unset: of one width all of the student's, evenly
+            over the teacher's; otherwise the last of each.
         student_temperature: Temperature of the student's similarities, positive. Keep it above teacher_temperature:
             a sharper student was worse where labels are few on CIFAR-10, and no better elsewhere.
         teacher_temperature: Temperature of the teacher's similarities, positive. Lower it for a teacher whose
@@ -124,6 +132,8 @@ class RelationalDistillationConfig(TrainingArguments):
     relational_weight: float | str | None = "auto"
     balance_losses: bool = True
     relational_loss: dict[str, float] | str | None = "rrd"  # a dict also from JSON
+    layer_weight: float | str | None = "auto"
+    layer_pairs: list[list[int]] | str | None = None  # a list, also from JSON
     student_temperature: float = 0.1
     teacher_temperature: float = 0.02
     bank_size: int = 4096
@@ -158,6 +168,7 @@ class RelationalDistillationConfig(TrainingArguments):
         self.matryoshka_dims = _read_json("matryoshka_dims", self.matryoshka_dims)
         if isinstance(self.matryoshka_dims, list | tuple):
             self.matryoshka_dims = [each if isinstance(each, bool) else _whole(each) for each in self.matryoshka_dims]
+        self.layer_pairs = _read_json("layer_pairs", self.layer_pairs)
         self._read_strings()
         self.teacher_model_init_kwargs = _init_kwargs(self.teacher_model_init_kwargs)
         self.validate()
@@ -197,9 +208,9 @@ class RelationalDistillationConfig(TrainingArguments):
             off = "Set it to 0 to turn the term off."
             _require(0 <= value < math.inf, f"`{name}` must be 0 or more and finite, got {value}. {off}")
         _require(
-            any(weights.values()),
-            "`task_weight`, `kd_weight` and `relational_weight` are all 0, so there is nothing to train. Set at least "
-            "one above 0.",
+            any(value for name, value in weights.items() if (name, value) != ("layer_weight", "auto")),
+            f"{', '.join(f'`{name}`' for name in WEIGHTS)} are all 0, so there is nothing to train. Set at least one "
+            "above 0.",
         )
         choices = dict.fromkeys(("student_pooling", "teacher_pooling"), ("auto", "head", *POOLERS)) | CHOICES
         for name, known in choices.items():
@@ -223,6 +234,16 @@ class RelationalDistillationConfig(TrainingArguments):
         self._validate_measures()
         self._validate_bank()
         self._validate_prefixes()
+        self._validate_layers()
+
+    def _validate_layers(self) -> None:
+        pairs: Any = self.layer_pairs
+        is_list = isinstance(pairs, list | tuple) and len(pairs) > 0
+        known = is_list and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs)
+        _require(
+            pairs is None or (known and all(type(each) is int and each >= 0 for pair in pairs for each in pair)),
+            f"`layer_pairs` must be a list of pairs of layers, counted from 0, got {pairs!r}. Try [[0, 1], [1, 3]].",
+        )
 
     def _validate_measures(self) -> None:
         examples, projection = self.alignment_examples, self.teacher_projection

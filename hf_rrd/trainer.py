@@ -211,13 +211,13 @@ class RelationalDistillationTrainer(Trainer):
         """The weighted sum of the terms; in training the micro-batch's part of the optimizer step's."""
         with self.accelerator.autocast():
             teacher = self._teacher.read(inputs, required=model.training)
-        self._finite.note_teacher(self.state.global_step + int(model.training), *teacher)
+        self._finite.note_teacher(self.state.global_step + int(model.training), teacher.embedding, teacher.logits)
         plain = student_inputs(inputs, self._student_columns, self._teacher.columns)
         self.distillation.wear()
         examples = find_batch_size(inputs) or 1
         step = (self._step or StepExamples(self.accelerator, [examples])) if model.training else None
         task_loss = self._task.of_step(super().compute_loss, step, num_items_in_batch)
-        how = (self.label_names, self.distillation.head is not None, self.compute_loss_func is None)
+        how = (self.label_names, self.distillation, self.compute_loss_func is None)
         student = ask_student(model, plain, task_loss if self.args.task_weight > 0 else None, *how)
         with named_errors("comparing student and teacher", inputs):
             terms = self.distillation.terms(student, teacher, inputs, model.training)

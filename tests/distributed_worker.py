@@ -131,6 +131,14 @@ SCENARIOS: dict[str, tuple[dict[str, Any], int]] = {
         2,
     ),
     "no bank": ({"bank_size": 0, "gradient_accumulation_steps": 1}, 2),
+    "layers by their states": (
+        {
+            **{"layer_weight": 2.0, "teacher": tiny_vit(layers=4, seed=1), "projection_dim": 12},
+            "ddp_find_unused_parameters": False,
+        },
+        2,
+    ),
+    "layers by their relations": ({"layer_weight": 2.0}, 2),
     "the defaults": (DEFAULTS, 2),
     "the defaults by prefixes": ({**DEFAULTS, "matryoshka_dims": [20, 9, 4]}, 2),
     "the defaults with two losses": ({**DEFAULTS, "relational_loss": {"rrd": 1.0, "infonce": 0.5}}, 2),
@@ -211,13 +219,14 @@ def results_of(scenario: str, processes: int, folder: str) -> dict[str, Tensor]:
     assert distillation.distillation.bank is not None and distillation.distillation.head is not None
     weights = [*distillation.model.parameters(), *distillation.distillation.head.parameters()]
     lines = [line for line in distillation.state.log_history if "loss" in line]
-    terms = {name: torch.tensor(metrics[f"eval_{name}"]) for name in ("task_loss", "kd_loss", "relational_loss")}
+    names = [name for name in ("task_loss", "kd_loss", "relational_loss", "layer_loss") if f"eval_{name}" in metrics]
+    terms = {name: torch.tensor(metrics[f"eval_{name}"]) for name in names}
     return {
         "student": torch.cat([weight.detach().flatten() for weight in weights]),
         "gradients": torch.stack(gradients.steps),
         "bank": distillation.distillation.bank.filled,
         "log": torch.tensor([[line[name] for name in sorted(line) if "loss" in name] for line in lines]),
-        "eval": torch.tensor([metrics[f"eval_{name}_loss"] for name in ("kd", "relational")]),
+        "eval": torch.tensor([metrics[f"eval_{name}"] for name in names[1:]]),
         "eval_total": torch.tensor([metrics["eval_loss"], distillation.distillation.total(terms)]),
         "examples": torch.tensor(sum(examples)),
         "gathered_rows": torch.tensor([shape[0] for shape in gathered if len(shape) == 2]),
@@ -308,6 +317,16 @@ def embedding_model(rank: int, folder: str) -> list[float]:
     return [metrics["eval_function"], float(saved.sum())]
 
 
+def layers_alone(rank: int, folder: str, processes: int = 2) -> list[float]:
+    """The weights of a student that learns its last layer's relations and nothing else."""
+    none = dict.fromkeys(("task_weight", "kd_weight", "relational_weight"), 0.0)
+    steps = {"per_device_train_batch_size": 8 // processes, "optim": "sgd", "learning_rate": 10.0}
+    run = trainer(folder, layer_weight=1.0, ddp_find_unused_parameters=False, **none, **steps)
+    run.train()
+    weights: list[float] = torch.cat([weight.detach().flatten() for weight in run.model.parameters()]).tolist()
+    return weights
+
+
 CASES = {
     case.__name__: case
     for case in (
@@ -317,5 +336,6 @@ CASES = {
         other_seeds,
         evaluated_before,
         embedding_model,
+        layers_alone,
     )
 }

@@ -46,6 +46,7 @@ def distillation_of(family: str, folder: str, processes: int, **settings: Any) -
         gradient_accumulation_steps=2,
         max_steps=STEPS,
         kd_weight=0.5,
+        layer_weight=1.0,
         teacher_projection="center",
         save_strategy="steps",
         save_steps=SAVED_AT,
@@ -55,7 +56,7 @@ def distillation_of(family: str, folder: str, processes: int, **settings: Any) -
 
 def lines_of(distillation: Any) -> Tensor:
     """The log, (lines, terms)."""
-    names = ("loss", "task_loss", "kd_loss", "relational_loss", "grad_norm")
+    names = ("loss", "task_loss", "kd_loss", "relational_loss", "layer_loss", "grad_norm")
     lines = [line for line in distillation.state.log_history if "loss" in line]
     return torch.tensor([[line[name] for name in names] for line in lines])
 

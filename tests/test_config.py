@@ -26,6 +26,8 @@ DEFAULTS = {
     "relational_weight": "auto",
     "balance_losses": True,
     "relational_loss": "rrd",
+    "layer_weight": "auto",
+    "layer_pairs": None,
     "student_temperature": 0.1,
     "teacher_temperature": 0.02,
     "bank_size": 4096,
@@ -47,6 +49,8 @@ GIVEN = {
     "relational_weight": 0.5,
     "balance_losses": False,
     "relational_loss": {"rrd": 1.0, "mse": 0.5},
+    "layer_weight": 2.0,
+    "layer_pairs": [[0, 1], [1, 3]],
     "bank_size": 128,
     "projection_dim": 64,
     "matryoshka_dims": [64, 16],
@@ -97,6 +101,9 @@ def test_the_command_line_without_our_arguments_gives_the_defaults_too(tmp_path:
         (["--kd_weight", "0.5"], "kd_weight", 0.5),
         (["--kd_weight", "auto"], "kd_weight", "auto"),
         (["--kd_loss", "dist"], "kd_loss", "dist"),
+        (["--layer_weight", "2"], "layer_weight", 2.0),
+        (["--layer_weight", "auto"], "layer_weight", "auto"),
+        (["--layer_pairs", "[[0, 1], [1, 3]]"], "layer_pairs", [[0, 1], [1, 3]]),
         (["--no_balance_losses"], "balance_losses", False),
         (["--balance_losses", "False"], "balance_losses", False),
         (["--relational_loss", "own_space"], "relational_loss", "own_space"),
@@ -123,7 +130,7 @@ def test_a_setting_comes_from_the_command_line(tmp_path: Path, arguments: list[s
 
 
 def test_there_are_no_more_settings_of_ours_than_can_be_read_at_once() -> None:
-    assert len(OURS) == 19
+    assert len(OURS) == 21
 
 
 @pytest.mark.parametrize("weight", ["5e-1", 0.5, np.float32(0.5), torch.tensor(0.5)], ids=repr)
@@ -171,7 +178,7 @@ def test_settings_come_from_a_yaml_file(tmp_path: Path) -> None:
         f"output_dir: {tmp_path}\nkd_weight: 25e-2\nrelational_weight: 5e-1\nbalance_losses: false\n"
         "relational_loss:\n  rrd: 1\n  mse: 5e-1\nbank_size: 128\nprojection_dim: 64\n"
         "matryoshka_dims: [64, 16]\n"
-        "student_format: sentence_transformers\n"
+        "student_format: sentence_transformers\nlayer_weight: 2\nlayer_pairs: [[0, 1], [1, 3]]\n"
         "teacher_projection: orthogonal\nteacher_pooling: mean\n"
         "teacher_model_init_kwargs:\n  revision: main\n  trust_remote_code: false\n",
         encoding="utf-8",
@@ -233,13 +240,18 @@ def test_widths_may_come_in_another_type(tmp_path: Path, given: Any) -> None:
         ),
         *(
             ({name: value}, f"`{name}` must be 0 or more and finite, got {value}. Set it to 0 to turn the term off")
-            for name in ("task_weight", "kd_weight", "relational_weight")
+            for name in ("task_weight", "kd_weight", "relational_weight", "layer_weight")
             for value in (-1.0, float("nan"), float("inf"))
         ),
         (
             {"task_weight": 0.0, "kd_weight": 0.0, "relational_weight": 0.0},
-            "`task_weight`, `kd_weight` and `relational_weight` are all 0, so there is nothing to train",
+            "`task_weight`, `kd_weight`, `relational_weight`, `layer_weight` are all 0, so there is nothing to train",
         ),
+        *(
+            ({"layer_pairs": value}, "`layer_pairs` must be a list of pairs of layers, counted from 0, got .* Try .*3")
+            for value in ([], 2, "all", [[0]], [[0, 1, 2]], [0, 1], [[0, -1]], [[0, 1.5]], [[0, "1"]], [[True, 1]])
+        ),
+        ({"layer_pairs": "[[0, 1]"}, r"`layer_pairs` is no JSON: .*got '\[\[0, 1\]'"),
         ({"bank_size": -1}, "`bank_size` must be 0 or more, got -1. Try 4096"),
         ({"bank_size": "auto"}, "`bank_size` must be a whole number, got 'auto'"),
         ({"bank_size": None}, "`bank_size` must be a whole number, got None"),
@@ -331,6 +343,8 @@ def test_a_setting_out_of_its_range_is_refused_with_its_name_and_value(
         {"task_weight": 0.0},
         {"relational_weight": 0.0},
         {"task_weight": 0.0, "relational_weight": 0.0, "kd_weight": 1.0},
+        {"task_weight": 0.0, "relational_weight": 0.0, "kd_weight": 0.0, "layer_weight": 1.0},
+        {"layer_pairs": [[0, 0]]},
         {"task_weight": 0.0, "relational_weight": 0.0, "kd_weight": "auto"},
         {"relational_loss": {"rrd": 1e-6, "own_space": 1e6}},
         {"alignment_examples": 2, "relational_weight": "auto"},

@@ -119,19 +119,10 @@ class Embedder:
 
     def pool(self, outputs: Any, inputs: dict[str, Any]) -> Tensor:
         """From the body's output for these inputs to (batch, width); a ValueError if it is another number of rows."""
-        masks = [inputs[name] for name in ("attention_mask", "pixel_attention_mask") if name in inputs]  # of patches
-        mask, hidden = masks[0] if masks else None, getattr(outputs, "last_hidden_state", None)
-        choices: Any = None
-        if isinstance(hidden, Tensor):
-            if mask is not None and mask.dim() == 3 and len(hidden) == mask[:, :, 0].numel():
-                # Multiple choice: the body reads each choice as a text, and an example is the mean of its own.
-                choices, mask = mask.shape[:2], mask.flatten(0, 1)
-            if mask is not None and mask.shape[-1] != hidden.shape[1]:
-                # Speech: the mask counts samples, the hidden states are frames.
-                to_frames = getattr(self.body, "_get_feature_vector_attention_mask", lambda length, mask: mask)
-                mask = to_frames(hidden.shape[1], mask)
-            if hidden.dim() == 4 and self.body.config.model_type in _CHANNELS_LAST:
-                outputs = BaseModelOutput(last_hidden_state=hidden.permute(0, 3, 1, 2))
+        hidden = getattr(outputs, "last_hidden_state", None)
+        mask, choices = fitting_mask(self.body, inputs, hidden)
+        if isinstance(hidden, Tensor) and hidden.dim() == 4 and self.body.config.model_type in _CHANNELS_LAST:
+            outputs = BaseModelOutput(last_hidden_state=hidden.permute(0, 3, 1, 2))
         pooler = POOLERS[self.pooling] if isinstance(self.pooling, str) else self.pooling
         pooled: Tensor = pooler(outputs, mask)
         pooled = pooled if choices is None else pooled.view(*choices, -1).mean(1)
@@ -194,6 +185,24 @@ class Embedder:
         if outputs is None or outputs.last_hidden_state.dim() != 4:
             return "tokens"
         return "map_channels_last" if self.body.config.model_type in _CHANNELS_LAST else "map"
+
+
+def fitting_mask(body: Any, inputs: dict[str, Any], hidden: Tensor | None) -> tuple[Tensor | None, Any]:
+    """A batch's mask for a body's hidden states, (rows, tokens); and what the rows are of multiple choice.
+
+    That is (batch, choices): the body reads each choice as a text, and an example is the mean of its own.
+    """
+    masks = [inputs[name] for name in ("attention_mask", "pixel_attention_mask") if name in inputs]  # of patches
+    mask, choices = masks[0] if masks else None, None
+    if mask is None or not isinstance(hidden, Tensor):
+        return mask, None
+    if mask.dim() == 3 and len(hidden) == mask[:, :, 0].numel():
+        choices, mask = mask.shape[:2], mask.flatten(0, 1)
+    if mask.shape[-1] != hidden.shape[1]:
+        # Speech: the mask counts samples, the hidden states are frames.
+        to_frames = getattr(body, "_get_feature_vector_attention_mask", lambda length, mask: mask)
+        mask = to_frames(hidden.shape[1], mask)
+    return mask, choices
 
 
 PACKED = "the texts of a batch are packed into one row, and each needs its own embedding. Pad them instead"

@@ -22,6 +22,8 @@ HEAD = "relational_head"  # the name of the head on the student
 WITH_EMBEDDING = "with_relational_embedding"  # the keyword of the student's forward that asks for the embedding
 EMBEDDING = "relational_embedding"  # the field of the student's output that holds it, projected
 POOLED = "relational_pooled"  # another that holds it as the saved student has it: not projected
+LAYERS = "relational_layers"  # another that holds what was caught of its layers, a tuple
+OURS = (EMBEDDING, POOLED, LAYERS)
 
 
 def _linear(width: int, dim: int) -> nn.Linear:
@@ -204,19 +206,19 @@ class StudentOutputs(NamedTuple):
     outputs: Any  # as the model gives them without us
     embedding: Tensor | None = None  # projected, (batch, dim)
     pooled: Tensor | None = None  # before that, (batch, width)
+    layers: tuple[Tensor, ...] | None = None  # as its `LayerTap` caught them
 
 
-def split_embedding(outputs: Any) -> tuple[Any, Tensor | None, Tensor | None]:
-    """The last three fields of `StudentOutputs`, from what a student's forward returned."""
-    if not isinstance(outputs, dict) or EMBEDDING not in outputs:
-        return outputs, None, None
-    plain = {key: value for key, value in outputs.items() if key not in (EMBEDDING, POOLED)}
-    pooled = outputs.get(POOLED)
-    if (
-        not torch.is_grad_enabled() and "last_hidden_state" in plain
-    ):  # of a headless student an evaluation collects rows alone
-        return ModelOutput(embedding=pooled), outputs[EMBEDDING], pooled
-    return type(outputs).__mro__[1](**plain), outputs[EMBEDDING], pooled
+def split_outputs(outputs: Any) -> tuple[Any, Tensor | None, Tensor | None, tuple[Tensor, ...] | None]:
+    """All but the first field of `StudentOutputs`, from what a student's forward returned."""
+    if type(outputs) not in _EXTENDED.values():
+        return outputs, None, None, None
+    plain = {key: value for key, value in outputs.items() if key not in OURS}
+    embedding, pooled, layers = (outputs.get(name) for name in OURS)
+    if not torch.is_grad_enabled() and pooled is not None and "last_hidden_state" in plain:
+        # of a headless student an evaluation collects rows alone
+        return ModelOutput(embedding=pooled), embedding, pooled, layers
+    return type(outputs).__mro__[1](**plain), embedding, pooled, layers
 
 
 def _watched_body(student: nn.Module) -> nn.Module:
@@ -242,11 +244,15 @@ def _add_embedding(student: nn.Module, args: Any, kwargs: dict[str, Any], output
         return None
     if outputs is None:  # the forward has failed
         return forget(_watched_body(student))
-    if not isinstance(outputs, ModelOutput):
-        raise ValueError(f"the student must return a ModelOutput, got {type(outputs).__name__}. Set return_dict=True.")
     head = head_of(student)
     pooled = head.pool(take_kept(_watched_body(student)), kwargs)
-    ours = {EMBEDDING: head(pooled), POOLED: pooled}
+    return with_fields(outputs, **{EMBEDDING: head(pooled), POOLED: pooled})
+
+
+def with_fields(outputs: Any, **ours: Any) -> Any:
+    """A model's output with some of the fields `OURS` beside its own."""
+    if not isinstance(outputs, ModelOutput):
+        raise ValueError(f"the model must return a ModelOutput, got {type(outputs).__name__}. Set return_dict=True.")
     output_class: Any = type(outputs)
     return _extended(output_class)(**dict(outputs.items()), **ours)
 
@@ -256,7 +262,9 @@ _EXTENDED: dict[type, Any] = {}  # no functools.cache, which torch.compile would
 
 def _extended(output_class: type) -> Any:
     # DistributedDataParallel rebuilds an output as `cls(**items)`: one more key has to be a field of the class.
+    if output_class in _EXTENDED.values():
+        return output_class
     if output_class not in _EXTENDED:
-        name, fields = f"{output_class.__name__}WithEmbedding", [(EMBEDDING, object, None), (POOLED, object, None)]
+        name, fields = f"{output_class.__name__}WithEmbedding", [(name, object, None) for name in OURS]
         _EXTENDED[output_class] = dataclasses.make_dataclass(name, fields, bases=(output_class,))
     return _EXTENDED[output_class]

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ from hf_rrd.errors import described, named_errors
 from hf_rrd.models.body import forget, keep_next, main_input_of, place_of, placed, take_kept, unwrapped, watch
 from hf_rrd.models.columns import TEACHER_PREFIX, Accepted, forward_columns, own_columns, teacher_inputs
 from hf_rrd.models.embedding import Embedder, Pooling
+from hf_rrd.models.head import LAYERS
+from hf_rrd.models.layers import OWN_INPUT, WITH_LAYERS, LayerTap
 from hf_rrd.models.logits import layout_of, logits_of
 from hf_rrd.models.sentence_transformers import KIND, OwnPooling, default_prompt, kind_of, load, opened
 
@@ -24,10 +27,11 @@ LOADED_FROM = "_hf_rrd_loaded_from"  # on a teacher: the name that it was loaded
 
 
 class TeacherOutputs(NamedTuple):
-    """What the losses need of the teacher: its pooled embedding, (batch, width), and its logits, or None."""
+    """What the losses need of the teacher: pooled embedding, (batch, width), logits and what was caught of layers."""
 
     embedding: Tensor | None = None
     logits: Tensor | None = None
+    layers: tuple[Tensor, ...] | None = None
 
 
 class Teacher:
@@ -58,6 +62,7 @@ class Teacher:
         self.before_sharing: Callable[[], None] | None = None  # called once, before it reads the student's input
         self.width: int | None = None  # of its embedding, be it cached
         self.dtype = torch.float32  # of its embedding: a half precision where the weights or the columns have one
+        self.layers: LayerTap | None = None  # catches them, where the run learns some
         self._embedder: Embedder | None = None
         if model is None:
             return
@@ -124,16 +129,18 @@ class Teacher:
             _cached("teacher_logits", inputs) if wants_logits else None,
         )
         lacks_logits = wants_logits and found.logits is None
-        if not lacks_logits and (found.embedding is not None or not self.wants_embedding):
+        if not (lacks_logits or (found.embedding is None and self.wants_embedding) or self.layers is not None):
             return found
         if self.model is not None:
             computed = self.compute(self.inputs_from(inputs))
+            if self.layers is not None and self.own:
+                raise ValueError(OWN_INPUT.format(self.own))
             if lacks_logits and computed.logits is None:
                 own = "let a module of your own return them, or a dict with `logits`"
                 instead = f"Load it with an AutoModelFor... class, {own}, or set kd_weight=0"
                 raise ValueError(f"`kd_weight` is above 0, and the teacher returns no logits. {instead}.")
             embedding = computed.embedding if found.embedding is None else found.embedding
-            return TeacherOutputs(embedding, computed.logits if lacks_logits else found.logits)
+            return TeacherOutputs(embedding, computed.logits if lacks_logits else found.logits, computed.layers)
         if required:
             raise ValueError(f"no teacher, and the batch lacks some of its outputs: its columns are {sorted(inputs)}.")
         logger.warning_once(
@@ -208,11 +215,14 @@ class Teacher:
             try:
                 if self._embedder is not None:
                     keep_next(watched)
-                outputs = self.forward(**placed(inputs, self.body))
+                asked = {} if self.layers is None else {WITH_LAYERS: True}
+                with self.layers or nullcontext():
+                    outputs = self.forward(**placed(inputs, self.body), **asked)
                 logits = logits_of(outputs) if self.wants_logits else None
                 logits = None if logits is None else logits.to(device)
+                layers = outputs.get(LAYERS) if asked else None
                 if self._embedder is None:
-                    return TeacherOutputs(logits=logits)
+                    return TeacherOutputs(None, logits, layers)
                 pooled = self._embedder.pool(take_kept(watched), inputs)
             finally:
                 forget(watched)
@@ -220,7 +230,7 @@ class Teacher:
                 raise ValueError(
                     f"the teacher's embedding must be {self.width} wide, got shape {tuple(pooled.shape)}."
                 )
-            return TeacherOutputs(pooled.to(device), logits)
+            return TeacherOutputs(pooled.to(device), logits, layers)
 
 
 def _counts_padding(body: nn.Module) -> bool:

@@ -142,6 +142,10 @@ class FactsCallback(TrainerCallback):
                 names += ["bank_size", "student_temperature"]
             if "rrd" in args.relational_terms:
                 names += ["teacher_temperature"]
+        if weights["layer_weight"]:
+            names += ["layer_pairs"]
+        else:
+            del weights["layer_weight"]
         names += ["alignment_examples"] * (args.alignment_examples > 0)
         settings = weights | {name: found.get(name, getattr(args, name)) for name in names}
         settings = {name: value for name, value in settings.items() if value is not None}

@@ -37,7 +37,8 @@ STYLE |= {"axes.grid": True, "axes.axisbelow": True, "grid.color": "#dddddd", "g
 STYLE |= {"legend.frameon": False, "legend.fontsize": 9, "legend.labelspacing": 0.2, "text.parse_math": False}
 """Settings of matplotlib; all others have their defaults. A dollar in a class's name is no formula."""
 
-UNITS = {"loss": "weighted sum", "kd_loss": "nats x T²", "relational_loss": "own unit", "teacher_perplexity": "keys"}
+UNITS = {"loss": "weighted sum", "kd_loss": "nats x T²", "teacher_perplexity": "keys"}
+UNITS |= dict.fromkeys(("relational_loss", "layer_loss"), "own unit")
 """By term of the loss, where it is not nats."""
 
 

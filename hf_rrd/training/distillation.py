@@ -14,13 +14,14 @@ from hf_rrd.losses.in_batch import BATCH_LOSSES, own_space_loss
 from hf_rrd.losses.relational import infonce_terms, relational_parts
 from hf_rrd.losses.rows import unit
 from hf_rrd.models.head import RelationalHead, StudentOutputs, attach_head, detach_head, head_of, load_head, put_head
+from hf_rrd.models.layers import LayerPairs, for_all_weights
 from hf_rrd.models.logits import LogitPair, logits_of
 from hf_rrd.models.teacher import Teacher, TeacherOutputs
 from hf_rrd.training.balance import Balance, weighted_sum
 from hf_rrd.training.checkpoint import State
 from hf_rrd.training.data import is_map_style, preserved_randomness, sample_of
 from hf_rrd.training.projection import TeacherProjection, check_variety, prefixes_of
-from hf_rrd.training.terms import Weights, mean_of, weights_of
+from hf_rrd.training.terms import Weights, mean_of, weights_by, weights_of
 
 BANK_LOSSES = ("rrd", "infonce")
 """The values of `relational_loss=` that compare with the bank."""
@@ -31,9 +32,6 @@ RELATIONAL_LOSSES = (*BANK_LOSSES, *BATCH_LOSSES, "own_space")
 The last is of the student's embedding as it is saved, the others of the projected one. All but those of the bank
 compare within the micro-batch.
 """
-
-HARD = 10.0
-"""How many times as hard as the task a teacher of the student's own classes pulls, by default."""
 
 MEASURED = 1024
 """Training examples on which the teacher's mean and directions are measured, unless bank or width ask for more."""
@@ -47,7 +45,7 @@ NO_HEAD = (
 
 
 class Distillation:
-    """`task_weight * task + kd_weight * KD(kd_temperature) + relational_weight * relational(...)`. No parameters.
+    """The weighted sum of the task's loss, KD, the relational loss and that of layers. No parameters.
 
     Where the settings say so, the relational part is balanced: its gradient is scaled to the others' at the student.
 
@@ -68,6 +66,7 @@ class Distillation:
         student, head: From `attach` on. The head stays None where the run learns no embeddings; after a training it is
             on the student only while that is compared.
         logits: How the student's are compared with the teacher's; None where the run learns none.
+        layers: The same of hidden states below the last.
     """
 
     def __init__(self, args: Any, teacher: Teacher) -> None:
@@ -78,6 +77,7 @@ class Distillation:
         self.student: nn.Module | None = None
         self.head: RelationalHead | None = None
         self.logits: LogitPair | None = None
+        self.layers: LayerPairs | None = None
         self.reference: Tensor | None = None
         self.pending: list[Tensor] = []
         self.balance: Balance | None = None  # where there is a head
@@ -98,13 +98,7 @@ class Distillation:
 
     def weights(self) -> Weights:
         """The weights of the terms as they are now, by the names of the settings."""
-        weights = {name: getattr(self.args, name) for name in ("task_weight", "kd_weight", "relational_weight")}
-        shares_classes = self._learned["kd_weight"]
-        if weights["kd_weight"] == "auto":
-            weights["kd_weight"] = float(shares_classes)
-        if weights["relational_weight"] == "auto":
-            weights["relational_weight"] = HARD if shares_classes else 1.0
-        return weights
+        return weights_by(self.args, self._learned["kd_weight"], self.layers is not None)
 
     @property
     def is_calibrated(self) -> bool:
@@ -181,7 +175,7 @@ class Distillation:
                 this object was made with; or there is no term at all.
         """
         weights = self.weights()
-        for name, learned in self._learned.items():
+        for name, learned in (*self._learned.items(), ("layer_weight", self.layers is not None)):
             if (weight := weights[name]) > 0 and not learned:
                 raise ValueError(f"`{name}` was 0 when the trainer was made and is {weight} now. Make a new trainer.")
         terms = {} if student.task_loss is None else {"task_loss": student.task_loss}
@@ -194,6 +188,9 @@ class Distillation:
             if student.embedding is None:
                 raise ValueError(NO_HEAD)
             terms |= self.relational_terms(student.embedding, teacher.embedding, training, student.pooled)
+        if self.layers is not None and student.layers is not None and teacher.layers is not None:
+            loss = self.layers.terms(student.layers, teacher.layers, inputs)
+            terms["layer_loss"] = loss if terms else for_all_weights(loss, student.outputs)
         if not terms:
             raise ValueError(
                 "nothing to compare with: this batch has neither labels to learn nor a teacher's outputs that can be "

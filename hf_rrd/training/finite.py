@@ -10,8 +10,8 @@ ADVICE = {
     "float16 teacher may overflow: load it in bfloat16 or float32.",
     "the loss": "The weights of the step before are in order: go on from the last checkpoint with a lower "
     "learning_rate, with max_grad_norm, or in bf16 instead of fp16, with weights (task_weight, kd_weight, "
-    "relational_weight) and temperatures within reason. A `compute_loss_func` that divides by the number of labels "
-    "gives nan where there is none: let it divide by 1 at least.",
+    "relational_weight, layer_weight) and temperatures within reason. A `compute_loss_func` that divides by the "
+    "number of labels gives nan where there is none: let it divide by 1 at least.",
 }
 
 

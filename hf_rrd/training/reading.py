@@ -88,7 +88,7 @@ class Reader:
 
     def outputs(self, inputs: dict[str, Any]) -> Columns:
         """The columns of one batch, (batch, width) and (batch, classes)."""
-        embedding, logits = self.teacher.compute(send_to_device(inputs, self.state.device))
+        embedding, logits, _ = self.teacher.compute(send_to_device(inputs, self.state.device))
         assert embedding is not None
         outputs = {"teacher_embedding": embedding if self.projection is None else self.projection(embedding)}
         if self.with_logits:

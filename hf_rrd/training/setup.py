@@ -8,8 +8,10 @@ from transformers import DataCollatorWithFlattening
 from transformers.utils import find_labels, logging
 
 from hf_rrd.models.body import is_headless, unwrapped
+from hf_rrd.models.columns import CACHED_COLUMNS
 from hf_rrd.models.embedding import PACKED
 from hf_rrd.models.head import check_student
+from hf_rrd.models.layers import OWN_INPUT, LayerPairs
 from hf_rrd.models.logits import NAMED, LogitPair, layout_of
 from hf_rrd.models.sentence_transformers import is_cross_encoder, is_sentence_transformer
 from hf_rrd.models.teacher import Teacher, check_teacher, load_teacher
@@ -29,7 +31,8 @@ def check_data(training_set: Preview, eval_dataset: Any, student: Any, args: Any
     for check in (check_same_lengths, check_dataset):
         check("train_dataset", training_set.dataset)
         check("eval_dataset", eval_dataset)
-    if args.relational_weight != 0 and isinstance(data_collator, DataCollatorWithFlattening):
+    compared = args.relational_weight != 0 or args.layer_weight not in (0, "auto")
+    if compared and isinstance(data_collator, DataCollatorWithFlattening):
         raise ValueError(f"`data_collator` is a {type(data_collator).__name__}: {PACKED}.")
     names = args.label_names or (None if student is None else find_labels(type(unwrapped(student))))
     if args.task_weight > 0 and training_set.dataset is not None and data_collator is None and names:
@@ -65,10 +68,31 @@ def prepared(
             say(f"No distillation of logits: {error}")
             distillation.leave_out_logits()
     distillation.attach(student)
+    distillation.layers = _layers_of(teacher, distillation.args, training_set, student)
+    teacher.layers = None if distillation.layers is None else distillation.layers.teacher
     if optimizer is not None and distillation.head is not None:
         # Into the first group: a scheduler that was made with the optimizer knows no more of them.
         optimizer.param_groups[0]["params"].extend(distillation.head.parameters())
     return student
+
+
+def _layers_of(teacher: Teacher, args: Any, training_set: Preview, student: nn.Module) -> LayerPairs | None:
+    """The layers that are compared, or None; a ValueError where they are asked for and cannot be."""
+    if args.layer_weight in (0, "auto"):
+        return None
+    cached = [name for name in CACHED_COLUMNS if training_set.has(name)]
+    if teacher.model is None or cached:
+        came = f"`train_dataset` has {cached}" if cached else "there is none"
+        instead = "Pass `teacher=` a model and the data without cached columns, or set layer_weight=0"
+        raise ValueError(f"`layer_weight` is above 0 and needs a teacher in training, {came}. {instead}.")
+    if teacher.own:
+        raise ValueError(OWN_INPUT.format(teacher.own))
+    if args.n_gpu > 1:
+        raise ValueError(
+            "`layer_weight` is above 0, and one process has several GPUs, whose copies of a student are not watched: "
+            "start a process for each, with torchrun or accelerate launch."
+        )
+    return LayerPairs(student, teacher.model, args.layer_pairs)
 
 
 def teacher_for(teacher: Any, args: Any, training_set: Preview, student: nn.Module | None) -> Teacher:
@@ -83,7 +107,7 @@ def teacher_for(teacher: Any, args: Any, training_set: Preview, student: nn.Modu
             "its name or folder, and `teacher` is a model. Load it with them, or leave them out."
         )
     pooling = args.teacher_pooling if wants_embedding else None
-    needed = wants_embedding or wants_logits
+    needed = wants_embedding or wants_logits or args.layer_weight not in (0, "auto")
     model = load_teacher(teacher, args.teacher_model_init_kwargs, pooling=pooling) if needed else None
     if model is not None and student is not None:
         check_teacher(model, student)

@@ -1,6 +1,7 @@
 """The student's own task: its labels, its loss, and what a forward of the student is asked for."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,8 @@ from transformers.trainer_pt_utils import nested_detach
 
 from hf_rrd.errors import named_errors
 from hf_rrd.models.body import unwrapped
-from hf_rrd.models.head import WITH_EMBEDDING, StudentOutputs, split_embedding
+from hf_rrd.models.head import WITH_EMBEDDING, StudentOutputs, split_outputs
+from hf_rrd.models.layers import WITH_LAYERS
 from hf_rrd.models.logits import layout_of
 from hf_rrd.training.data import check_batch_labels, preserved_randomness
 from hf_rrd.training.terms import mean_of, times
@@ -129,17 +131,19 @@ def ask_student(
     inputs: dict[str, Any],
     task_loss: Callable[..., Any] | None,
     label_names: list[str],
-    embedding: bool,
+    distillation: Any,
     needs_labels: bool,
 ) -> StudentOutputs:
-    """One forward of the student, with its embedding where it has a head.
+    """One forward of the student, with its embedding where it has a head, and with the layers that are compared.
 
     `task_loss` gives loss and outputs, the student's own where it `needs_labels`; without one the labels stay away.
     """
-    asked = inputs | {WITH_EMBEDDING: True} if embedding else inputs
+    asked = inputs if distillation.head is None else inputs | {WITH_EMBEDDING: True}
+    if distillation.layers is not None:
+        asked = asked | {WITH_LAYERS: True}
     if task_loss is not None and needs_labels:
         check_batch_labels(inputs, label_names)
-    with named_errors("the student", inputs):
+    with named_errors("the student", inputs), distillation.layers.student if WITH_LAYERS in asked else nullcontext():
         if task_loss is None:
             loss, outputs = None, model(**{name: value for name, value in asked.items() if name not in label_names})
         else:
@@ -147,7 +151,7 @@ def ask_student(
     if task_loss is not None and not isinstance(loss, Tensor):
         whose = "the student's own loss" if needs_labels else "what `compute_loss_func` returns"
         raise ValueError(f"{whose} must be a tensor, got {loss!r}. Set task_weight=0 to train without it.")
-    return StudentOutputs(loss, *split_embedding(outputs))
+    return StudentOutputs(loss, *split_outputs(outputs))
 
 
 def predictions_of(outputs: Any, model: Any, ignored: list[str] | None) -> Any:

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-TERMS = ("task_loss", "kd_loss", "relational_loss", "relational_kl")
+TERMS = ("task_loss", "kd_loss", "relational_loss", "relational_kl", "layer_loss")
 """The terms' names, in the order of the log."""
 
 PERPLEXITY = "teacher_perplexity"  # over how many rows of the bank the target is spread
@@ -32,7 +32,22 @@ def objective_without_terms(metrics: dict[str, float]) -> float:
     return float(default_compute_objective(own))
 
 
-Weights = dict[str, float]  # by the names of the settings: `task_weight`, `kd_weight`, `relational_weight`
+Weights = dict[str, float]  # by the names of the settings: `task_weight`, `kd_weight` and so on
+
+
+LAYERS = 1.0
+"""The weight of the layers' loss where it is automatic and there are some. That loss has a natural size: 0 to 4."""
+
+HARD = 10.0
+"""How many times as hard as the task a teacher of the student's own classes pulls, by default."""
+
+
+def weights_by(args: Any, shares_classes: bool, has_layers: bool) -> Weights:
+    """The weights that the settings give the terms, where the teacher's classes are learned or not, and layers."""
+    automatic = {"kd_weight": float(shares_classes), "relational_weight": HARD if shares_classes else 1.0}
+    automatic["layer_weight"] = LAYERS if has_layers else 0.0
+    given = {name: getattr(args, name) for name in ("task_weight", *automatic)}
+    return {name: automatic[name] if weight == "auto" else weight for name, weight in given.items()}
 
 
 def weights_of(weights: Weights, terms: Iterable[str]) -> dict[str, float]:

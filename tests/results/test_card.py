@@ -207,6 +207,7 @@ def test_a_metric_that_is_no_finite_number_is_an_error(tmp_path: Path, value: An
         ({"relational_weight": 10.0, "bank_size": 0}, "- the relations that its teacher sees between examples\n"),
         ({"kd_weight": 1.0}, "- its teacher's logits\n"),
         ({"task_weight": 1.0, "kd_weight": 1.0}, "- its task\n- its teacher's logits\n"),
+        ({"layer_weight": 1.0, "relational_weight": 1.0}, "sees between examples\n- its teacher's hidden layers\n"),
         ({"relational_weight": 0.0}, "The student learned its task, without a teacher."),
         ({"bank_size": 4096}, f"With {LIBRARY}.\n"),
     ],

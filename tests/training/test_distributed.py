@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.distributed_worker import SCENARIOS, STEPS, run, run_alone
+from tests.distributed_worker import SCENARIOS, STEPS, layers_alone, run, run_alone
 from tests.processes import context, run_together
 
 
@@ -124,3 +124,10 @@ def test_evaluators_ask_one_process_and_both_know_what_they_say(tmp_path: Path) 
     first, second = found_by_two(tmp_path, "embedding_model")
     assert first == second
     assert first[0] == pytest.approx(first[1], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_train_by_the_last_layers_relations_alone_as_one_does(tmp_path: Path) -> None:
+    first, second = found_by_two(tmp_path, "layers_alone")
+    assert first == second
+    assert first == pytest.approx(layers_alone(0, str(tmp_path), 1), abs=1e-6)

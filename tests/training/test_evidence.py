@@ -14,8 +14,8 @@ from transformers.utils import logging
 
 from hf_rrd import cache_teacher_outputs
 from hf_rrd.models.teacher import TeacherOutputs
-from hf_rrd.training.distillation import HARD
 from hf_rrd.training.evidence import knows_classes
+from hf_rrd.training.terms import HARD
 from tests.builders import CLASSES, Images, Texts, Tokens, log_of, tiny_bert, tiny_tokens, tiny_vit, trainer
 
 NAMES = ["owl", "cat", "pig", "dog"]
