@@ -2,9 +2,11 @@
 
     python examples/benchmarks/loss_cost.py --plot out/loss_cost.png
 
-The rival is the formula in four lines of torch. Times are medians, the two in turn in one process; memory is by how
-much a call raises the peak of a fresh process (on a GPU, of its allocator; on a CPU, only under Linux). Ours includes
-the own key and the divergence for the log, the rival neither. `--plot` needs `pip install 'hf_rrd[plots]'`.
+The rival is the formula in four lines of torch, on a GPU also with its products in bfloat16. Times are medians, all in
+turn in one process; memory is by how much a call raises the peak of a fresh process (on a GPU, of its allocator; on a
+CPU, only under Linux). Ours includes the own key and the divergence for the log, the rival neither. Operations count
+that are neither views nor allocations, of ours as on a GPU: there each is a launch. The floor is what an H100 or H200
+needs to read the bank once, and for the products in float32. `--plot` needs `pip install 'hf_rrd[plots]'`.
 """
 
 import multiprocessing
@@ -13,15 +15,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from operations import Operations
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import HfArgumentParser
 
-from hf_rrd.losses.relational import relational_terms
+from hf_rrd.losses import relational
 
 SHAPES = (
     (64, 4096, 384),
@@ -31,6 +35,15 @@ SHAPES = (
     (256, 65_536, 128),
     (256, 65_536, 768),
 )
+GPU_SHAPES = (
+    (64, 4096, 384),
+    (256, 16_384, 768),
+    (256, 65_536, 128),
+    (256, 65_536, 768),
+    (1024, 65_536, 768),
+    (256, 1_048_576, 128),
+)
+SPEEDS = {"H100": (3.35e12, 67e12), "H200": (4.8e12, 67e12)}  # bytes and float32 operations a second, by the vendor
 GROWTH = tuple(4096 * 4**power for power in range(5))  # to 1,048,576
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -46,7 +59,7 @@ class Arguments:
 
 def ours(student: Tensor, teacher: Tensor, bank: Tensor) -> Tensor:
     """The loss as the trainer computes it."""
-    return relational_terms(student, teacher, bank, 0.1, 0.02, include_own=True)[0].mean()
+    return relational.relational_terms(student, teacher, bank, 0.1, 0.02, include_own=True)[0].mean()
 
 
 def rival(student: Tensor, teacher: Tensor, bank: Tensor) -> Tensor:
@@ -54,6 +67,31 @@ def rival(student: Tensor, teacher: Tensor, bank: Tensor) -> Tensor:
     student_log_probs = F.log_softmax(student @ bank.T / 0.1, dim=-1)
     teacher_probs = F.softmax(teacher @ bank.T / 0.02, dim=-1)
     return -(teacher_probs * student_log_probs).sum(-1).mean()
+
+
+def rival_in_bfloat16(student: Tensor, teacher: Tensor, bank: Tensor) -> Tensor:
+    """The same, with its products in bfloat16."""
+    with torch.autocast(DEVICE, torch.bfloat16):
+        return rival(student, teacher, bank)
+
+
+def operations(loss: Callable[..., Tensor], shape: tuple[int, int, int]) -> int:
+    """How many a forward and backward has, of ours as it is on a GPU."""
+    inputs = rows(*shape)
+    with patch.object(relational, "_is_accelerator", return_value=True):
+        loss(*inputs).backward()
+        with Operations() as counted:
+            loss(*inputs).backward()
+    return len(counted.names)
+
+
+def floor(shape: tuple[int, int, int]) -> str:
+    """The milliseconds for the bank's bytes, and for the arithmetic of both sides' products in float32."""
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else ""
+    speeds = next((speeds for key, speeds in SPEEDS.items() if key in name), None)
+    batch, bank, dim = shape
+    work = (4 * bank * dim, 8 * batch * bank * dim)
+    return "" if speeds is None else "; ".join(f"{1e3 * n / speed:.3f}" for n, speed in zip(work, speeds, strict=True))
 
 
 def rows(batch: int, bank: int, dim: int) -> list[Tensor]:
@@ -137,12 +175,19 @@ def main() -> None:
         f"{where}, float32, torch {torch.__version__}, median of {args.rounds}", highlight=False, soft_wrap=True
     )
 
-    table = Table("batch x bank x dim", "both matrices", "ours", "time", "both matrices", "ours", "memory")
-    for shape in ((8, 100, 4),) if args.small else SHAPES:
-        ours_time, rival_time = times([ours, rival], shape, args.rounds)
+    losses = {"both matrices": rival, "ours": ours} | (
+        {"bf16 products": rival_in_bfloat16} if DEVICE == "cuda" else {}
+    )
+    table = Table("batch x bank x dim", *losses, "ours / better", *("floor",) * (DEVICE == "cuda"), "operations")
+    for column in ("MiB of both", "ours", "ratio"):
+        table.add_column(column)
+    for shape in ((8, 100, 4),) if args.small else GPU_SHAPES if DEVICE == "cuda" else SHAPES:
+        taken = dict(zip(losses, times([*losses.values()], shape, args.rounds), strict=True))
         ours_peak, rival_peak = peak(ours, shape), peak(rival, shape)
-        figures = [f"{1e3 * rival_time:.1f} ms", f"{1e3 * ours_time:.1f} ms", f"{ours_time / rival_time:.2f}"]
-        figures += [f"{rival_peak:.1f} MiB", f"{ours_peak:.1f} MiB", f"{ours_peak / max(rival_peak, 1e-3):.3f}"]
+        better = min(seconds for name, seconds in taken.items() if name != "ours")
+        figures = [f"{1e3 * seconds:.2f} ms" for seconds in taken.values()] + [f"{taken['ours'] / better:.2f}"]
+        figures += [floor(shape)] * (DEVICE == "cuda") + [f"{operations(rival, shape)}; {operations(ours, shape)}"]
+        figures += [f"{rival_peak:.1f}", f"{ours_peak:.1f}", f"{ours_peak / max(rival_peak, 1e-3):.3f}"]
         table.add_row(" x ".join(f"{number:,}" for number in shape), *figures)
     console.print(table)
 

@@ -27,7 +27,7 @@ def test_the_exactness_report_finds_no_error_above_its_bounds(tmp_path: Path) ->
         pytest.param(
             "loss_cost",
             "--small --rounds 1 --plot picture.png",
-            ["8 x 100 x 4", "memory of the call"],
+            ["8 x 100 x 4", "memory of the call", "operations"],
             marks=pytest.mark.slow,
         ),
         ("caching_cost", "--kind images --examples 65 --width 64", ["65 images", "ratio"]),
@@ -36,12 +36,12 @@ def test_the_exactness_report_finds_no_error_above_its_bounds(tmp_path: Path) ->
             "step_time",
             "--student vit --image_size 32 --batch_size 2 --bank_size 64 --steps 2 --rounds 1 --student_width 64 "
             "--teacher_width 64 --cached_widths 32",
-            ["cached, 32 wide", "online, 64 wide", "plain + teacher"],
+            ["cached, 32 wide", "online, 64 wide", "plain + teacher", "transformers' guide, 64 wide", "operations"],
         ),
         (
             "step_time",
             "--student bert --length 4 --batch_size 2 --bank_size 64 --steps 2 --rounds 1 --student_width 64 "
-            "--cached_widths 32 --online False",
+            "--cached_widths 32 --online False --read True",
             ["cached, 32 wide", "4 tokens"],
         ),
         pytest.param("import_time", "--rounds 1", ["import hf_rrd after it", "median of 1"], marks=pytest.mark.slow),

@@ -1,6 +1,7 @@
 """How many operations the relational loss adds to a step: on a GPU each is a launch, and a small one no more."""
 
 from pathlib import Path
+from runpy import run_path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,8 @@ from hf_rrd.losses import relational
 from hf_rrd.models.head import RelationalHead
 from hf_rrd.models.teacher import Teacher
 from hf_rrd.training.distillation import Distillation
-from tests.operations import Operations
+
+Operations = run_path(str(Path(__file__).parents[2] / "examples" / "benchmarks" / "operations.py"))["Operations"]
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 36), (torch.float16, 37)])

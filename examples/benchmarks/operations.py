@@ -1,4 +1,4 @@
-"""Counts the operations that a GPU would have to launch."""
+"""Counts the operations that a GPU would have to launch: no GPU is needed for that."""
 
 from typing import Any
 
