@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from hf_rrd.config import WEIGHTS
 from hf_rrd.models.pooling import name_of
 from hf_rrd.results.card import write_card
-from hf_rrd.results.facts import CardFacts, DataFacts, EmbedderFacts, Metric, hub_name, last_losses, source_of
+from hf_rrd.results.facts import OURS, CardFacts, DataFacts, EmbedderFacts, Metric, hub_name, last_losses, source_of
 from hf_rrd.results.measure import size_of
 from hf_rrd.results.report import DistillationReport
 from hf_rrd.training.checkpoint import flaw_in
@@ -130,12 +130,12 @@ class FactsCallback(TrainerCallback):
     def _settings(self) -> dict[str, Any]:
         """Those of ours that had a part in this run, as they came out: numbers for "auto", the rows in the bank."""
         args, found = self.args, {} if self.distillation is None else in_use(self.distillation)
-        weights = {name: found.get(name, getattr(args, name)) for name in WEIGHTS}
-        names = []
+        settings = vars(args) | found
+        names = [*WEIGHTS]
         learned = last_losses(self.state.log_history)  # a weight may have come down to 0 since
-        if weights["kd_weight"] or "kd_loss" in learned:
+        if settings["kd_weight"] or "kd_loss" in learned:
             names += ["kd_loss", "kd_temperature"]
-        if weights["relational_weight"] or "relational_loss" in learned:
+        if settings["relational_weight"] or "relational_loss" in learned:
             names += ["balance_losses", "relational_loss", "student_projection", "teacher_projection"]
             names += ["projection_dim", "matryoshka_dims", "student_pooling", "teacher_pooling"]
             if args.relational_terms.keys() & set(BANK_LOSSES):
@@ -147,9 +147,8 @@ class FactsCallback(TrainerCallback):
         else:
             del weights["layer_weight"]
         names += ["alignment_examples"] * (args.alignment_examples > 0)
-        settings = weights | {name: found.get(name, getattr(args, name)) for name in names}
-        settings = {name: value for name, value in settings.items() if value is not None}
-        return {name: name_of(value) if callable(value) else value for name, value in settings.items()}
+        told = {name: name_of(settings[name]) if callable(settings[name]) else settings[name] for name in names}
+        return {name: value for name, value in told.items() if value is not None}
 
     def _training(self) -> dict[str, Any]:
         """How it was trained."""
@@ -193,8 +192,7 @@ class FactsCallback(TrainerCallback):
                 if key.startswith(f"{prefix}_") and name not in others and is_number:
                     metrics[name, str(source)] = Metric(name, value, **source)
         measured = {} if self.report is None else self.report.facts
-        ours = ("alignment_", "teacher_retrieval@")
-        if "accuracy" in measured.get("student", {}) and all(name.startswith(ours) for name, _ in metrics):
+        if "accuracy" in measured.get("student", {}) and all(name.startswith(OURS) for name, _ in metrics):
             source = {key: measured[key] for key in ("id", "config", "split") if key in measured}
             source = ({"id": named} if named else {}) | source
             metrics["accuracy", str(source)] = Metric("accuracy", measured["student"]["accuracy"], **source)

@@ -18,6 +18,7 @@ from hf_rrd.models.body import is_classifier, unwrapped
 from hf_rrd.models.sentence_transformers import is_sentence_transformer, kind_of, load
 from hf_rrd.models.teacher import load_teacher
 from hf_rrd.results.facts import (
+    OURS,
     CardFacts,
     DataFacts,
     EmbedderFacts,
@@ -231,34 +232,23 @@ def _written(value: Any) -> str:
 
 def _header(facts: CardFacts) -> ModelCardData:
     """The header in YAML. The value of a metric is in it if the Hub knows its task and its data set."""
-    ours: tuple[str, ...] = (
-        "hf-rrd",
-        "knowledge-distillation",
-        "relational-representation-distillation",
-        "generated_from_trainer",
-    )
+    tags = ["hf-rrd", "knowledge-distillation", "relational-representation-distillation", "generated_from_trainer"]
     if facts.embedder is not None:
-        ours = (*ours, "sentence-transformers", *TASKS.values(), FEATURES)
-    metrics = [metric for metric in facts.metrics if not metric.name.startswith(("alignment_", "teacher_retrieval@"))]
+        tags += ["sentence-transformers", *TASKS.values(), FEATURES]
+    metrics = [metric for metric in facts.metrics if not metric.name.startswith(OURS)]
     results = [
         EvalResult(
-            task_type=facts.task,
-            dataset_type=metric.id,
-            dataset_name=metric.id,
-            dataset_config=metric.config,
-            dataset_split=metric.split,
-            metric_type=metric.name,
-            metric_value=metric.value,
+            facts.task, each.id, each.id, each.name, each.value, dataset_config=each.config, dataset_split=each.split
         )
-        for metric in metrics
-        if facts.task and metric.id
+        for each in metrics
+        if facts.task and each.id
     ]
     return ModelCardData(
         license=facts.license,
         language=facts.language,
         library_name=facts.library,
         pipeline_tag=facts.task,
-        tags=[*dict.fromkeys(filter(None, (*ours, facts.task, *facts.tags)))],
+        tags=[*dict.fromkeys(filter(None, (*tags, facts.task, *facts.tags)))],
         datasets=[facts.dataset.id] if facts.dataset.id else None,
         # The Hub has no relation for a teacher: it stands here where the student has no other origin.
         base_model=facts.base_model or facts.student.name or facts.teacher.name,

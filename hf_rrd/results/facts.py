@@ -26,6 +26,8 @@ from hf_rrd.models.teacher import LOADED_FROM
 from hf_rrd.results.measure import size_of
 from hf_rrd.training.terms import LOGGED
 
+OURS = ("alignment_", "teacher_retrieval@")  # how the metrics begin that no hub knows
+
 
 @dataclass
 class ModelFacts:

@@ -189,11 +189,13 @@ def plot_embeddings(
     mapped = _mapped(rows, plane)
     spread = np.square(plane).sum()
     found = 1 - np.square(plane - mapped).sum() / spread if spread > 0 else 0.0
+    low, high = (end(np.concatenate([mapped, plane]), 0) for end in (np.min, np.max))  # each (2,)
+    middle, half = (low + high) / 2, 0.55 * max(*(high - low), 1e-6)
     classes = np.unique([] if ids is None else ids)
-    with _figure(7.2, 4.6, "compressed") as figure:
+    texts = _class_names(names, classes) if len(classes) <= MOST_CLASSES else []
+    columns = min(5, 100 // (6 + max(map(len, texts), default=0)))  # of the legend: as many as fit, of so many letters
+    with _figure(7.2, 4.2 + 0.2 * -(-len(texts) // columns), "compressed") as figure:
         panels = figure.subplots(1, 2)
-        low, high = (end(np.concatenate([mapped, plane]), 0) for end in (np.min, np.max))  # each (2,)
-        middle, half = (low + high) / 2, 0.55 * max(*(high - low), 1e-6)
         titles = (f"student, mapped there: R² {max(found, 0.0):.2f}", "teacher")
         for axes, points, title in zip(panels, (mapped, plane), titles, strict=True):
             axes.set(title=title, xlabel=f"teacher's axis 1, {100 * shares[0]:.0f} % of its variance")
@@ -201,17 +203,15 @@ def plot_embeddings(
                 xlim=middle[0] + np.array([-half, half]), ylim=middle[1] + np.array([-half, half]), aspect="equal"
             )
             axes.locator_params(nbins=6)  # or the numbers of a wide scale touch
-            if ids is None or len(classes) > MOST_CLASSES:
-                axes.scatter(*points.T, color=COLORS[0], s=14, lw=0)
-                continue
-            for index, (label, name) in enumerate(zip(classes, _class_names(names, classes), strict=True)):
+            for index, (label, text) in enumerate(zip(classes, texts, strict=False)):
                 look = {"color": FAINT, "marker": "."} if label == NO_LABEL else LOOKS[index]
-                axes.scatter(*points[ids == label].T, s=14, lw=0, label=name, **look)
+                axes.scatter(*points[ids == label].T, s=14, lw=0, label=text, **look)
+            if not texts:
+                axes.scatter(*points.T, color=COLORS[0], s=14, lw=0)
         panels[0].set_ylabel(f"teacher's axis 2, {100 * shares[1]:.0f} % of its variance")
-        if 0 < len(classes) <= MOST_CLASSES:
-            handles, texts = panels[0].get_legend_handles_labels()
-            columns = max(1, min(5, 100 // (6 + max(map(len, texts)))))  # as many as fit, of so many letters
-            figure.legend(handles, texts, loc="outside lower center", ncols=columns, markerscale=1.5)
+        if texts:
+            handles = panels[0].get_legend_handles_labels()
+            figure.legend(*handles, loc="outside lower center", ncols=columns, markerscale=1.5)
     return figure
 
 

@@ -18,7 +18,7 @@ from hf_rrd.files import write_json
 from hf_rrd.models.body import body_of, placed, unwrapped
 from hf_rrd.models.columns import CACHED_COLUMNS, TEACHER_PREFIX, forward_columns, student_inputs, teacher_inputs
 from hf_rrd.models.embedding import embed, students
-from hf_rrd.models.logits import Names, class_order, names_of
+from hf_rrd.models.logits import class_order, names_of
 from hf_rrd.models.teacher import load_teacher
 from hf_rrd.results.alignment import EmbeddingLog
 from hf_rrd.results.export import OnnxModel
@@ -149,10 +149,7 @@ def compare_models(
             for name, times in forward_times(models, _inputs_of(batch, models, label_names)).items():
                 facts[name]["latency_ms"][str(examples_in(batch))] = times
                 facts[name]["examples_per_second"] = 1000 * examples_in(batch) / times["median"]
-    others = names_of(models.get("teacher")) or noted_logits(dataset).get("classes")
-    logits = _comparable_logits(tensors, names_of(models["student"]), others, Preview(dataset).classes)
-    if _knows_nothing(models.get("teacher"), logits.get("teacher"), tensors.get("labels")):
-        del logits["teacher"]
+    logits = _comparable_logits(tensors, models, dataset)
     for name, rows in logits.items():
         if quality := _quality(rows, tensors.get("labels")):
             facts[name] = facts.get(name, {}) | quality
@@ -215,28 +212,32 @@ def _chooses_one(student: nn.Module, labels: Any) -> bool:
     return kind == "single_label_classification" or not (is_float or kind)
 
 
-def _comparable_logits(tensors: dict[str, Tensor], *names: Names) -> dict[str, Tensor]:
+def _comparable_logits(tensors: dict[str, Tensor], models: dict[str, nn.Module], dataset: Any) -> dict[str, Tensor]:
     """The logits of the student and its file, and the teacher's in that order of classes, as far as it is known."""
-    known = ("student", "teacher", "onnx")
-    found = {name: tensors[f"{name}_logits"] for name in known if f"{name}_logits" in tensors}
-    classes = found["student"].shape[1] if "student" in found else 0
-    found = {name: rows for name, rows in found.items() if rows.shape[1] == classes > 1}
+    given = {name: tensors[f"{name}_logits"] for name in ("student", "teacher", "onnx") if f"{name}_logits" in tensors}
+    classes = given["student"].shape[1] if "student" in given else 0
+    found = {name: rows for name, rows in given.items() if rows.shape[1] == classes > 1}
+    if "teacher" not in found:
+        return found
+    others = names_of(models.get("teacher")) or noted_logits(dataset).get("classes")
     try:
-        order = class_order(*names)
+        order = class_order(names_of(models["student"]), others, Preview(dataset).classes)
     except ValueError:  # other classes
-        found.pop("teacher", None)
-    else:
-        if "teacher" in found and order is not None and len(order) == classes:
-            found["teacher"] = tensors["teacher_logits"] = found["teacher"][:, order]
+        del found["teacher"]
+        return found
+    if order is not None and len(order) == classes:
+        found["teacher"] = tensors["teacher_logits"] = found["teacher"][:, order]
+    if _is_random(models.get("teacher"), found["teacher"], tensors.get("labels")):
+        del found["teacher"]
     return found
 
 
-def _knows_nothing(teacher: nn.Module | None, logits: Tensor | None, labels: Tensor | None) -> bool:
+def _is_random(teacher: nn.Module | None, logits: Tensor, labels: Tensor | None) -> bool:
     """Whether a teacher's head is random: its files had not all weights, and no labels show that it was trained since.
 
     It was, if more of its answers are right than of the most frequent class's, by two standard deviations.
     """
-    if logits is None or teacher is None or unwrapped(teacher) is not teacher:  # adapters are in no model's files
+    if teacher is None or unwrapped(teacher) is not teacher:  # adapters are in no model's files
         return False
     loaded = [getattr(weight, "_is_hf_initialized", False) for weight in teacher.parameters()]
     if all(loaded) or not any(loaded):  # the latter were made from a config
