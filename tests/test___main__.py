@@ -18,6 +18,7 @@ from hf_rrd import RelationalDistillationTrainer, cache_teacher_outputs
 from hf_rrd.__main__ import COMMANDS, VARIABLES, label_ids, main
 from tests.builders import config, tiny_bert
 from tests.examples.conftest import folder as folder  # models and data, all local
+from tests.processes import ROOT, run_script
 from tests.sentences import embedder
 
 
@@ -188,6 +189,21 @@ def test_env_tells_versions_machine_and_settings_and_no_path_or_token(
     text = "\n".join(lines)
     assert secret not in text and str(tmp_path) not in text and os.path.expanduser("~") not in text
     assert [name for name in VARIABLES if name.endswith(("HOME", "TOKEN", "PATH", "DIR"))] == []
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_cache_and_one_writes_it(folder: Path, tmp_path: Path) -> None:
+    line = f"cache --teacher_model_name_or_path {folder}/classifier --train_file {folder}/train.csv "
+    line += "--text_column_name sentence --dtype float32"
+    logits = []
+    for count in (1, 2):
+        out = [f"--output_dir=of-{count}", f"--cache_dir=files-of-{count}"]
+        script = ROOT / "hf_rrd" / "__main__.py"
+        printed = run_script(script, *line.split(), *out, folder=tmp_path, processes=count).out
+        assert printed.count("train: 48 rows of ") == 1
+        rows = datasets.load_dataset(str(tmp_path / f"of-{count}"))["train"]
+        logits.append(torch.tensor(rows["teacher_logits"][:]))
+    assert (logits[0] - logits[1]).abs().max() < 1e-6
 
 
 @pytest.mark.slow
