@@ -142,10 +142,10 @@ class FactsCallback(TrainerCallback):
                 names += ["bank_size", "student_temperature"]
             if "rrd" in args.relational_terms:
                 names += ["teacher_temperature"]
-        if weights["layer_weight"]:
+        if settings["layer_weight"]:
             names += ["layer_pairs"]
         else:
-            del weights["layer_weight"]
+            names.remove("layer_weight")
         names += ["alignment_examples"] * (args.alignment_examples > 0)
         told = {name: name_of(settings[name]) if callable(settings[name]) else settings[name] for name in names}
         return {name: value for name, value in told.items() if value is not None}
