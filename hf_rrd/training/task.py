@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_pt_utils import nested_detach
+from transformers.utils import logging
 
 from hf_rrd.errors import named_errors
 from hf_rrd.models.body import unwrapped
@@ -18,6 +19,8 @@ from hf_rrd.models.layers import WITH_LAYERS
 from hf_rrd.models.logits import layout_of
 from hf_rrd.training.data import check_batch_labels, preserved_randomness
 from hf_rrd.training.terms import mean_of, times
+
+logger = logging.get_logger(__name__)
 
 
 class TaskLoss:
@@ -41,6 +44,7 @@ class TaskLoss:
         model, layout = unwrapped(trainer.model), layout_of(trainer.model)
         # Asked of the loss itself: the names of GPT-2's class and of others do not tell it.
         self._shifts = layout == "next words" and getattr(model, "loss_function", None) is ForCausalLMLoss
+        self._looked = False
         self._sums = layout == "letters" and func is None and getattr(model.config, "ctc_loss_reduction", "") == "sum"
 
     def labels_in(self, batch: Mapping[str, Any]) -> Tensor | None:
@@ -67,11 +71,22 @@ class TaskLoss:
             return compute_loss(model, inputs | given, return_outputs=True, num_items_in_batch=count)
 
         def of_student(model: nn.Module, inputs: dict[str, Any]) -> Any:
+            self._look_at(inputs.get("labels"))
             if self.uses_count is None and count is not None:
                 self.uses_count = self._uses(with_count, model, inputs, count)
             return with_count(model, inputs, None if self.uses_count is False else count)
 
         return of_student
+
+    def _look_at(self, labels: Any) -> None:
+        """Warn of a missing label in the first batch, where the student's own loss takes it for a number."""
+        if not self._looked and self.func is None and isinstance(labels, Tensor) and labels.is_floating_point():
+            if bool((labels == -100).any()):
+                logger.warning(
+                    "Some `labels` are -100.0, which this student's own loss takes for a number, not for a missing "
+                    "label: several labels at once and numbers need a `compute_loss_func` that leaves these out."
+                )
+        self._looked = True
 
     @torch.no_grad()
     def _uses(self, with_count: Callable[..., Any], model: nn.Module, inputs: Any, count: Any) -> bool | None:

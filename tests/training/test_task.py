@@ -34,6 +34,12 @@ def summed(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tens
     return F.cross_entropy(logits, labels.flatten(), reduction="sum") / num_items_in_batch
 
 
+def squared(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """The mean over the numbers that are known."""
+    known = labels != -100
+    return ((outputs["logits"].squeeze(-1) - labels).square() * known).sum() / known.sum().clamp(min=1)
+
+
 STUDENTS: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any]]] = {
     "causal LM": (tiny_gpt2, Tokens, {}),
     "masked LM, whose loss ignores the count": (lambda: tiny_tokens(BertForMaskedLM), Tokens, {}),
@@ -249,3 +255,19 @@ def test_a_function_that_divides_by_the_count_evaluates_to_the_mean_over_labels(
         logits = run.model.eval()(pixel_values=data.pixels).logits
     expected = F.cross_entropy(logits, data.labels).item()
     assert run.evaluate()["eval_task_loss"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("missing", "given", "warned"), [(True, {}, 1), (False, {}, 0), (True, {"compute_loss_func": squared}, 0)]
+)
+def test_a_missing_number_that_the_students_own_loss_would_take_for_one_is_a_warning(
+    missing: bool, given: dict[str, Any], warned: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr("hf_rrd.training.task.logger.warning", lines.append)
+    data = FloatLabels()
+    if missing:
+        data.labels[1:] = -100.0
+    student, teacher = tiny_vit(classes=1), tiny_vit(width=24, seed=1)
+    trainer(tmp_path, model=student, teacher=teacher, train_dataset=data, **given).train()
+    assert len(lines) == warned and all("a `compute_loss_func` that leaves these out" in line for line in lines)
