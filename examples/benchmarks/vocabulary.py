@@ -1,13 +1,14 @@
 """How much smaller MiniLM is with the vocabulary of some sentences, and whether its outputs stay bitwise the same.
 
     python examples/benchmarks/vocabulary.py --data_dir data
-    python examples/benchmarks/vocabulary.py --data_dir data --accuracy --min_counts 3 8
+    python examples/benchmarks/vocabulary.py --data_dir data --accuracy --min_counts 1 3 8
+    python examples/benchmarks/vocabulary.py --data_dir data --accuracy --min_counts 1 3 8 --prune_first
 
 The texts are those of the task `sentences` of `compare_losses.py`, SST-2's among them: nothing is trained here.
 
 With `--accuracy` a student is: two layers of the SST-2 teacher of `compare_losses.py`, distilled with the defaults and
-all labels. Then its vocabulary is pruned to SST-2's training split, and each student is exported as int8: bytes, and
-accuracy on the test split, over some seeds.
+all labels. Then its vocabulary is pruned to SST-2's training split, or with `--prune_first` that of the teacher before
+the student is made of it. Each student is exported as int8: bytes, and accuracy on the test split, over some seeds.
 """
 
 import dataclasses
@@ -50,6 +51,7 @@ class Arguments:
     accuracy: bool = dataclasses.field(default=False, metadata={"help": "Bytes and accuracy of students, instead."})
     output_dir: str = dataclasses.field(default="out/compare", metadata={"help": "Where the SST-2 teacher is."})
     seeds: int = dataclasses.field(default=3, metadata={"help": "Students that are trained for the accuracy."})
+    prune_first: bool = dataclasses.field(default=False, metadata={"help": "Prune before the student is trained."})
     max_steps: int = dataclasses.field(default=162, metadata={"help": "Of 64 sentences, for each of them."})
     compared: int = dataclasses.field(default=1000, metadata={"help": "Texts whose outputs are compared."})
 
@@ -122,13 +124,13 @@ def main(args: Arguments) -> None:
 # ---- Bytes and accuracy ----
 
 
-def distilled(task: Any, args: Arguments, seed: int) -> Any:
+def distilled(task: Any, teacher: Any, args: Arguments, seed: int) -> Any:
     """Some layers of the teacher, trained with the defaults, once."""
-    saved = Path(args.output_dir) / "small" / f"{args.num_hidden_layers}-{args.max_steps}-{seed}"
+    name = f"{args.num_hidden_layers}-{args.max_steps}-{teacher.config.vocab_size}-{seed}"
+    saved = Path(args.output_dir) / "small" / name
     if (saved / "config.json").is_file():
         return AutoModelForSequenceClassification.from_pretrained(saved).eval()
     set_seed(seed)
-    teacher = AutoModelForSequenceClassification.from_pretrained(task.teacher)
     student = student_from_teacher(teacher, num_hidden_layers=args.num_hidden_layers)
     with tempfile.TemporaryDirectory() as folder:
         how = task.settings | {"learning_rate": 4e-4, "max_steps": args.max_steps, "seed": seed}
@@ -179,10 +181,16 @@ def accuracies(args: Arguments) -> None:
     tested = {name: each[:, 0] for name, each in task.test.inputs.items()}
     rows: dict[str, list[tuple[int, float]]] = {"teacher": [(size, accuracy(teacher, tested, task.test.labels))]}
     for seed in range(args.seeds):
-        student = distilled(task, args, seed)
+        student = distilled(task, teacher, args, seed)
         kinds = {f"{args.num_hidden_layers} layers": (student, data.tokenizer)}
         for count in args.min_counts:
-            kinds[f"min_count={count}"] = prune_vocabulary(student, data.tokenizer, corpus, min_count=count)
+            whole = teacher if args.prune_first else student
+            model, tokenizer = prune_vocabulary(whole, data.tokenizer, corpus, min_count=count)
+            if args.prune_first:
+                inputs = {name: each[:, None] for name, each in read(corpus, tokenizer).items()}
+                split = dataclasses.replace(task.train, inputs=inputs)
+                model = distilled(dataclasses.replace(task, train=split), model, args, seed)
+            kinds[f"min_count={count}"] = model, tokenizer
         for name, (model, tokenizer) in kinds.items():
             for kind, figures in measured(model, tokenizer, args, corpus[:300]).items():
                 rows.setdefault(f"{name}, {kind}", []).append(figures)
@@ -190,10 +198,10 @@ def accuracies(args: Arguments) -> None:
     table = Table(
         "", "MB", "of the teacher's", "accuracy, %", "less than in float32 with all words", title="SST-2, test"
     )
-    whole = [each for _, each in rows[f"{args.num_hidden_layers} layers, float32"]]
+    unpruned = [each for _, each in rows[f"{args.num_hidden_layers} layers, float32"]]
     for name, found in rows.items():
         figures = [each for _, each in found]
-        gaps = [] if name == "teacher" else [a - b for a, b in zip(whole, figures, strict=True)]
+        gaps = [] if name == "teacher" else [a - b for a, b in zip(unpruned, figures, strict=True)]
         cells = [f"{statistics.fmean(figures):.1f}", f"{statistics.fmean(gaps):+.2f}" if gaps else ""]
         table.add_row(name, f"{found[0][0] / 1e6:.1f}", f"{found[0][0] / size:.3f}", *cells)
     Console(width=max(120, Console().width)).print(table)
