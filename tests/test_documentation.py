@@ -216,6 +216,12 @@ def test_the_messages_of_the_page_on_errors_are_the_packages_own() -> None:
     assert lost == []
 
 
+def test_the_guide_to_the_settings_says_when_to_turn_each() -> None:
+    named = set(re.findall(r"{confval}`(\w+)`", PAGES["guides/settings"].read_text(encoding="utf-8")))
+    ours = hf_rrd.RelationalDistillationConfig.__annotations__
+    assert named == {name for name in ours if not name.startswith("_")}
+
+
 @pytest.mark.parametrize("name", ["overview.svg", "relation.svg"])
 def test_a_picture_is_what_its_script_draws(name: str) -> None:
     draw = runpy.run_path(str(DOCS / "pictures" / "draw.py"))["PICTURES"]
