@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from hf_rrd import cache_teacher_outputs
+from hf_rrd.models.layers import LayerPairs
 from hf_rrd.models.teacher import Teacher, load_teacher
 from tests.builders import CLASSES, Images, tiny_bert, tiny_vit, trainer
 
@@ -50,9 +51,12 @@ def test_what_is_cached_is_read_and_the_rest_is_computed(cached: tuple[str, ...]
     with torch.no_grad():
         embedding = model.vit(pixels).last_hidden_state[:, 0]
         computed = {"embedding": embedding, "logits": model.classifier(embedding)}
-    for name, value in outputs._asdict().items():
-        torch.testing.assert_close(value, columns[name] if name in cached else computed[name])
-    assert len(forwards) == (0 if len(cached) == 2 else 1)
+    for name in columns:
+        torch.testing.assert_close(getattr(outputs, name), columns[name] if name in cached else computed[name])
+    assert len(forwards) == (0 if len(cached) == 2 else 1) and outputs.layers is None
+    teacher.layers = LayerPairs(tiny_vit(), model).teacher
+    caught = teacher.read({"pixel_values": pixels} | {f"teacher_{name}": columns[name] for name in cached}).layers
+    assert caught is not None and [tuple(each.shape) for each in caught] == [(3, 5, 24)] * 3, "of no cache"
 
 
 def test_without_a_model_what_is_not_cached_is_none() -> None:

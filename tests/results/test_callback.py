@@ -134,10 +134,20 @@ def test_settings_are_told_as_they_came_out(tmp_path: Path) -> None:
     assert {name: settings[name] for name in weights} == weights
     assert "against a bank of 30 of its embeddings" in card and "4,096" not in card and "4096" not in card
     assert "| `student_pooling` | head |" in card
+    assert "layer_weight" not in settings, "which was off"
     headless = trainer(tmp_path, model=tiny_vit().vit, task_weight=0.0, bank_size=8)
     assert headless._facts._settings()["student_pooling"] == "cls"
     headless.train()
     assert headless._facts._settings()["bank_size"] == 8
+
+
+def test_layers_are_told_where_they_are_compared(tmp_path: Path) -> None:
+    run = trainer(tmp_path, teacher=tiny_vit(seed=1), layer_weight=2.0, layer_pairs=[[0, 1]])
+    run.train()
+    card = card_of(run).text
+    settings = facts_of(run)["settings"]
+    assert (settings["layer_weight"], settings["layer_pairs"]) == (2.0, [[0, 1]])
+    assert "- its teacher's hidden layers\n" in card
 
 
 def test_what_was_learned_is_told_after_its_weight_has_come_down_to_0(tmp_path: Path) -> None:
