@@ -478,11 +478,21 @@ def test_relational_loss_names_the_shapes_that_do_not_agree(
 @pytest.mark.gpu
 @pytest.mark.parametrize("include_own", [False, True])
 @pytest.mark.parametrize("slice_rows", [WHOLE, 7, "at once", "accelerator 7"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(
+    ("dtype", "precision", "tolerance"),
+    [(torch.float64, "ieee", 1e-10), (torch.float32, "ieee", 1e-5), (torch.float32, "none", 0.02)],
+)
 def test_relational_loss_gives_on_cuda_what_they_give_on_the_cpu(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float, slice_rows: int | str, include_own: bool
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    precision: str,
+    tolerance: float,
+    slice_rows: int | str,
+    include_own: bool,
 ) -> None:
     read_by(monkeypatch, slice_rows)
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # "none": TF32, as nobody told otherwise
+        monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
     student, teacher, bank = (raw_rows(n, 16, seed=s, dtype=dtype) for n, s in ((9, 1), (9, 2), (50, 3)))
     bank = torch.cat([bank, teacher[:3]])  # copies of own rows
     loss, gradient = gradient_of(lambda rows: relational_loss(rows, teacher, bank, 0.1, 0.05, include_own), student)
