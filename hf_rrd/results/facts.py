@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, metadata
 from typing import Any
 
 import transformers
@@ -113,6 +114,7 @@ class CardFacts:
     report: dict[str, Any] = field(default_factory=dict)  # the facts of a `DistillationReport`
     pictures: list[str] = field(default_factory=list)  # the names of those beside the card
     versions: dict[str, str] = field(default_factory=dict)
+    made_with: str | None = None  # the address of this package
     license: str | None = None
     language: str | list[str] | None = None
     tags: list[str] = field(default_factory=list)
@@ -237,6 +239,15 @@ def last_losses(log_history: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """The last finite value of each term in the training log."""
     lines = [entry for entry in log_history if "loss" in entry and "step" in entry]
     return {name: line[name] for line in lines for name in LOGGED if math.isfinite(line.get(name, math.nan))}
+
+
+def home_of_package() -> str | None:
+    """The address of this package, the first that its metadata has; None where that has none."""
+    try:
+        addresses = metadata("hf_rrd").get_all("Project-URL") or []
+    except PackageNotFoundError:  # it runs from a folder
+        return None
+    return addresses[0].partition(", ")[2] if addresses else None
 
 
 def versions_in_use(*libraries: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ import re
 import socket
 import sys
 import unicodedata
+from email.message import Message
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from tests.results.runs import card_of, facts_of, finished, numbers_shown, unsai
 from tests.results.test_sentence_transformers import run_of as embedding_run
 from tests.sentences import embedder, headless, tokenizer
 
-LIBRARY = "[hf_rrd](https://pypi.org/project/hf-rrd/)"
+LIBRARY = "`hf_rrd`"
 DATASET = {"dataset_tags": "org/images", "dataset": "Images"}
 
 
@@ -238,6 +239,17 @@ def test_the_least_that_a_card_takes_is_a_student(tmp_path: Path) -> None:
     assert "| f1 |  | 0.25 |" in card.text and f"With {LIBRARY}.\n" in card.text
     for nothing in ("None", "without a teacher", "distilled from", "setting", "![", "## Teacher"):
         assert nothing not in card.text.split("## Citation")[0]
+
+
+def test_a_card_links_the_package_where_its_metadata_says_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about = Message()
+    about["Project-URL"] = "Homepage, https://example.org/hf_rrd"
+    monkeypatch.setattr("hf_rrd.results.facts.metadata", lambda name: about)
+    write_card(tmp_path, tiny_vit(), settings={"bank_size": 4096})
+    assert "With [hf_rrd](https://example.org/hf_rrd).\n" in ModelCard.load(tmp_path / "README.md").text
+    assert json.loads((tmp_path / "model_card.json").read_text())["made_with"] == "https://example.org/hf_rrd"
 
 
 def test_every_number_of_a_card_is_among_the_facts_of_the_run(run: RelationalDistillationTrainer) -> None:
