@@ -41,7 +41,7 @@ RUNS = {
     f"{MINILM.format(', fine-tuned on SST-2 for 1 epoch')} --teacher_epochs 1 --student_config_name bert "
     "--student_config_overrides "
     "hidden_size=128,num_hidden_layers=2,num_attention_heads=2,intermediate_size=512 --num_train_epochs 4 "
-    "--per_device_train_batch_size 32 --learning_rate 5e-4 --warmup_steps 100 --kd_weight 1 --eval_strategy epoch "
+    "--per_device_train_batch_size 32 --learning_rate 5e-4 --warmup_steps 100 --eval_strategy epoch "
     "--train_sampling_strategy group_by_length --alignment_examples 872",
     "sst2-minilm-2-layers": f"examples/text_embeddings.py {SST2} {MINILM.format('')} --label_column_name label "
     "--student_num_layers 2 --num_train_epochs 3 --per_device_train_batch_size 64 --learning_rate 2e-4 "
