@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+import numpy as np
 from transformers.training_args import TrainingArguments
 
 from hf_rrd.errors import refuse_unknown
@@ -217,6 +218,10 @@ class RelationalDistillationConfig(TrainingArguments):
             value = getattr(self, name)
             taken = (isinstance(value, str) and value in known) or (name.endswith("_pooling") and callable(value))
             _require(taken, f"`{name}` must be one of {list(known)}, got {value!r}.")
+        _require(
+            isinstance(self.balance_losses, bool | int | np.bool_),
+            f"`balance_losses` must be True or False, got {self.balance_losses!r}.",
+        )
         for name in ("bank_size", "alignment_examples"):
             _check_count(name, getattr(self, name), 0, "Try 4096.")
         if self.projection_dim is not None:

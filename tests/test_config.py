@@ -296,6 +296,8 @@ def test_widths_may_come_in_another_type(tmp_path: Path, given: Any) -> None:
             "'pkt' compares .* `per_device_train_batch_size` is 2: .* always 0. Set it to 3 or more.$",
         ),
         ({"relational_loss": "crd"}, "`relational_loss` must be one of .*'rrd', 'infonce'.*got 'crd'"),
+        ({"balance_losses": np.ones(2)}, r"`balance_losses` must be True or False, got array"),
+        ({"balance_losses": "off"}, "`balance_losses` must be True or False, got 'off'"),
         (
             {"student_projection": "deep"},
             "`student_projection` must be one of .*'centered', 'linear', 'none'.*got 'deep'",
