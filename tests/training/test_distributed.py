@@ -71,7 +71,8 @@ def test_the_bank_holds_the_rows_of_all_processes_in_the_order_of_one(
     results: Results, scenario: str, processes: int
 ) -> None:
     one, several = results[f"{scenario}-0-of-1"]["bank"], results[f"{scenario}-0-of-{processes}"]["bank"]
-    assert one.shape == several.shape == (SCENARIOS[scenario][0].get("bank_size", 48), 20)
+    settings = SCENARIOS[scenario][0]
+    assert one.shape == several.shape == (settings.get("bank_size", 48), settings.get("projection_dim", 20))
     assert (one.float() - several.float()).abs().max() < 1e-6
 
 
