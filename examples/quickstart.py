@@ -36,7 +36,7 @@ class Arguments:
 
     output_dir: str = field(default="out/quickstart", metadata={"help": "Where the models go."})
     labeled: int = field(default=100, metadata={"help": "Training digits whose label the student sees."})
-    num_train_epochs: float = field(default=20, metadata={"help": "Passes over all training digits, of each model."})
+    num_train_epochs: float = field(default=15, metadata={"help": "Passes over all training digits, of each model."})
     seeds: int = field(default=3, metadata={"help": "Students of each kind: their starting weights and batches."})
     report: bool = field(default=False, metadata={"help": "Compare student and teacher at the end, also in speed."})
     push_to_hub: bool = field(default=False, metadata={"help": "Push the distilled student with its card."})
