@@ -125,23 +125,21 @@ def main() -> None:
 
     # The table, and in one sentence what it shows.
     accuracy = {name: [100 * count / len(test) for count in counts] for name, counts in found.items()}
-    sizes = {"teacher": teacher.num_parameters()}
+    small, big = (runs[name].model.num_parameters() for name in ("distilled", "teacher"))
     table = Table(title=f"{len(train)} training digits, {args.labeled} of them labelled; {len(test)} held out")
     for column in ("", "parameters", "accuracy", "", "of each seed"):
         table.add_column(column, justify="right" if column in ("parameters", "accuracy") else "left")
     for name, each in accuracy.items():
-        size = sizes.get(name, runs["distilled"].model.num_parameters())
-        seeds = " ".join(f"{value:.1f}" for value in each) if name != "teacher" else ""
+        size, seeds = (big, "") if name == "teacher" else (small, " ".join(f"{value:.1f}" for value in each))
         table.add_row(name, f"{size:,}", f"{mean(each):.1f} %", "█" * round(mean(each) / 4), seeds)
     console = Console(width=max(90, Console().width))
     console.print(table)
     before, after = accuracy["student alone"], accuracy["student distilled"]
     gains = [found - alone for found, alone in zip(after, before, strict=True)]
-    times = sizes["teacher"] // size
     console.print(
         f"Distilled, the student gains {mean(gains):.1f} points ({min(gains):.1f} to {max(gains):.1f} over the seeds) "
-        f"and comes to {mean(after):.1f} % of held-out digits. Its teacher, with {times} times the parameters and all "
-        f"labels, comes to {accuracy['teacher'][0]:.1f} %."
+        f"and comes to {mean(after):.1f} % of held-out digits. Its teacher, with {big // small} times the parameters and "
+        f"all labels, comes to {accuracy['teacher'][0]:.1f} %."
     )
 
     if args.report:
@@ -149,8 +147,8 @@ def main() -> None:
     card: dict[str, Any] = {
         "dataset": "scikit-learn's handwritten digits",
         "model_name": None if args.hub_model_id else out.name,
+        "baseline": {"accuracy": found["student alone"][0] / len(test)},
     }
-    card |= {"baseline": {"accuracy": found["student alone"][0] / len(test)}}
     if args.push_to_hub:
         runs["distilled"].push_to_hub(**card)
     else:

@@ -190,13 +190,13 @@ def _at_once(
     nothing = queries.new_empty(1)  # is not read
     with _tf32(queries.device):
         logits = torch.addmm(nothing, queries, rows.T, beta=0, alpha=1 / teacher_temperature)
-    pair = logits.view(2, batch, -1)  # (2, batch, batch + bank): of the student, of the teacher
-    own = pair[:, :, :batch].diagonal(dim1=1, dim2=2)  # (2, batch)
-    copies = pair[1] > (own[1] * SAME_COSINE).unsqueeze(1)  # (batch, batch + bank)
+    both = logits.view(2, batch, -1)  # (2, batch, batch + bank): of the student, of the teacher
+    own = both[:, :, :batch].diagonal(dim1=1, dim2=2)  # (2, batch)
+    copies = both[1] > (own[1] * SAME_COSINE).unsqueeze(1)  # (batch, batch + bank)
     copies[:, :batch] = _others(batch, copies.device)
-    pair.masked_fill_(copies, -torch.inf)
+    both.masked_fill_(copies, -torch.inf)
     log_probs = torch.log_softmax(logits, 1)
-    logsumexp = own - log_probs.view_as(pair)[:, :, :batch].diagonal(dim1=1, dim2=2)  # (2, batch)
+    logsumexp = own - log_probs.view_as(both)[:, :, :batch].diagonal(dim1=1, dim2=2)  # (2, batch)
     probs = torch.exp(log_probs, out=logits)
     with _tf32(queries.device):
         means = torch.addmm(nothing, probs, rows, beta=0, alpha=1 / student_temperature)
