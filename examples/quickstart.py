@@ -138,8 +138,8 @@ def main() -> None:
     gains = [found - alone for found, alone in zip(after, before, strict=True)]
     console.print(
         f"Distilled, the student gains {mean(gains):.1f} points ({min(gains):.1f} to {max(gains):.1f} over the seeds) "
-        f"and comes to {mean(after):.1f} % of held-out digits. Its teacher, with {big // small} times the parameters and "
-        f"all labels, comes to {accuracy['teacher'][0]:.1f} %."
+        f"and comes to {mean(after):.1f} % of held-out digits. Its teacher, with {big // small} times the parameters "
+        f"and all labels, comes to {accuracy['teacher'][0]:.1f} %."
     )
 
     if args.report:
