@@ -201,7 +201,7 @@ def settings_of(args: Arguments, folder: str) -> dict[str, Any]:
         "disable_tqdm": True,
         "bf16": args.bf16,
         "dataloader_pin_memory": args.read,
-        "remove_unused_columns": args.read,
+        "remove_unused_columns": False,
     }
 
 
@@ -213,10 +213,9 @@ def reading_of(args: Arguments, data: datasets.Dataset) -> dict[str, Any]:
     return {"train_dataset": batches.examples, "data_collator": batches}
 
 
-def rivals(args: Arguments, folder: str, data: datasets.Dataset, teacher: Any) -> dict[str, Trainer]:
+def rivals(args: Arguments, settings: TrainingArguments, data: datasets.Dataset, teacher: Any) -> dict[str, Trainer]:
     """Others' ways to distil, as far as they can be had."""
     made: dict[str, Trainer] = {}
-    settings = TrainingArguments(**settings_of(args, folder) | {"remove_unused_columns": False})
     if teacher is not None:
         student = model_of(args, args.student_width or 0, 6)
         guide = GuideTrainer(student, settings, **reading_of(args, data))
@@ -296,7 +295,7 @@ def main() -> None:
         }
         if teacher is not None:
             runs[f"online, {args.teacher_width} wide"] = distillation(args, folder, data, teacher)
-        runs |= rivals(args, folder, data, teacher)
+        runs |= rivals(args, settings, data, teacher)
         clocks = {name: Clock() for name in runs}
         for name, run in runs.items():
             run.remove_callback(PrinterCallback)

@@ -44,6 +44,12 @@ def test_the_exactness_report_finds_no_error_above_its_bounds(tmp_path: Path) ->
             "--cached_widths 32 --online False --read True",
             ["cached, 32 wide", "4 tokens"],
         ),
+        (
+            "step_time",
+            "--student vit --image_size 32 --batch_size 2 --bank_size 64 --steps 2 --rounds 1 --student_width 64 "
+            "--cached_widths 32 --no_online",
+            ["cached, 32 wide", "32 pixels"],
+        ),
         pytest.param("import_time", "--rounds 1", ["import hf_rrd after it", "median of 1"], marks=pytest.mark.slow),
         pytest.param(
             "kill_test", "--kills 4", ["4 kills over", "bitwise equal", "checkpoint write"], marks=pytest.mark.slow
