@@ -66,7 +66,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "KD": {"kd_weight": 1.0, "relational_weight": 0.0},
     "ours": {},
 }
-STEPS = {"tags": 60, "several": 100, "score": 300}
+STEPS = {"tags": 240, "several": 400, "score": 300}
+TEACHER_STEPS = 450
 LABELED = {"tags": 100, "several": 200, "score": 200}
 RATE, LENGTH, PARTS = 3e-4, 32, {"train": 2500, "test": 500}
 
@@ -203,7 +204,8 @@ def teacher_of(name: str, head: Head, args: Arguments) -> Any:
     if not (folder / "config.json").is_file():
         set_seed(0)
         model = head.model(str(Path(args.output_dir) / "minilm"))
-        how = RelationalDistillationConfig(**settings_of(folder, RATE / 2, args.steps or 150, 32), **ROWS["plain"])
+        settings = settings_of(folder, RATE / 2, args.steps or TEACHER_STEPS, 32)
+        how = RelationalDistillationConfig(**settings, **ROWS["plain"])
         RelationalDistillationTrainer(model, how, head.collate, head.train).train()
         save_atomically(model, None, folder)
     return head.model(folder).eval()

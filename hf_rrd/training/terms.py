@@ -42,9 +42,14 @@ HARD = 10.0
 """How many times as hard as the task a teacher of the student's own classes pulls, by default."""
 
 
-def weights_by(args: Any, shares_classes: bool, has_layers: bool) -> Weights:
-    """The weights that the settings give the terms, where the teacher's classes are learned or not, and layers."""
-    automatic = {"kd_weight": float(shares_classes), "relational_weight": HARD if shares_classes else 1.0}
+def weights_by(args: Any, shares_classes: bool, has_one_answer: bool, has_layers: bool) -> Weights:
+    """The weights that the settings give the terms, where the teacher's classes are learned or not, and layers.
+
+    With one answer for an example its embedding is what the head reads. Answers for tokens, frames or pixels are read
+    elsewhere, so the embedding is of less use to them.
+    """
+    pulls_hard = shares_classes and has_one_answer
+    automatic = {"kd_weight": float(shares_classes), "relational_weight": HARD if pulls_hard else 1.0}
     automatic["layer_weight"] = LAYERS if has_layers else 0.0
     given = {name: getattr(args, name) for name in ("task_weight", *automatic)}
     return {name: automatic[name] if weight == "auto" else weight for name, weight in given.items()}

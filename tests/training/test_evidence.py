@@ -261,7 +261,8 @@ def test_a_fresh_head_over_tokens_several_labels_or_numbers_is_left_out_and_one_
         data.labels = (logits > logits.median(0).values).float()
     else:
         data.labels = logits.squeeze(1) + 0.1 * torch.randn(48)
-    assert weights_of(trained(tmp_path, teacher, model=student, train_dataset=data)) == TEACHES
+    expected = (1.0, 1.0) if kind == "tokens" else TEACHES  # no head over tokens reads an embedding of the example
+    assert weights_of(trained(tmp_path, teacher, model=student, train_dataset=data)) == expected
 
 
 @pytest.mark.parametrize(
