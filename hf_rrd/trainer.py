@@ -33,7 +33,7 @@ from hf_rrd.results.hub import (
     unfinished,
 )
 from hf_rrd.results.report import DistillationReport, chosen_dataset, compare_in_run, teacher_of_report
-from hf_rrd.results.sentence_transformers import checked, embedder_of, save_format, scores_of
+from hf_rrd.results.sentence_transformers import as_saved, checked, embedder_of, save_format, scores_of
 from hf_rrd.training.checkpoint import (
     checkpoint_to_resume,
     explained_write_errors,
@@ -392,9 +392,10 @@ class RelationalDistillationTrainer(Trainer):
         if self.is_world_process_zero():
             if teacher is None:
                 check_reports_input(dataset, self._teacher, self.data_collator)
-            teacher = self.teacher if teacher is None else teacher_of_report(teacher, self.args)
+            self._facts.teacher = self.teacher if teacher is None else teacher_of_report(teacher, self.args)
             how = (self.data_collator, self._signature_columns, self.label_names or ["labels"], self.args)
-            self._facts.report = compare_in_run(self._unwrapped_student(), teacher, dataset, *how)
+            with as_saved(self) as student:
+                self._facts.report = compare_in_run(student, self._facts.teacher, dataset, *how)
         return self._facts.report
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -19,6 +19,7 @@ from hf_rrd.models.body import body_of, placed, unwrapped
 from hf_rrd.models.columns import CACHED_COLUMNS, TEACHER_PREFIX, forward_columns, student_inputs, teacher_inputs
 from hf_rrd.models.embedding import embed, students
 from hf_rrd.models.logits import class_order, names_of
+from hf_rrd.models.sentence_transformers import own_pooling
 from hf_rrd.models.teacher import load_teacher
 from hf_rrd.results.alignment import EmbeddingLog
 from hf_rrd.results.export import OnnxModel
@@ -329,7 +330,8 @@ def compare_in_run(
     kept = [*columns, *CACHED_COLUMNS]  # cached logits are of use, also without kd_weight
     if args.remove_unused_columns:
         dataset, data_collator = narrowed(dataset, data_collator, kept)
-    how = (args.per_device_eval_batch_size, args.student_pooling, args.teacher_pooling, label_names)
+    pooling = args.student_pooling if own_pooling(unwrapped(student)) is None else "auto"
+    how = (args.per_device_eval_batch_size, pooling, args.teacher_pooling, label_names)
     most = args.alignment_examples or 4096  # the same as an evaluation's
     report = compare_models(student, teacher, dataset, data_collator, *how, alignment_examples=most)
     learned = args.relational_weight != 0 or args.kd_weight != 0

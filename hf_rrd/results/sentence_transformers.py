@@ -4,6 +4,8 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from hf_rrd.models.body import unwrapped
 from hf_rrd.models.head import RelationalHead
-from hf_rrd.models.sentence_transformers import MISSING
+from hf_rrd.models.sentence_transformers import AROUND, MISSING, opened
 from hf_rrd.results.facts import EmbedderFacts, embedder_facts
 from hf_rrd.results.measure import evaluating
 from hf_rrd.training.data import preserved_randomness
@@ -252,6 +255,17 @@ def checked(evaluators: Any, trainer: Any) -> list[Any]:
             "has that of the best student. Set save_only_model=False, or leave out load_best_model_at_end."
         )
     return found
+
+
+@contextmanager
+def as_saved(trainer: Any) -> Iterator[Any]:
+    """A trainer's student; one that is saved as a model of sentence-transformers has its pooling and projection on."""
+    is_one = trainer.args.student_format == FORMAT
+    inside = opened(sentence_transformer_of(trainer), "student") if is_one else trainer._unwrapped_student()
+    try:
+        yield trainer._unwrapped_student()
+    finally:
+        unwrapped(inside).__dict__.pop(AROUND, None)
 
 
 def embedder_of(trainer: Any) -> EmbedderFacts | None:

@@ -29,7 +29,14 @@ from transformers import (
     Wav2Vec2Model,
 )
 
-from hf_rrd import RelationalDistillationTrainer, compare_models, embed, student_from_teacher, write_card
+from hf_rrd import (
+    RelationalDistillationTrainer,
+    cache_teacher_outputs,
+    compare_models,
+    embed,
+    student_from_teacher,
+    write_card,
+)
 from hf_rrd.results.card import FACTS_FILE, TEMPLATE, render_card
 from hf_rrd.results.facts import CardFacts
 from hf_rrd.results.pictures import PICTURES, place_of
@@ -37,7 +44,7 @@ from tests.builders import Images, Texts, tiny_bert, tiny_gpt2, tiny_vit, traine
 from tests.loopback_hub import header_errors
 from tests.results.runs import card_of, facts_of, finished, numbers_shown, unsaid, usage_of
 from tests.results.test_sentence_transformers import run_of as embedding_run
-from tests.sentences import embedder, headless, tokenizer
+from tests.sentences import embedder, headless, texts, tokenized, tokenizer
 
 LIBRARY = "`hf_rrd`"
 DATASET = {"dataset_tags": "org/images", "dataset": "Images"}
@@ -477,6 +484,18 @@ def test_it_is_asked_for_its_teachers_index_where_it_answers_in_that_space(tmp_p
     assert "teacher.encode" not in code("a big one")
     untrained = card_of(embedding_run(tmp_path), teacher_name="org/teacher").text
     assert "teacher.encode" not in untrained, "it has not learned that space"
+
+
+def test_a_teacher_whose_outputs_were_cached_is_known_from_the_report(tmp_path: Path) -> None:
+    teacher, words = embedder(tmp_path / "teacher"), tokenizer(tmp_path)
+    train = cache_teacher_outputs(tokenized(words, texts(40)), teacher, cache_dir=tmp_path / "cache")
+    run = embedding_run(tmp_path, teacher=None, train_dataset=train)
+    run.train()
+    assert "(" not in card_of(run, teacher_name="org/teacher").text.split("distilled from")[1].split(".")[0]
+    run.report(teacher=teacher)
+    card = card_of(run, teacher_name="org/teacher").text
+    assert f"distilled from org/teacher ({headless(24).num_parameters():,} parameters)" in card
+    assert 'teacher = SentenceTransformer("org/teacher")' in card
 
 
 def test_its_first_dimensions_are_told_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,6 +149,21 @@ def test_evaluators_ask_the_student_as_it_will_be_saved(tmp_path: Path) -> None:
     assert not any("pairs" in name for name in run.predict(run.eval_dataset).metrics)
 
 
+@pytest.mark.parametrize("pooling", ["auto", "cls"])
+def test_a_report_is_of_the_rows_that_the_saved_student_gives(pooling: str, tmp_path: Path) -> None:
+    run = run_of(tmp_path, student_projection="linear", student_pooling=pooling)
+    run.train()
+    run.save_model()
+    inputs = dict(tokenizer(tmp_path)(SEVERAL, padding=True, return_tensors="pt"))
+    before = embed(run.model.eval(), inputs)
+    report = run.report()
+    rows = SentenceTransformer(run.args.output_dir, device="cpu").encode(texts(12, seed=1), convert_to_tensor=True)
+    assert (report.tensors["student_embedding"] - rows).abs().max() < 1e-5
+    dense = 16 * 24 + 24
+    assert report.facts["student"]["parameters"] == headless().num_parameters() + dense
+    assert torch.equal(embed(run.model.eval(), inputs), before)  # the student itself is as it was
+
+
 def test_an_evaluation_with_evaluators_changes_nothing_in_a_training(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, "model": None}
     ends = []
