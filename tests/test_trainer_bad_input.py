@@ -355,6 +355,15 @@ def test_a_teacher_in_a_folder_that_is_not_there(tmp_path: Path) -> None:
         trainer(tmp_path, teacher=tmp_path / "nowhere")
 
 
+def test_a_folder_that_is_misspelt_may_be_a_name_of_the_hub_so_both_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = rf"(?s)'out/nowhere' cannot be loaded\. .+ Nor is there such a folder in {tmp_path}\.$"
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, teacher="out/nowhere", teacher_pooling="mean")
+
+
 def test_a_tokenizers_collator_on_the_teachers_columns_is_pointed_to_ours(tmp_path: Path) -> None:
     words = tokenizer("[PAD]", "[UNK]", "a", "good", "film")
     sides = [(words(text), words(f"a {text}")) for text in ("film", "good film")]

@@ -283,8 +283,9 @@ def load_teacher(teacher: Any, kwargs: Any = None, argument: str = "teacher", po
         given = f" with `teacher_model_init_kwargs` {sorted(kwargs)}" if kwargs else ""
         has_adapters = os.path.isfile(os.path.join(teacher, "adapter_config.json"))
         advice = " It holds adapters: load it with peft, and pass the model." if has_adapters else ""
-        is_lost = str(teacher).startswith((os.sep, ".")) and not os.path.exists(teacher)
-        why = "There is no such folder." if is_lost else error
+        is_lost = not os.path.exists(teacher)
+        why = "There is no such folder." if is_lost and str(teacher).startswith((os.sep, ".")) else error
+        advice = f" Nor is there such a folder in {os.getcwd()}." if is_lost and why is error else advice
         raise ValueError(f"`{argument}` {str(teacher)!r} cannot be loaded{given}. {why}{advice}") from error
 
 

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from hf_rrd.errors import described, named_errors
 from hf_rrd.models.body import unwrapped
-from hf_rrd.models.columns import CACHED_COLUMNS, TEACHER_PREFIX, is_teacher_input
+from hf_rrd.models.columns import CACHED_COLUMNS, TEACHER_PREFIX, is_label, is_teacher_input
 from hf_rrd.models.logits import names_of
 from hf_rrd.models.sentence_transformers import own_tokenizer
 
@@ -70,11 +70,14 @@ def default_collator(student: Any, teacher: Any, model: Any) -> DataCollatorForD
 
 
 def _collated(collate: Any, features: list[dict[str, Any]], prefix: str) -> dict[str, Any]:
-    """One side's batch; an error of a side that has no processor, whose columns are only stacked, says so."""
+    """One side's batch; an error says so of labels that are no numbers, or of a side without a processor to pad it."""
     try:
         return dict(collate(features))
-    except (ValueError, RuntimeError) as error:  # of lists, of tensors
-        if collate is not default_data_collator:
+    except (ValueError, RuntimeError, TypeError) as error:  # of lists, of tensors, of None
+        for name, label in (item for each in features for item in each.items() if is_label(item[0])):
+            if isinstance(label, str | None):
+                raise ValueError(f"`{name}` has {label!r} in place of a number (-100: no label): {error}") from error
+        if collate is not default_data_collator or isinstance(error, TypeError):
             raise
         names = [f"{prefix}{name}" for name in features[0]]
         remedy = f"`{prefix}processing_class`, or as the {'second' if prefix else 'first'} argument of the collator"
@@ -118,8 +121,8 @@ def check_batch_labels(batch: Mapping[str, Any], label_names: list[str]) -> None
     """Raise a ValueError for a batch that has none of the labels which a model needs for its loss."""
     if label_names and not has_labels(batch, label_names):
         raise ValueError(
-            f"`task_weight` is above 0, so each batch needs labels: none of {label_names} is in it, as numbers. Set "
-            "task_weight=0 to train without labels."
+            f"`task_weight` is above 0, so each batch needs labels: none of {label_names} is in it, as numbers (-100 "
+            "for none). Set task_weight=0 to train without labels."
         )
 
 

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import Tensor
 from transformers.utils import logging
 
@@ -36,7 +38,7 @@ def knows_classes(dataset: Any, trainer: Any) -> bool:
     rows: list[Tensor] = []
     kind = ONE
     with preserved_randomness():
-        for batch in loader_of(sample_of(dataset, ASKED, trainer.distillation.seed), trainer):
+        for batch in loader_of(sample_of(_labelled(dataset), ASKED, trainer.distillation.seed), trainer):
             with named_errors("asking the teacher for labels of `train_dataset`", batch), accelerator.autocast():
                 batch = trainer._prepare_inputs(batch)
                 logits, labels = trainer._teacher.read(batch).logits, batch.get("labels")
@@ -74,6 +76,16 @@ def knows_classes(dataset: Any, trainer: Any) -> bool:
         "set kd_weight=1 and relational_weight=10."
     )
     return False
+
+
+def _labelled(dataset: Any) -> Any:
+    """The rows that have a label, where it is a column of one number each: a draw from all may find but one."""
+    features = dataset.features if isinstance(dataset, Dataset) else {}
+    for name in ("labels", "label", "label_ids"):
+        if "int" in getattr(features.get(name), "dtype", ""):
+            rows = np.flatnonzero(dataset.with_format("numpy", columns=[name])[name][:] != -100)
+            return dataset.select(rows) if 0 < len(rows) < len(dataset) else dataset
+    return dataset
 
 
 def _compared(pair: LogitPair, logits: Tensor, labels: Tensor, batch: Any) -> tuple[str, Tensor | None]:

@@ -302,6 +302,15 @@ def test_ragged_columns_without_a_processor_are_an_error_that_names_the_remedy()
         DataCollatorForDistillation()(features)
 
 
+@pytest.mark.parametrize("label", [None, "cat"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_label_that_is_no_number_is_named_and_not_taken_for_missing_padding(label: Any, padded: bool) -> None:
+    examples = [{"input_ids": [1, 2], "label": 1}, {"input_ids": [1, 2], "label": label}]
+    message = re.escape(f"`label` has {label!r} in place of a number (-100: no label): ")
+    with pytest.raises(ValueError, match=message):
+        DataCollatorForDistillation(STUDENT if padded else None)(examples)
+
+
 def test_a_sample_is_drawn_without_repetition_and_by_its_seed() -> None:
     data = datasets.Dataset.from_dict({"x": list(range(50))})
     first, again, other = (sample_of(data, 20, seed)["x"][:] for seed in (3, 3, 4))

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from hf_rrd import cache_teacher_outputs
 from hf_rrd.models.teacher import TeacherOutputs
+from hf_rrd.training.data import sample_of
 from hf_rrd.training.evidence import knows_classes
 from hf_rrd.training.terms import HARD
 from tests.builders import CLASSES, Images, Texts, Tokens, log_of, tiny_bert, tiny_tokens, tiny_vit, trainer
@@ -403,3 +404,15 @@ def test_a_student_that_knows_no_classes_of_the_teachers_shows_1_and_0_on_its_ca
     card = (tmp_path / "README.md").read_text()
     for row in ("| `kd_weight` | 0 |", "| `relational_weight` | 1 |"):
         assert row in card.splitlines()
+
+
+def test_few_labels_are_asked_for_wherever_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_rrd.training.evidence.ASKED", 16)
+    teacher = teacher_vit()
+    images = known_to(teacher, count=64)
+    assert images.labels is not None
+    run = run_of(tmp_path, teacher, train_dataset=images)
+    drawn = sample_of(range(64), 16, run.distillation.seed).indices
+    kept = [drawn[0], *(row for row in range(64) if row not in drawn)][:8]  # a draw from all would find one of them
+    labels = [int(label) if row in kept else -100 for row, label in enumerate(images.labels)]
+    assert knows_classes(table_of(images, lambda: {"labels": labels}), run)
