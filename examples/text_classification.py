@@ -11,9 +11,10 @@
 
 The teacher is fine-tuned first for `--teacher_epochs`, and kept in `teacher` under the output folder: a second run
 takes it from there. The student is pretrained (`--student_model_name_or_path`), or new (`--student_config_name`), or
-has some of the teacher's layers (`--student_num_layers`). Every field of `RelationalDistillationConfig` is a flag,
-too: `--train_sampling_strategy group_by_length` (in transformers 5.0 `--group_by_length`) takes this command from 8.5
-to 5 minutes on two cores. Flags may come from a YAML or JSON file, too (`--config file.yaml`); those beside it win.
+has some of the teacher's layers (`--student_num_layers`). A text whose label is empty teaches through the teacher
+alone, so give all that you have. Every field of `RelationalDistillationConfig` is a flag, too:
+`--train_sampling_strategy group_by_length` (in transformers 5.0 `--group_by_length`) takes this command from 8.5 to 5
+minutes on two cores. Flags may come from a YAML or JSON file, too (`--config file.yaml`); those beside it win.
 `accelerate launch` instead of `python` runs it on several devices.
 
 Needs `pip install 'hf_rrd[demo]'`.
@@ -73,7 +74,9 @@ class DataArguments:
     validation_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
     test_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on once at the end."})
     text_column_name: str = field(default="text", metadata={"help": "The column with the texts."})
-    label_column_name: str = field(default="label", metadata={"help": "The column with the labels, of any kind."})
+    label_column_name: str = field(
+        default="label", metadata={"help": "The column with the labels, of any kind; some may be empty."}
+    )
     max_length: int = field(default=128, metadata={"help": "Tokens of a text, at most."})
     cache_teacher: bool = field(default=False, metadata={"help": "Run the teacher once, before the training."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many only, drawn at random."})
@@ -106,17 +109,20 @@ def load(args: DataArguments) -> DatasetDict:
 def label_ids(data: DatasetDict, column: str, known: dict[str, int]) -> tuple[dict[str, int], dict[Any, int]]:
     """Ids of the labels by name, the teacher's own if it knows just these; and by their value in the data."""
     feature = data["train"].features[column]
-    values = range(feature.num_classes) if isinstance(feature, ClassLabel) else sorted(data["train"].unique(column))
-    names = feature.names if isinstance(feature, ClassLabel) else [str(value) for value in values]
+    found = [value for value in data["train"].unique(column) if value is not None]
+    values = range(feature.num_classes) if isinstance(feature, ClassLabel) else sorted(found)
+    of_floats = feature.dtype.startswith("float")  # whole numbers in a file with empty cells
+    names = feature.names if isinstance(feature, ClassLabel) else [f"{v:g}" if of_floats else str(v) for v in values]
     lower = {name.lower(): number for name, number in known.items()}
     same = lower.keys() == {name.lower() for name in names} and len(lower) == len(names)
     label2id = {name: lower[name.lower()] if same else number for number, name in enumerate(names)}
-    return label2id, {value: label2id[name] for value, name in zip(values, names, strict=True)}
+    return label2id, {value: label2id[name] for value, name in zip(values, names, strict=True)} | {None: -100}
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """The share that is right."""
-    return {"accuracy": float((np.argmax(prediction.predictions, -1) == prediction.label_ids).mean())}
+    """The share that is right, of those with a label."""
+    labels = prediction.label_ids
+    return {"accuracy": float((np.argmax(prediction.predictions, -1) == labels)[labels != -100].mean())}
 
 
 def main() -> None:
@@ -181,7 +187,7 @@ def main() -> None:
         return Trainer(
             teacher,
             replace(args, output_dir=str(teacher_folder), report_to="none", **teacher_args, **without),
-            train_dataset=teacher_data["train"],
+            train_dataset=teacher_data["train"].filter(lambda row: row["labels"] != -100),
             processing_class=teacher_tokenizer,
             compute_metrics=accuracy,
         )

@@ -15,7 +15,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from tests.examples.scripts import CLASSIFY, WORDS, load_script, start_process, text_accuracy
+from tests.examples.scripts import CLASSIFY, QUIET, WORDS, load_script, start_process, text_accuracy
 
 
 def test_text_classification_tunes_a_teacher_and_saves_a_student_of_the_printed_accuracy(
@@ -97,8 +97,26 @@ def test_labels_are_numbered_as_the_teacher_numbers_them_whatever_their_case() -
     rows = datasets.Dataset.from_dict({"label": [0, 1]}, features=datasets.Features({"label": feature}))
     data = datasets.DatasetDict({"train": rows})
     found = script.label_ids(data, "label", {"NEUTRAL": 0, "ENTAILMENT": 1})
-    assert found == ({"entailment": 1, "neutral": 0}, {0: 1, 1: 0})
-    assert script.label_ids(data, "label", {"LABEL_0": 0, "LABEL_1": 1})[1] == {0: 0, 1: 1}
+    assert found == ({"entailment": 1, "neutral": 0}, {0: 1, 1: 0, None: -100})
+    assert script.label_ids(data, "label", {"LABEL_0": 0, "LABEL_1": 1})[1] == {0: 0, 1: 1, None: -100}
+
+
+@pytest.mark.parametrize("names", [("bad", "good"), ("0", "1")])
+def test_texts_whose_label_is_empty_are_there_to_distil_on(
+    names: tuple[str, str], start: Any, folder: Path, tmp_path: Path
+) -> None:
+    rows = datasets.load_dataset("csv", data_files=str(folder / "train.csv"), split="train")
+    labels = [names[verdict == "good"] if place % 4 == 0 else "" for place, verdict in enumerate(rows["verdict"])]
+    lines = [f"{text},{label}" for text, label in zip(rows["sentence"], labels, strict=True)]
+    (tmp_path / "train.csv").write_text("\n".join(["sentence,verdict", *lines]))
+    line = f"--train_file {tmp_path}/train.csv --text_column_name sentence --label_column_name verdict {QUIET} "
+    line += "--teacher_model_name_or_path {}/embedder --teacher_epochs 1 --student_num_layers 1 --output_dir OUT"
+    start("text_classification", f"{line} --num_train_epochs 1 --logging_steps 1")
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path).config.id2label == dict(enumerate(names))
+    log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    assert [entry for entry in log if "loss" in entry][-1]["step"] == -(-len(rows) // 8)
+    weights = load_file(tmp_path / "teacher" / "model.safetensors")
+    assert all(bool(weight.isfinite().all()) for weight in weights.values())
 
 
 def test_distillation_on_logits_asks_for_a_teacher_of_these_labels(start: Any, folder: Path, tmp_path: Path) -> None:
