@@ -307,7 +307,11 @@ def save_files(text: str) -> None:
     from PIL import Image
 
     for name in re.findall(r'"(\w+\.csv)"', text):
-        rows = ["text", *["a good film"] * 3] if name == "others.csv" else ["text,label", *["a bad film,LABEL_1"] * 3]
+        rows = (
+            ["text", *["a good film"] * 3]
+            if name == "others.csv"
+            else ["text,label", "a good film,LABEL_0", *[f"film {number},LABEL_{number}" for number in range(4)]]
+        )
         Path(name).write_text("\n".join(rows))
     for folder in re.findall(r'"imagefolder", data_dir="(\w+)"', text):
         for kind in ("cat", "dog"):

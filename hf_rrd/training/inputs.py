@@ -14,6 +14,7 @@ from transformers.utils import cached_file, logging
 
 from hf_rrd.models.body import main_input_of, unwrapped
 from hf_rrd.models.columns import forward_columns, is_label, own_columns
+from hf_rrd.models.logits import names_of
 from hf_rrd.models.teacher import Teacher
 from hf_rrd.training.data import (
     DataCollatorForDistillation,
@@ -62,6 +63,13 @@ def _check_student(name: str, preview: Preview, student: nn.Module, args: Any, c
                 f"`{label}` of `{name}` must have the numbers of classes, got {preview.strings[label]!r}. Number them "
                 f"as dataset.class_encode_column({label!r}) does, or set task_weight=0 to train without labels."
             )
+    its, own = ([each.lower() for each in names or ()] for names in (preview.classes, names_of(student)))
+    if its != own and sorted(its) == sorted(own) and args.task_weight > 0 and not preview.is_transformed:
+        number = next(number for number, each in enumerate(its) if each != own[number])
+        logger.warning(
+            f"Class {number} is {its[number]!r} in `{name}` and {own[number]!r} in the student's `id2label`: it will "
+            "name them wrongly. dataset.align_labels_with_mapping(student.config.label2id, 'label') numbers them so."
+        )
     makes_them = collator is not None and (preview.is_transformed or not args.remove_unused_columns)
     if accepted is None or columns is None or makes_them:
         return

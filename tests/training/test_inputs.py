@@ -342,6 +342,23 @@ def test_labels_that_are_strings_are_refused_with_how_to_number_them(
     trainer(tmp_path, task_weight=0.0, **({"train_dataset": Images(8)} | {name: dataset})).train()
 
 
+@pytest.mark.parametrize("task_weight", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+def test_classes_that_the_data_number_otherwise_than_the_student_are_warned_of_until_they_are_aligned(
+    name: str, task_weight: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    student, names = tiny_vit(), ["cat", "dog", "owl", "pig"]
+    student.config.id2label = {0: "Cat", 1: "Owl", 2: "Dog", 3: "Pig"}
+    student.config.label2id = {"Cat": 0, "Owl": 1, "Dog": 2, "Pig": 3}
+    dataset = arrow(Images(8)).with_format(None).cast_column("labels", datasets.ClassLabel(names=names))
+    aligned = dataset.align_labels_with_mapping(student.config.label2id, "labels")
+    said = f"Class 1 is 'dog' in `{name}` and 'owl' in the student's `id2label`: it will name them wrongly"
+    for data, warns in ((aligned, False), (dataset, task_weight > 0)):
+        caplog.clear()
+        trainer(tmp_path, model=student, task_weight=task_weight, **({"train_dataset": Images(8)} | {name: data}))
+        assert (said in caplog.text) == warns and ("wrongly" in caplog.text) == warns
+
+
 @pytest.mark.parametrize("name", ["processing_class", "teacher_processing_class"])
 def test_the_name_of_a_processor_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"`{name}` must be a tokenizer or a processor, got 'bert-base'"):
