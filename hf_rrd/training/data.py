@@ -35,7 +35,8 @@ class DataCollatorForDistillation:
     """Collates the student's columns, and those that begin with `teacher_` on their own.
 
     So two tokenizers or two image processors can serve one data set: each side is padded by its own. The teacher's
-    columns keep their prefix in the batch; `teacher_embedding` and `teacher_logits` are stacked.
+    columns keep their prefix in the batch; `teacher_embedding` and `teacher_logits` are stacked. Labels that are
+    texts are left out.
 
     Args:
         student: A tokenizer, feature extractor or other processor, or any data collator. None collates without
@@ -53,6 +54,8 @@ class DataCollatorForDistillation:
         """Make one batch of examples given as dicts; a ValueError where they do not make one names the columns."""
         with named_errors("making a batch", features[0] if features else None):
             features = [dict(feature) if isinstance(feature, Mapping) else dict(vars(feature)) for feature in features]
+            for name in [name for name, value in features[0].items() if is_label(name) and isinstance(value, str)]:
+                features = [{key: value for key, value in each.items() if key != name} for each in features]
             prefixed = [name for name in features[0] if is_teacher_input(name)]
             cached = [name for name in CACHED_COLUMNS if name in features[0]]
             of_teacher = [{name[len(TEACHER_PREFIX) :]: each.pop(name) for name in prefixed} for each in features]

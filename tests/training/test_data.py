@@ -311,6 +311,13 @@ def test_a_label_that_is_no_number_is_named_and_not_taken_for_missing_padding(la
         DataCollatorForDistillation(STUDENT if padded else None)(examples)
 
 
+@pytest.mark.parametrize("processor", [STUDENT, None])
+def test_labels_that_are_texts_are_left_out(processor: Any) -> None:
+    examples = [{"input_ids": [1, 2], "label": "cat", "labels": 1}, {"input_ids": [1, 2], "label": "dog", "labels": 0}]
+    batch = DataCollatorForDistillation(processor)(examples)
+    assert "label" not in batch and batch["labels"].tolist() == [1, 0] and examples[0]["label"] == "cat"
+
+
 def test_a_sample_is_drawn_without_repetition_and_by_its_seed() -> None:
     data = datasets.Dataset.from_dict({"x": list(range(50))})
     first, again, other = (sample_of(data, 20, seed)["x"][:] for seed in (3, 3, 4))
