@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Value
 from torch import Tensor
 from transformers.utils import logging
 
@@ -80,9 +80,9 @@ def knows_classes(dataset: Any, trainer: Any) -> bool:
 
 def _labelled(dataset: Any) -> Any:
     """The rows that have a label, where it is a column of one number each: a draw from all may find but one."""
-    features = dataset.features if isinstance(dataset, Dataset) else {}
-    for name in ("labels", "label", "label_ids"):
-        if "int" in getattr(features.get(name), "dtype", ""):
+    for name in ("labels", "label", "label_ids") if isinstance(dataset, Dataset) else ():
+        feature = dataset.features.get(name)
+        if isinstance(feature, ClassLabel) or (isinstance(feature, Value) and "int" in feature.dtype):
             rows = np.flatnonzero(dataset.with_format("numpy", columns=[name])[name][:] != -100)
             return dataset.select(rows) if 0 < len(rows) < len(dataset) else dataset
     return dataset

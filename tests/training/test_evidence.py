@@ -15,7 +15,7 @@ from transformers.utils import logging
 from hf_rrd import cache_teacher_outputs
 from hf_rrd.models.teacher import TeacherOutputs
 from hf_rrd.training.data import sample_of
-from hf_rrd.training.evidence import knows_classes
+from hf_rrd.training.evidence import _labelled, knows_classes
 from hf_rrd.training.terms import HARD
 from tests.builders import CLASSES, Images, Texts, Tokens, log_of, tiny_bert, tiny_tokens, tiny_vit, trainer
 
@@ -416,3 +416,13 @@ def test_few_labels_are_asked_for_wherever_they_are(tmp_path: Path, monkeypatch:
     kept = [drawn[0], *(row for row in range(64) if row not in drawn)][:8]  # a draw from all would find one of them
     labels = [int(label) if row in kept else -100 for row, label in enumerate(images.labels)]
     assert knows_classes(table_of(images, lambda: {"labels": labels}), run)
+
+
+def test_the_rows_with_a_label_are_told_where_it_is_one_number_and_others_are_left_as_they_are() -> None:
+    rows = {"labels": [-100, 2, -100], "label": [1, 1, 1]}
+    assert _labelled(datasets.Dataset.from_dict(rows).with_transform(lambda batch: batch))["label"] == [1]
+    maps = datasets.Features({"labels": datasets.Array2D((1, 2), "int64")})
+    for labels, features in (([[[-100, -100]], [[-100, 1]]], maps), ([[-100], [1]], None), ([-100, -100], None)):
+        dataset = datasets.Dataset.from_dict({"labels": labels}, features=features)
+        assert _labelled(dataset) is dataset
+    assert _labelled([{"labels": -100}]) == [{"labels": -100}]
