@@ -202,11 +202,7 @@ class RelationalDistillationTrainer(Trainer):
     # ---- The loss ----
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The weighted sum of the terms; in training the micro-batch's part of the optimizer step's."""
         with self.accelerator.autocast():

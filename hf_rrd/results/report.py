@@ -327,7 +327,8 @@ def compare_in_run(
     args: Any,
 ) -> DistillationReport:
     """`compare_models` by a run's settings, which may leave out all but `columns`; saved in the run's folder."""
-    kept = [*columns, *CACHED_COLUMNS]  # cached logits are of use, also without kd_weight
+    read = [] if teacher is None else forward_columns(teacher) or []
+    kept = [*columns, *CACHED_COLUMNS, *(TEACHER_PREFIX + name for name in read)]  # the run may have had no teacher
     if args.remove_unused_columns:
         dataset, data_collator = narrowed(dataset, data_collator, kept)
     pooling = args.student_pooling if own_pooling(unwrapped(student)) is None else "auto"

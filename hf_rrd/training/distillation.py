@@ -158,11 +158,7 @@ class Distillation:
     # ---- The loss ----
 
     def terms(
-        self,
-        student: StudentOutputs,
-        teacher: TeacherOutputs,
-        inputs: dict[str, Any],
-        training: bool,
+        self, student: StudentOutputs, teacher: TeacherOutputs, inputs: dict[str, Any], training: bool
     ) -> dict[str, Tensor]:
         """The terms of one micro-batch by name, each of every example, (batch,), or their mean.
 
@@ -333,10 +329,7 @@ class Distillation:
             self.bank.size = self.rows
 
     def calibrate(
-        self,
-        dataset: Any,
-        embed: Callable[[Any], Tensor],
-        share: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+        self, dataset: Any, embed: Callable[[Any], Tensor], share: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     ) -> None:
         """Measure the teacher on some training examples: fit its projection, unless it is, and fill the bank.
 

@@ -12,7 +12,7 @@ from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimil
 from torch import Tensor
 from transformers import AutoModel, BertModel
 
-from hf_rrd import embed, save_sentence_transformer
+from hf_rrd import cache_teacher_outputs, embed, save_sentence_transformer
 from hf_rrd.models.head import head_of
 from tests.builders import Images, tiny_bert, tiny_vit, trainer
 from tests.sentences import embedder, headless, texts, tokenized, tokenizer
@@ -162,6 +162,18 @@ def test_a_report_is_of_the_rows_that_the_saved_student_gives(pooling: str, tmp_
     dense = 16 * 24 + 24
     assert report.facts["student"]["parameters"] == headless().num_parameters() + dense
     assert torch.equal(embed(run.model.eval(), inputs), before)  # the student itself is as it was
+
+
+def test_a_teacher_that_is_given_to_the_report_alone_reads_its_own_columns(tmp_path: Path) -> None:
+    teacher, words = embedder(tmp_path / "teacher"), tokenizer(tmp_path)
+    own = tokenized(words, texts(12, seed=1))
+    others = {f"teacher_{name}": [row[::-1] for row in own[name]] for name in own.column_names}  # it has other numbers
+    train = cache_teacher_outputs(tokenized(words, texts(40)), teacher, cache_dir=tmp_path / "cache")
+    run = run_of(tmp_path, teacher=None, train_dataset=train, teacher_processing_class=words)
+    report = run.report(Dataset.from_dict({**own[:], **others}), teacher=teacher)
+    alone = Dataset.from_dict({name.removeprefix("teacher_"): rows for name, rows in others.items()})
+    wanted = [embed(teacher, {name: torch.tensor([row[name]]) for name in row})[0] for row in alone]
+    assert (report.tensors["teacher_embedding"] - torch.stack(wanted)).abs().max() < 1e-5
 
 
 def test_an_evaluation_with_evaluators_changes_nothing_in_a_training(tmp_path: Path) -> None:
