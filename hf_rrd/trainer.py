@@ -64,7 +64,7 @@ from hf_rrd.training.identity import (
     settings_of,
     teacher_identity,
 )
-from hf_rrd.training.inputs import check_inputs, check_reports_input
+from hf_rrd.training.inputs import check_given_teacher, check_inputs, check_reports_input
 from hf_rrd.training.phases import Phases, ask_teacher
 from hf_rrd.training.setup import check_data, prepared, teacher_for
 from hf_rrd.training.streams import WholeSteps, with_reading_ahead
@@ -388,7 +388,10 @@ class RelationalDistillationTrainer(Trainer):
         if self.is_world_process_zero():
             if teacher is None:
                 check_reports_input(dataset, self._teacher, self.data_collator)
-            self._facts.teacher = self.teacher if teacher is None else teacher_of_report(teacher, self.args)
+                self._facts.teacher = self.teacher
+            else:
+                self._facts.teacher = teacher_of_report(teacher, self.args)
+                check_given_teacher(dataset, self._unwrapped_student(), self._facts.teacher, self.data_collator)
             how = (self.data_collator, self._signature_columns, self.label_names or ["labels"], self.args)
             with as_saved(self) as student:
                 self._facts.report = compare_in_run(student, self._facts.teacher, dataset, *how)

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from transformers.utils import cached_file, logging
 from hf_rrd.models.body import main_input_of, unwrapped
 from hf_rrd.models.columns import forward_columns, is_label, own_columns
 from hf_rrd.models.logits import names_of
+from hf_rrd.models.sentence_transformers import own_tokenizer
 from hf_rrd.models.teacher import Teacher
 from hf_rrd.training.data import (
     DataCollatorForDistillation,
@@ -115,6 +117,17 @@ def check_reports_input(dataset: Any, teacher: Teacher, collator: Any) -> None:
     if teacher.model is not None and is_map_style(dataset) and len(dataset) > 0:
         own = None if isinstance(collator, DataCollatorForDistillation) else collator
         _check_teacher({"dataset": Preview(dataset)}, teacher, own)
+
+
+def check_given_teacher(dataset: Any, student: nn.Module, teacher: nn.Module, collator: Any) -> None:
+    """Raise a ValueError where a teacher that a report alone is given would read another's input, as far as known."""
+    check_dataset("dataset", dataset)
+    if not isinstance(collator, DataCollatorForDistillation) or not is_map_style(dataset) or len(dataset) == 0:
+        return
+    if not own_columns(Preview(dataset).names or (), forward_columns(teacher)):
+        own, others = collator.processors
+        body: Any = SimpleNamespace(model=teacher, body=unwrapped(teacher))
+        check_shared_input(student, body, own, others or own_tokenizer(teacher))
 
 
 def _batch_of_one(preview: Preview, collator: Any) -> Any:

@@ -10,12 +10,12 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 from torch import Tensor
-from transformers import AutoModel, BertModel
+from transformers import AutoModel, BertModel, BertTokenizer
 
 from hf_rrd import cache_teacher_outputs, embed, save_sentence_transformer
 from hf_rrd.models.head import head_of
 from tests.builders import Images, tiny_bert, tiny_vit, trainer
-from tests.sentences import embedder, headless, texts, tokenized, tokenizer
+from tests.sentences import WORDS, embedder, headless, texts, tokenized, tokenizer
 
 SEVERAL = texts(9, seed=5)
 
@@ -174,6 +174,22 @@ def test_a_teacher_that_is_given_to_the_report_alone_reads_its_own_columns(tmp_p
     alone = Dataset.from_dict({name.removeprefix("teacher_"): rows for name, rows in others.items()})
     wanted = [embed(teacher, {name: torch.tensor([row[name]]) for name in row})[0] for row in alone]
     assert (report.tensors["teacher_embedding"] - torch.stack(wanted)).abs().max() < 1e-5
+
+
+def test_a_teacher_that_is_given_to_the_report_alone_is_not_given_another_tokenizers_numbers(tmp_path: Path) -> None:
+    teacher = embedder(tmp_path / "teacher")
+    file = tmp_path / "other.txt"
+    file.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS[::-1]]))
+    words = BertTokenizer(str(file))
+    data = tokenized(words, texts(40), text=texts(40))
+    train = cache_teacher_outputs(data, teacher, text_column="text", cache_dir=tmp_path / "cache")
+    run = run_of(tmp_path, teacher=None, train_dataset=train, eval_dataset=data, processing_class=words)
+    with pytest.raises(ValueError, match="student and teacher have different processors.*pass it as `teacher_proc"):
+        run.report(teacher=teacher)
+    both = {"processing_class": words, "teacher_processing_class": tokenizer(tmp_path)}
+    its = both["teacher_processing_class"](texts(40))
+    run = run_of(tmp_path, teacher=None, train_dataset=train, **both)
+    run.report(Dataset.from_dict({**data[:], **{f"teacher_{name}": its[name] for name in its}}), teacher=teacher)
 
 
 def test_an_evaluation_with_evaluators_changes_nothing_in_a_training(tmp_path: Path) -> None:
