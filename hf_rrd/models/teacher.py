@@ -285,7 +285,7 @@ def load_teacher(teacher: Any, kwargs: Any = None, argument: str = "teacher", po
         advice = " It holds adapters: load it with peft, and pass the model." if has_adapters else ""
         is_lost = not os.path.exists(teacher)
         why = "There is no such folder." if is_lost and str(teacher).startswith((os.sep, ".")) else error
-        advice = f" Nor is there such a folder in {os.getcwd()}." if is_lost and why is error else advice
+        advice = " Nor is there such a folder." if is_lost and why is error else advice
         raise ValueError(f"`{argument}` {str(teacher)!r} cannot be loaded{given}. {why}{advice}") from error
 
 
