@@ -114,6 +114,7 @@ def placed(inputs: dict[str, Any], body: nn.Module) -> dict[str, Any]:
 # ---- What a head reads ----
 
 
+@torch.random.fork_rng(devices=[])  # a model may drop layers by a draw, and draw in evaluation, too
 @torch.no_grad()
 def reader_of(model: nn.Module, inputs: dict[str, Any]) -> tuple[nn.Module, int] | None:
     """The module whose input is what a classifier's last layer reads, one row an example, and the width of that.

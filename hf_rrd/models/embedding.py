@@ -279,6 +279,7 @@ def _blank_inputs(body: Any) -> dict[str, Any]:
     return {each: ids for each in (name, "decoder_input_ids") if each == name or each in (forward_columns(body) or ())}
 
 
+@torch.random.fork_rng(devices=[])
 @torch.no_grad()
 def _blank_outputs(body: Any) -> tuple[Any, dict[str, Any]]:
     """The body's output for one blank input of its kind, or None where it does not take one; and the input."""

@@ -18,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from transformers import (
+    AutoTokenizer,
     BertTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
@@ -377,7 +378,7 @@ def test_a_tokenizer_that_cannot_pad_gets_one_text(tmp_path: Path, monkeypatch: 
     words.pad_token = None
     found, code = as_the_card_says(student, words)
     assert 'processor("a text", return_tensors="pt")' in code
-    wanted = embed(student.eval(), dict(words("a text", return_tensors="pt")))
+    wanted = embed(student.eval(), dict(AutoTokenizer.from_pretrained("mine")("a text", return_tensors="pt")))
     assert (found - wanted).abs().max() < 1e-6
 
 
