@@ -32,8 +32,10 @@ PAGES = {path.relative_to(DOCS).with_suffix("").as_posix(): path for path in sor
 # Words of a block that is not run, each with the reason.
 NOT_RUN: dict[str, str] = {}
 # Pages whose blocks another file runs, and sees what comes of them.
-RUN_ELSEWHERE = {"guides/heads": "tests/test_trainer_heads.py"}
-RUN_ELSEWHERE["stories/half_of_minilm"] = "tests/examples/test_half_of_minilm.py"
+RUN_ELSEWHERE = {
+    "guides/heads": "tests/test_trainer_heads.py",
+    "stories/half_of_minilm": "tests/examples/test_half_of_minilm.py",
+}
 # Words of a block that needs a package of an extra, and the package.
 NEEDS = {"export_onnx": "onnxruntime", "plot_": "matplotlib", "SentenceTransformer(": "sentence_transformers"}
 
