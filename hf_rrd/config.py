@@ -66,8 +66,8 @@ class RelationalDistillationConfig(TrainingArguments):
         task_weight: Weight of the task loss (the model's own, label smoothing or compute_loss_func included), 0 or
             more. 0 trains without labels.
         kd_weight: Weight of classic distillation on logits, 0 or more. 'auto': 1 where the teacher has the student's
-            classes by the names in `id2label`, otherwise 0, which never computes it. Above 0 the teacher needs a head
-            with these classes.
+            classes, by the names in `id2label` and by its answers, otherwise 0, which never computes it. Above 0 the
+            teacher needs a head with these classes.
         kd_temperature: Temperature of classic distillation, positive. Raise it to show more of how the teacher ranks
             the wrong classes; the loss "kl" is multiplied by the square.
         kd_loss: Which loss on logits. 'kl': the divergence of the softened class probabilities; 'dist': their

@@ -28,7 +28,9 @@ LAYOUTS = {
     "classes": "Classification|VisualReasoning",  # (batch, classes)
 }
 NAMED = ("frames", "tokens", "pixels", "classes", None)  # of classes that `id2label` names; None is not known
-TEXTS = ("tokens", "words", "next words", "target words")
+WORDS = ("words", "next words", "target words")
+BY_PLACE = (*WORDS, "spans", "choices")  # these classes have no names: on both sides their places mean the same
+TEXTS = ("tokens", *WORDS)
 DIMENSIONS = {"pixels": 4, "choices": 2, "classes": 2}  # all others have 3
 
 Names = list[str] | None  # of classes, in the order of the logits
@@ -109,7 +111,8 @@ class LogitPair:
         of_data: The names of the labels' classes, for a student whose config has none.
         own_loss: Whether the task loss is the student's own, which reads labels as transformers does.
         same_classes: Whether both sides must have as many classes, which may be the same. `is_known` says whether they
-            are: by their names, or because cached logits of unknown names are as many.
+            are: by their names, or because cached logits of unknown names are as many. Of the layouts `BY_PLACE` only
+            the teacher's answers tell.
     """
 
     def __init__(
@@ -147,7 +150,8 @@ class LogitPair:
             of_names = self.layout in NAMED and others and class_order(own, others, of_data) is not None
             of_width = self.layout in NAMED and not others and cached.get("width") in [(size,) for size in sizes]
             self.is_known = bool(of_names or of_width)
-            if not self.is_known and (self.layout not in NAMED or len(own or ()) != len(others or ())):
+            as_many = self.layout in NAMED and len(own or ()) == len(others or ())
+            if not (self.is_known or as_many or self.layout in BY_PLACE):
                 raise _refusal("nothing tells that both sides have the same classes")
         self._given_problem_type()
         self._order: Tensor | None = None  # where each of the student's classes is among the teacher's
@@ -166,6 +170,11 @@ class LogitPair:
                 f"`kd_weight`: the classes of the {' and the '.join(unnamed)} have no names: {taken}. If that is "
                 "wrong, give both configs an `id2label`."
             )
+
+    @property
+    def has_one_answer(self) -> bool:
+        """Whether an example has one, not one for each token, frame or pixel, and its embedding is what is read."""
+        return self.layout in ("classes", None)
 
     def in_order(self, teacher: Tensor) -> Tensor:
         """The teacher's logits with the classes, the last dimension, in the student's order."""
@@ -196,7 +205,7 @@ class LogitPair:
                 teacher = F.interpolate(teacher.float(), student.shape[2:], mode="bilinear", align_corners=False)
             student, teacher = student.movedim(1, -1), teacher.movedim(1, -1)
         teacher = self.in_order(teacher)
-        problem_type, counted = self._problem_type(layout, student, inputs), self._counted(layout, student, inputs)
+        problem_type, counted = self._problem_type(layout, student, inputs), self.counted(layout, student, inputs)
         if loss == "dist":
             if problem_type != ONE or layout in ("spans", "choices"):
                 raise ValueError(
@@ -235,7 +244,7 @@ class LogitPair:
             raise _refusal("float labels may be several labels at once, or probabilities of one", how)
         return SEVERAL
 
-    def _counted(self, layout: str, logits: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
+    def counted(self, layout: str, logits: Tensor, inputs: Mapping[str, Any]) -> Tensor | None:
         """Which tokens, frames or pixels have something to learn, (batch, ...); None for all of them."""
         labels = inputs.get("labels")
         if layout in ("classes", "choices"):

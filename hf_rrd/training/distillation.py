@@ -98,7 +98,7 @@ class Distillation:
 
     def weights(self) -> Weights:
         """The weights of the terms as they are now, by the names of the settings."""
-        has_one_answer = self.logits is not None and self.logits.layout in ("classes", None)
+        has_one_answer = self.logits is not None and self.logits.has_one_answer
         return weights_by(self.args, self._learned["kd_weight"], has_one_answer, self.layers is not None)
 
     @property

@@ -12,7 +12,7 @@ from hf_rrd.models.columns import CACHED_COLUMNS
 from hf_rrd.models.embedding import PACKED
 from hf_rrd.models.head import check_student
 from hf_rrd.models.layers import OWN_INPUT, LayerPairs
-from hf_rrd.models.logits import NAMED, LogitPair, layout_of
+from hf_rrd.models.logits import BY_PLACE, NAMED, LogitPair, layout_of
 from hf_rrd.models.sentence_transformers import is_cross_encoder, is_sentence_transformer
 from hf_rrd.models.teacher import Teacher, check_teacher, load_teacher
 from hf_rrd.training.data import Preview, check_dataset, noted_logits
@@ -116,7 +116,7 @@ def teacher_for(teacher: Any, args: Any, training_set: Preview, student: nn.Modu
             raise ValueError(f"{what}, which embeds one text. Pass an embedding model, or a student with a head.")
     compiled = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode} if args.torch_compile else None
     if automatic and model is not None:
-        wants_logits = layout_of(model) in NAMED and not is_headless(model)
+        wants_logits = layout_of(model) in (*NAMED, *BY_PLACE) and not is_headless(model)
     made = Teacher(model, wants_embedding, wants_logits, args.teacher_pooling, compiled)
     if model is None and wants_embedding:
         shape = training_set.cached_shape
