@@ -73,7 +73,9 @@ class DataArguments:
     validation_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
     test_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on at the end."})
     image_column_name: str = field(default="image", metadata={"help": "The column with the images or their paths."})
-    label_column_name: str = field(default="label", metadata={"help": "The column with the labels, of any kind."})
+    label_column_name: str = field(
+        default="label", metadata={"help": "The column with the labels, of any kind; some may be empty."}
+    )
     smallest_crop: float = field(default=0.5, metadata={"help": "Share of an image's area that a crop keeps; 1: all."})
     cached_views: int = field(
         default=0,
@@ -109,12 +111,14 @@ def load(args: DataArguments) -> DatasetDict:
 def label_ids(data: DatasetDict, column: str, known: dict[str, int]) -> tuple[dict[str, int], dict[Any, int]]:
     """Ids of the labels by name, the teacher's own if it knows just these; and by their value in the data."""
     feature = data["train"].features[column]
-    values = range(feature.num_classes) if isinstance(feature, ClassLabel) else sorted(data["train"].unique(column))
-    names = feature.names if isinstance(feature, ClassLabel) else [str(value) for value in values]
+    found = [value for value in data["train"].unique(column) if value is not None]
+    values = range(feature.num_classes) if isinstance(feature, ClassLabel) else sorted(found)
+    of_floats = feature.dtype.startswith("float")  # whole numbers in a file with empty cells
+    names = feature.names if isinstance(feature, ClassLabel) else [f"{v:g}" if of_floats else str(v) for v in values]
     lower = {name.lower(): number for name, number in known.items()}
     same = lower.keys() == {name.lower() for name in names} and len(lower) == len(names)
     label2id = {name: lower[name.lower()] if same else number for number, name in enumerate(names)}
-    return label2id, {value: label2id[name] for value, name in zip(values, names, strict=True)}
+    return label2id, {value: label2id[name] for value, name in zip(values, names, strict=True)} | {None: -100}
 
 
 def random_view(image: Any, smallest: float, seed: int | None = None) -> Any:
@@ -142,8 +146,9 @@ def see(
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """The share that is right."""
-    return {"accuracy": float((np.argmax(prediction.predictions, -1) == prediction.label_ids).mean())}
+    """The share that is right, of those with a label."""
+    labels = prediction.label_ids
+    return {"accuracy": float((np.argmax(prediction.predictions, -1) == labels)[labels != -100].mean())}
 
 
 def main() -> None:

@@ -62,6 +62,21 @@ def test_the_student_sees_the_views_whose_embeddings_are_cached(start: Any, fold
     assert (torch.tensor([row["teacher_embedding"] for row in rows]) - expected).abs().max() < 2e-3
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_images_whose_label_is_empty_are_there_to_distil_on(
+    named: bool, start: Any, folder: Path, tmp_path: Path
+) -> None:
+    rows = datasets.Dataset.from_parquet(str(folder / "train.parquet"), cache_dir=str(tmp_path / "cache"))
+    labels = [label if place % 5 == 0 else None for place, label in enumerate(rows["label"])]
+    kind = rows.features["label"] if named else datasets.Value("float64")  # as a file with empty cells has them
+    rows.remove_columns("label").add_column("label", labels, feature=kind).to_parquet(str(tmp_path / "few.parquet"))
+    line = f"--train_file {tmp_path}/few.parquet --teacher_model_name_or_path {{}}/vit --student_num_layers 1 {QUIET}"
+    run = start("image_classification", f"{line} --output_dir OUT --max_steps 2")
+    assert [int(each["labels"]) for each in run.train_dataset].count(-100) == 38
+    names = dict(enumerate("badc" if named else "0123"))
+    assert AutoModelForImageClassification.from_pretrained(tmp_path).config.id2label == names
+
+
 @pytest.mark.parametrize("smallest", [0.1, 0.5, 0.99])
 def test_a_random_view_keeps_its_share_of_an_image(smallest: float) -> None:
     from PIL import Image
