@@ -1,5 +1,8 @@
 """Distillation on logits: the classic one, and one by correlation."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,11 +12,15 @@ from hf_rrd.losses.rows import check_positive, correlation, pair, precise
 ONE, SEVERAL, NUMBERS = "single_label_classification", "multi_label_classification", "regression"
 """What logits may say of an example, as `problem_type` in a config has it: one class, several at once, or numbers."""
 
+CACHED, AT_ONCE = 2**18, 2**25  # logits that are compared at a time: on a CPU they stay in its cache
+
 
 def logit_loss(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0, problem_type: str = ONE
 ) -> Tensor:
     """Classic distillation: `temperature**2 * KL(teacher || student)` of the softened class probabilities, as a mean.
+
+    Of a softmax nothing of the logits' size is made but their gradient, and there is no second derivative.
 
     Args:
         student_logits: (batch, classes); further leading dimensions are averaged over as well. Gets the gradient.
@@ -58,21 +65,59 @@ def logit_terms(
             "neither."
         )
     with torch.autocast(student_logits.device.type, enabled=False):
-        student = precise(student_logits)
-        teacher = teacher_logits.detach().to(student.dtype)
+        student, teacher = student_logits, teacher_logits.detach()
+        if problem_type == ONE:
+            if candidates is not None:
+                student, teacher = precise(student), precise(teacher)
+                least_of_all = torch.finfo(torch.float32).min * min(1, temperature)  # finite over the temperature, too
+                student, teacher = (each.masked_fill(~candidates, least_of_all) for each in (student, teacher))
+            return _of_softmax(student, teacher, temperature)
+        student = precise(student)
+        teacher = teacher.to(student.dtype)
         if problem_type == NUMBERS:
             return (student - teacher).square().mean(-1)
-        student, teacher = student / temperature, teacher / temperature
-        if problem_type == SEVERAL:
-            # Each class is a choice between two, yes and no, whose logits are the class's and its negative.
-            student, teacher = (F.logsigmoid(torch.stack([each, -each], -1)) for each in (student, teacher))
-            divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
-            return divergence.mean(-1) * temperature**2
-        if candidates is not None:
-            least_of_all = torch.finfo(student.dtype).min
-            student, teacher = (each.masked_fill(~candidates, least_of_all) for each in (student, teacher))
-        divergence = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True)
-        return divergence.sum(-1) * temperature**2
+        # Each class is a choice between two, yes and no, whose logits are the class's and its negative.
+        student, teacher = (F.logsigmoid(torch.stack([each, -each], -1) / temperature) for each in (student, teacher))
+        divergence = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+        return divergence.mean(-1) * temperature**2
+
+
+class _OfSoftmax(torch.autograd.Function):
+    """`logit_terms` of one class, of logits in any dtype, (..., classes).
+
+    Over a large vocabulary each matrix in full precision may be the largest of a step. So it is made for some rows at
+    a time, and what is kept for the backward pass is the gradient. That is in the dtype of the student's logits, but
+    not in float16, which has no numbers so small.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        classes = student.shape[-1]
+        rows, others = student.reshape(-1, classes), teacher.reshape(-1, classes)
+        terms = precise(rows.new_empty(len(rows)))
+        kept = terms.dtype if rows.dtype == torch.float16 else rows.dtype
+        slope = torch.empty_like(rows, dtype=kept) if ctx.needs_input_grad[0] else None
+        step = max(1, (CACHED if rows.device.type == "cpu" else AT_ONCE) // classes)
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            mine, theirs = (precise(each[part]).to(terms.dtype) / temperature for each in (rows, others))
+            mine, theirs = mine.log_softmax(-1), theirs.log_softmax(-1)
+            probabilities = theirs.exp()
+            terms[part] = theirs.sub_(mine).mul_(probabilities).sum(-1) * temperature**2
+            if slope is not None:
+                slope[part] = mine.exp_().sub_(probabilities).mul_(temperature)
+        if slope is not None:
+            ctx.save_for_backward(slope.view(student.shape))
+        return terms.view(student.shape[:-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return slope * grads[0].unsqueeze(-1).to(slope.dtype), None, None  # autograd gives it the logits' dtype
+
+
+_of_softmax: Callable[[Tensor, Tensor, float], Tensor] = _OfSoftmax.apply
 
 
 def dist_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 4.0) -> Tensor:

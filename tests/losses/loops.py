@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Rows = Sequence[Sequence[float]]
 
@@ -72,3 +74,25 @@ def slopes_of(naive: Callable[..., float], student: Tensor, teacher: Tensor) -> 
             )
             slopes[i, d] = (8 * (above - below) - (two_above - two_below)) / (12 * step)
     return slopes
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many elements the largest result of an operation has that is no view of an input.
+
+    `whole` has shape and dtype of all that are as large.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+        self.whole: list[tuple[torch.Size, torch.dtype]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        inputs = {each.untyped_storage().data_ptr() for each in args if isinstance(each, Tensor)}
+        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in inputs:
+            if result.numel() > self.elements:
+                self.elements, self.whole = result.numel(), []
+            if result.numel() == self.elements:
+                self.whole.append((result.shape, result.dtype))
+        return result

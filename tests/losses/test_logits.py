@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_rrd.losses import logits as losses
 from hf_rrd.losses.logits import dist_loss, logit_loss, logit_terms
-from tests.losses.loops import correlation, gradient_of, slopes_of
+from tests.losses.loops import LargestTensor, correlation, gradient_of, slopes_of
 
 
 def naive_logit_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -46,6 +47,52 @@ def test_logit_terms_of_a_sequence_equal_those_of_its_tokens_one_by_one() -> Non
             expected = naive_logit_loss(student[i, token : token + 1], teacher[i, token : token + 1], 2.0)
             assert float(terms[i, token]) == pytest.approx(float(expected), rel=1e-9)
     assert float(logit_loss(student, teacher, 2.0)) == pytest.approx(float(terms.mean()), rel=1e-12)
+
+
+@pytest.mark.parametrize("at_a_time", [1, 11, 33, 10_000])
+def test_however_many_rows_are_compared_at_a_time_the_terms_and_their_gradients_are_the_same(
+    monkeypatch: pytest.MonkeyPatch, at_a_time: int
+) -> None:
+    monkeypatch.setattr(losses, "CACHED", at_a_time)
+    student, teacher, weights = logits(7, 11, seed=1), logits(7, 11, seed=2), logits(7, seed=3)
+
+    def naive(rows: Tensor) -> Tensor:
+        each = [naive_logit_loss(rows[i : i + 1], teacher[i : i + 1], 2.0) for i in range(7)]
+        return (torch.stack(each) * weights).sum()
+
+    expected, expected_gradient = gradient_of(naive, student)
+    loss, gradient = gradient_of(lambda rows: (logit_terms(rows, teacher, 2.0) * weights).sum(), student)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3), (torch.float32, 1e-4)])
+def test_half_precision_costs_the_gradient_no_more_than_its_rounding(dtype: torch.dtype, rtol: float) -> None:
+    student, teacher = (logits(3, 5000, seed=seed).to(dtype) for seed in (1, 2))
+    leaf = student.clone().requires_grad_()
+    (logit_terms(leaf, teacher, 4.0).sum() * 2**12).backward()  # scaled, as float16 is trained
+    assert leaf.grad is not None and leaf.grad.dtype == dtype
+    _, exact = gradient_of(lambda rows: logit_terms(rows, teacher.double(), 4.0).sum() * 2**12, student.double())
+    assert ((leaf.grad.double() - exact).norm() / exact.norm()) < rtol
+    small = exact.abs() < 1e-3 * exact.abs().max()
+    assert small.any() and ((leaf.grad.double() - exact)[small].norm() / exact[small].norm()) < 2 * rtol
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_over_a_vocabulary_nothing_is_made_whole_but_the_gradient(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(losses, "CACHED", 2 * 1000)
+    student, teacher = (logits(8, 20, 1000, seed=seed).to(dtype) for seed in (1, 2))
+    with torch.no_grad(), LargestTensor() as largest:
+        logit_terms(student, teacher, 4.0)
+    assert largest.elements == 2 * 1000
+    student.requires_grad_()
+    with LargestTensor() as largest:
+        terms = logit_terms(student, teacher, 4.0)
+    assert largest.whole == [(torch.Size([160, 1000]), dtype)]
+    terms.sum().backward()
+    assert student.grad is not None and student.grad.dtype == dtype
 
 
 def test_several_labels_at_once_are_each_a_choice_between_yes_and_no() -> None:

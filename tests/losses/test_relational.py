@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_rrd import FeatureBank, relational_loss
 from hf_rrd.losses import relational as losses
 from hf_rrd.losses.relational import relational_terms
-from tests.losses.loops import gradient_of
+from tests.losses.loops import LargestTensor, gradient_of
 
 DIM = 4
 WHOLE = 4096
@@ -344,19 +344,6 @@ def test_rows_of_zeros_have_a_cosine_of_0_with_all_and_a_gradient_of_0(
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-9)
     assert gradient[1].tolist() == [0.0] * DIM
     assert gradient[2].norm() > 0
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers how many elements the largest result of an operation has that is no view of an input."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        inputs = {each.untyped_storage().data_ptr() for each in args if isinstance(each, Tensor)}
-        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in inputs:
-            self.elements = max(self.elements, result.numel())
-        return result
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
