@@ -260,7 +260,6 @@ class RelationalDistillationTrainer(Trainer):
         return output
 
     def _calibrate(self) -> None:
-        ask_teacher(self)
         calibrate(self)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
@@ -315,6 +314,7 @@ class RelationalDistillationTrainer(Trainer):
         check_source("dataset", Preview(getattr(dataloader, "dataset", None)), self._teacher)
         self._terms.start_evaluation()
         self._embeddings = EmbeddingLog(self.args.alignment_examples)
+        ask_teacher(self)
         if not self.distillation.is_calibrated:  # before the first step
             self._calibrate()
         how = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)

@@ -349,6 +349,24 @@ def answers_in_texts(rank: int, folder: str) -> list[float]:
     return found
 
 
+def other_tokens_in_one_batch(rank: int, folder: str) -> list[float]:
+    """Weights by a teacher of other tokens, which the masks of the second process alone show in the first batch."""
+    from tests.training.test_evidence_places import asked, examples_of, run_of
+
+    teacher, batch = asked("words", True)
+    batch |= {f"teacher_{name}": batch[name].clone() for name in ("input_ids", "attention_mask")}
+    run = run_of(Path(folder), "words", teacher, examples_of(batch), per_device_eval_batch_size=4)
+    for example in list(run.train_dataset):
+        example["teacher_attention_mask"] = torch.ones(7, dtype=torch.long) * (rank == 1)
+        example["attention_mask"] = torch.zeros(7, dtype=torch.long)
+        example["attention_mask"][:4] = 1
+        if rank == 0:
+            example["teacher_attention_mask"] = example["attention_mask"]
+    run.train()
+    weights = run.distillation.weights()
+    return [weights["kd_weight"], weights["relational_weight"]]
+
+
 CASES = {
     case.__name__: case
     for case in (
@@ -360,5 +378,6 @@ CASES = {
         embedding_model,
         layers_alone,
         answers_in_texts,
+        other_tokens_in_one_batch,
     )
 }

@@ -34,7 +34,8 @@ def body_of(model: nn.Module) -> Any:
             "PreTrainedModel (any AutoModelFor...) or a PEFT model around one."
         )
     if name.endswith("ForConditionalGeneration") and model.config.is_encoder_decoder:
-        why = "its decoder's states have no mask of their own. Use the family's encoder or its classifier"
+        why = "its decoder's states have no mask of their own. Use the family's encoder or its classifier, or "
+        why += "relational_weight=0, with which its logits alone are compared"
         raise ValueError(f"{name} is not supported: {why}.")
     if name.endswith("ForCausalLM") and hasattr(model.base_model, "decoder"):
         return model.base_model.decoder  # OPT, BART and their kin call it directly

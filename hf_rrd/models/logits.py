@@ -183,6 +183,10 @@ class LogitPair:
         self._order = self._order.to(teacher.device)
         return teacher.index_select(-1, self._order)
 
+    def fit(self, student: Tensor | None, teacher: Tensor) -> bool:
+        """Whether logits can be compared by place: prompt tuning adds tokens, and a fused loss makes no logits."""
+        return student is not None and (self.layout == "pixels" or student.shape == teacher.shape)
+
     def kind_of(self, logits: Tensor, inputs: Mapping[str, Any]) -> str:
         """What logits of a batch are: of `ONE` class, of `SEVERAL` at once, or `NUMBERS`."""
         return self._problem_type(self.layout or _layout_in(logits, inputs), logits, inputs)
@@ -280,9 +284,11 @@ class LogitPair:
 def _size_of(model: Any) -> int | None:
     """How many classes the config tells, where the logits are known to be of these."""
     layout, config = layout_of(model), _config_of(model)
-    if layout in (None, "spans", "choices") or config is None:
+    if layout in (None, "spans", "choices"):
         return None
-    size = config.num_labels if layout in NAMED else getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    if layout not in NAMED and hasattr(config, "get_text_config"):  # a module of one's own may have another config
+        config = config.get_text_config(decoder=True)
+    size = getattr(config, "num_labels" if layout in NAMED else "vocab_size", None)
     return size if isinstance(size, int) else None
 
 

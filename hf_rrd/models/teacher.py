@@ -55,6 +55,7 @@ class Teacher:
     ) -> None:
         self.model = model
         self.wants_embedding, self.wants_logits = wants_embedding, wants_logits
+        self.may_lack_logits = False  # whether the run goes on without them, until that is decided
         self.pooling = pooling  # of a model with embeddings never "auto"
         self.columns: Accepted = []  # the arguments of the forward; none without a model
         self.own: list[str] | None = None  # the `teacher_` columns that it reads, of the first data that were seen
@@ -132,10 +133,13 @@ class Teacher:
         if not (lacks_logits or (found.embedding is None and self.wants_embedding) or self.layers is not None):
             return found
         if self.model is not None:
-            computed = self.compute(self.inputs_from(inputs))
+            given = self.inputs_from(inputs)
+            if wants_logits and not self.wants_logits:  # as it turned out
+                return self.read(inputs, False, required)
+            computed = self.compute(given)
             if self.layers is not None and self.own:
                 raise ValueError(OWN_INPUT.format(self.own))
-            if lacks_logits and computed.logits is None:
+            if lacks_logits and computed.logits is None and not self.may_lack_logits:
                 own = "let a module of your own return them, or a dict with `logits`"
                 instead = f"Load it with an AutoModelFor... class, {own}, or set kd_weight=0"
                 raise ValueError(f"`kd_weight` is above 0, and the teacher returns no logits. {instead}.")
@@ -168,11 +172,14 @@ class Teacher:
                 f"where its input is not the student's, add a column `teacher_{main_input}`, and set "
                 "remove_unused_columns=False if that is removed."
             )
-        if self._writes and not {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys():
-            raise ValueError(  # some would fail, BART would read the source in its place
-                "`kd_weight` is above 0, and the teacher has to read what the student is to write. Add "
-                "`decoder_input_ids`, as DataCollatorForSeq2Seq(tokenizer, model=student) does, or set kd_weight=0."
-            )
+        if self.wants_logits and self._writes and not {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys():
+            # Some would fail, BART would read the source in its place.
+            problem = "the teacher has to read what the student is to write. Add `decoder_input_ids`, as "
+            problem += "DataCollatorForSeq2Seq(tokenizer, model=student) does, or set kd_weight=0."
+            if not self.may_lack_logits:
+                raise ValueError(f"`kd_weight` is above 0, and {problem}")
+            logger.warning(f"No distillation of logits: {problem}")
+            self.wants_logits = False
         self.mind_prompt()
         if not own and self.before_sharing is not None:
             self.before_sharing()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from hf_rrd.losses.bank import FeatureBank
 from hf_rrd.losses.in_batch import BATCH_LOSSES, own_space_loss
@@ -22,6 +23,8 @@ from hf_rrd.training.checkpoint import State
 from hf_rrd.training.data import is_map_style, preserved_randomness, sample_of
 from hf_rrd.training.projection import TeacherProjection, check_variety, prefixes_of
 from hf_rrd.training.terms import Weights, mean_of, weights_by, weights_of
+
+logger = logging.get_logger(__name__)
 
 BANK_LOSSES = ("rrd", "infonce")
 """The values of `relational_loss=` that compare with the bank."""
@@ -177,10 +180,16 @@ class Distillation:
                 raise ValueError(f"`{name}` was 0 when the trainer was made and is {weight} now. Make a new trainer.")
         terms = {} if student.task_loss is None else {"task_loss": student.task_loss}
         if teacher.logits is not None:
+            assert self.logits is not None
             logits = logits_of(student.outputs)
-            if logits is None:
+            if self.args.kd_weight == "auto" and not self.logits.fit(logits, teacher.logits):
+                shapes = [None if each is None else tuple(each.shape) for each in (teacher.logits, logits)]
+                logger.warning("The teacher's logits, {}, are left out: the student's are {}.".format(*shapes))
+                self.leave_out_logits()
+            elif logits is None:
                 raise ValueError("`kd_weight` is above 0, but the student returns no logits. Set kd_weight=0.")
-            terms |= self.kd_terms(logits, teacher.logits, inputs)
+            else:
+                terms |= self.kd_terms(logits, teacher.logits, inputs)
         if teacher.embedding is not None and (training or self.is_calibrated):
             if student.embedding is None:
                 raise ValueError(NO_HEAD)

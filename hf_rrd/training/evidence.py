@@ -5,8 +5,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from datasets import ClassLabel, Dataset, Value
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
 from hf_rrd.errors import named_errors
@@ -43,9 +45,9 @@ def knows_classes(dataset: Any, trainer: Any) -> bool:
     if kind == NUMBERS:
         found = _of_numbers(rows)
     elif pair.layout in WORDS:
-        found = _of_words(rows.sum(0))
+        found = _of_words(rows)
     else:
-        found = _of_classes(rows.sum(0), 2 if kind == SEVERAL else rows.shape[1] - 1, examples)
+        found = _of_classes(rows, 2 if kind == SEVERAL else len(rows) - 1, examples)
     if found is None:
         return bool(pair.is_known)
     knows, said = found
@@ -63,28 +65,27 @@ def knows_classes(dataset: Any, trainer: Any) -> bool:
 def _asked(dataset: Any, trainer: Any) -> tuple[str, Tensor, int] | None:
     """What the logits are of, what is kept of up to `ASKED` examples, and of how many; None where nothing compares.
 
-    Rows are as `_compared` has them, but for numbers added up.
+    Rows are as `_compared` has them, but for numbers added up: of a vocabulary they would be gigabytes. Processes say
+    together that nothing compares, or one would wait for ever.
     """
     pair, accelerator = trainer.distillation.logits, trainer.accelerator
     found: list[Tensor] = []
     kind, examples = ONE, 0
     with preserved_randomness():
         for batch in loader_of(sample_of(_labelled(dataset), ASKED, trainer.distillation.seed), trainer):
+            row = None
             with named_errors("asking the teacher for labels of `train_dataset`", batch), accelerator.autocast():
                 batch = trainer._prepare_inputs(batch)
                 logits, labels = trainer._teacher.read(batch).logits, _labels_of(batch)
-                if logits is None or labels is None:
-                    return None
-                kind, row = _compared(pair, logits, labels, batch)
-            if row is None:
+                if logits is not None and labels is not None:
+                    kind, row = _compared(pair, logits, labels, batch)
+            if not all(gather_object([row is not None])):
                 return None
             # Places in a text and choices are as many as the largest of a batch has.
             rows = accelerator.gather_for_metrics(accelerator.pad_across_processes(row, dim=1)).cpu().double()
             examples += len(rows)
-            found.append(rows if kind == NUMBERS else rows.sum(0, keepdim=True))
-    width = max((rows.shape[1] for rows in found), default=0)
-    padded = [F.pad(rows, (0, width - rows.shape[1])) for rows in found]
-    return (kind, torch.cat(padded), examples) if found else None
+            found = [*found, rows] if kind == NUMBERS else [pad_sequence([*found, rows.sum(0)]).sum(1)]
+    return (kind, torch.cat(found), examples) if found else None
 
 
 def _of_numbers(rows: Tensor) -> tuple[bool, str] | None:
@@ -121,7 +122,7 @@ def _of_classes(sums: Tensor, columns: int, examples: int) -> tuple[bool, str] |
 def _labels_of(batch: Any) -> Tensor | None:
     """Of a batch: `labels`, or of answers in a text start and end, (batch, 2)."""
     spans = [batch.get(name) for name in ("start_positions", "end_positions")]
-    labels = batch.get("labels") if None in spans else torch.stack(spans, 1)
+    labels = batch.get("labels") if None in spans else torch.stack(spans, 1).flatten(1)
     return labels if isinstance(labels, Tensor) else None
 
 
@@ -143,6 +144,8 @@ def _compared(pair: LogitPair, logits: Tensor, labels: Tensor, batch: Any) -> tu
     """
     kind = pair.kind_of(logits, batch)
     if pair.layout in BY_PLACE and pair.layout != "choices":
+        if logits.dim() != 3 or labels.is_floating_point():  # of a class whose name misleads
+            return kind, None
         try:
             counted = pair.counted(pair.layout, logits, batch)
         except ValueError as error:  # other tokens
@@ -177,8 +180,9 @@ def _words(logits: Tensor, labels: Tensor, counted: Tensor | None, shifts: bool)
         labels = F.pad(labels[:, 1:], (0, 1), value=-100)
     known = (labels >= 0) & (labels < logits.shape[-1])
     known = known if counted is None else known & counted
-    losses = torch.zeros(labels.shape, device=logits.device)
-    losses[known] = F.cross_entropy(logits[known].float(), labels[known], reduction="none")
-    each = losses.new_zeros(len(labels), logits.shape[-1])
-    each.scatter_add_(1, labels.masked_fill(~known, 0), known.float())
-    return torch.cat([losses.sum(1, keepdim=True), each], 1)
+    labels = labels.masked_fill(~known, -100)
+    # One text at a time: all at once would need far more memory than a step of small batches.
+    texts = [F.cross_entropy(row.float(), own, reduction="sum") for row, own in zip(logits, labels, strict=True)]
+    each = torch.zeros(len(labels), logits.shape[-1], device=logits.device)
+    each.scatter_add_(1, labels.clamp(min=0), known.float())
+    return torch.cat([torch.stack(texts).unsqueeze(1), each], 1)

@@ -20,9 +20,9 @@ def ask_teacher(trainer: Any) -> None:
     pair = trainer.distillation.logits
     if trainer.args.kd_weight != "auto" or pair is None or pair.is_asked:
         return
-    pair.is_asked = True
     if not knows_classes(trainer.train_dataset, trainer):
         trainer.distillation.leave_out_logits()
+    pair.is_asked, trainer._teacher.may_lack_logits = True, False
 
 
 class Phases(TrainerCallback):

@@ -118,6 +118,7 @@ def teacher_for(teacher: Any, args: Any, training_set: Preview, student: nn.Modu
     if automatic and model is not None:
         wants_logits = layout_of(model) in (*NAMED, *BY_PLACE) and not is_headless(model)
     made = Teacher(model, wants_embedding, wants_logits, args.teacher_pooling, compiled)
+    made.may_lack_logits = automatic
     if model is None and wants_embedding:
         shape = training_set.cached_shape
         if shape is None and training_set.has("teacher_embedding"):
