@@ -7,6 +7,8 @@ turn in one process; memory is by how much a call raises the peak of a fresh pro
 CPU, only under Linux). Ours includes the own key and the divergence for the log, the rival neither. Operations count
 that are neither views nor allocations, of ours as on a GPU: there each is a launch. The floor is what an H100 or H200
 needs to read the bank once, and for the products in float32. `--plot` needs `pip install 'hf_rrd[plots]'`.
+
+The last table is of distillation on logits over a vocabulary, against its formula in two lines.
 """
 
 import multiprocessing
@@ -25,6 +27,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import HfArgumentParser
 
+from hf_rrd import logit_loss
 from hf_rrd.losses import relational
 
 SHAPES = (
@@ -43,6 +46,7 @@ GPU_SHAPES = (
     (1024, 65_536, 768),
     (256, 1_048_576, 128),
 )
+VOCABULARIES = ((128, 30_522), (512, 50_257), (512, 151_936))  # tokens of a step, words
 SPEEDS = {"H100": (3.35e12, 67e12), "H200": (4.8e12, 67e12)}  # bytes and float32 operations a second, by the vendor
 GROWTH = tuple(4096 * 4**power for power in range(5))  # to 1,048,576
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,6 +77,17 @@ def rival_in_bfloat16(student: Tensor, teacher: Tensor, bank: Tensor) -> Tensor:
     """The same, with its products in bfloat16."""
     with torch.autocast(DEVICE, torch.bfloat16):
         return rival(student, teacher, bank)
+
+
+def logits(student: Tensor, teacher: Tensor, bank: Tensor) -> Tensor:
+    """Distillation on logits as the trainer computes it; there is no bank."""
+    return logit_loss(student, teacher, 4.0)
+
+
+def logits_by_formula(student: Tensor, teacher: Tensor, bank: Tensor) -> Tensor:
+    """The same by its formula."""
+    student_log_probs, teacher_probs = F.log_softmax(student / 4.0, -1), F.softmax(teacher / 4.0, -1)
+    return 4.0**2 * F.kl_div(student_log_probs, teacher_probs, reduction="batchmean")
 
 
 def operations(loss: Callable[..., Tensor], shape: tuple[int, int, int]) -> int:
@@ -199,6 +214,15 @@ def main() -> None:
         table.add_row(
             f"{size:,}", f"{1e3 * seconds:.1f} ms", f"{1e9 * seconds / size:.0f} ns", rate, f"{mebibytes:.1f} MiB"
         )
+    console.print(table)
+    table = Table("tokens x vocabulary", "the formula", "ours", "ratio", "MiB of the formula", "ours", "ratio")
+    for tokens, words in ((8, 100),) if args.small else VOCABULARIES:
+        shape, both = (tokens, 1, words), (logits_by_formula, logits)
+        formula, mine = times([*both], shape, args.rounds)
+        memory = [peak(loss, shape) for loss in both]
+        figures = [f"{1e3 * formula:.1f} ms", f"{1e3 * mine:.1f} ms", f"{mine / formula:.2f}"]
+        figures += [*(f"{each:.1f}" for each in memory), f"{memory[1] / max(memory[0], 1e-3):.3f}"]
+        table.add_row(f"{tokens:,} x {words:,}", *figures)
     console.print(table)
     if args.plot:
         plot(sizes, [each[0] for each in grown], [each[1] for each in grown], args.plot)
