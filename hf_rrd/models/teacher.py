@@ -133,7 +133,13 @@ class Teacher:
         if not (lacks_logits or (found.embedding is None and self.wants_embedding) or self.layers is not None):
             return found
         if self.model is not None:
-            given = self.inputs_from(inputs)
+            try:
+                given = self.inputs_from(inputs)
+            except ValueError as error:
+                if not self.may_lack_logits or found.embedding is None or self.layers is not None:
+                    raise
+                logger.warning(f"No distillation of logits: {error}")
+                return found  # the embeddings are cached, and nothing else would have needed its input
             if wants_logits and not self.wants_logits:  # as it turned out
                 return self.read(inputs, False, required)
             computed = self.compute(given)

@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput, SequenceClassifierOutput
 from transformers.utils import logging
@@ -303,3 +305,17 @@ def test_of_many_texts_no_more_is_kept_than_of_one_and_one_at_a_time_is_read(
 
 def test_processes_agree_that_nothing_compares_where_one_alone_sees_other_tokens(tmp_path: Path) -> None:
     assert found_by_two(tmp_path, "other_tokens_in_one_batch") == [[0.0, 1.0]] * 2
+
+
+def test_a_teacher_beside_its_cached_embeddings_may_have_another_tokenizer(tmp_path: Path, said: list[str]) -> None:
+    teacher, batch = asked("spans", True)
+    words = [{"[PAD]": 0, "[UNK]": 1} | {f"{side}{number}": number for number in range(2, 20)} for side in "ab"]
+    own, others = (
+        hf.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(each, unk_token="[UNK]")), pad_token="[PAD]")
+        for each in words
+    )
+    examples = examples_of(batch | {"teacher_embedding": torch.randn(8, 24)})
+    run = run_of(tmp_path, "spans", teacher, examples, processing_class=own, teacher_processing_class=others)
+    run.train()
+    assert run.distillation.weights()["kd_weight"] == 0 and len(log_of(run, "relational_loss")) == 3
+    assert len(said) == 1 and "No distillation of logits: student and teacher have different processors" in said[0]
