@@ -38,24 +38,22 @@ def knows_classes(dataset: Any, trainer: Any) -> bool:
     classes' names, and another task may have as many: neither shall teach.
     """
     pair = trainer.distillation.logits
-    asked = _asked(dataset, trainer) if hasattr(dataset, "__len__") else None
-    if asked is None:
-        return bool(pair.is_known)
-    kind, rows, examples = asked
-    if kind == NUMBERS:
-        found = _of_numbers(rows)
-    elif pair.layout in WORDS:
-        found = _of_words(rows)
-    else:
-        found = _of_classes(rows, 2 if kind == SEVERAL else len(rows) - 1, examples)
-    if found is None:
-        return bool(pair.is_known)
-    knows, said = found
+    asked, found = _asked(dataset, trainer) if hasattr(dataset, "__len__") else None, None
+    if asked is not None:
+        kind, rows, examples = asked
+        if kind == NUMBERS:
+            found = _of_numbers(rows)
+        elif pair.layout in WORDS:
+            found = _of_words(rows)
+        else:
+            found = _of_classes(rows, 2 if kind == SEVERAL else len(rows) - 1, examples)
+    knows, said = found or (bool(pair.is_known), "have no labels to be compared with")
     if not knows:
-        alone = "its embeddings alone teach" if trainer._teacher.wants_embedding else "nothing of it teaches"
+        teaches = trainer._teacher.wants_embedding
+        alone = "its embeddings alone teach" if teaches else "nothing of it teaches"
         hard = f" and relational_weight={HARD if pair.has_one_answer else 1:g}"
         instead = f"set kd_weight=1{hard if trainer.args.relational_weight == 'auto' else ''}"
-        logger.warning(
+        (logger.info if teaches and found is None else logger.warning)(
             f"The teacher's logits {said}: they are left out, and {alone}. To learn them all the same, {instead}."
         )
     return knows

@@ -124,7 +124,14 @@ def test_where_nothing_has_a_label_logits_are_left_out(tmp_path: Path, said: lis
     else:
         batch["labels"] = torch.full_like(batch["labels"], -100)
     run = run_of(tmp_path, kind, teacher, examples_of(batch))
-    assert not knows_classes(run.train_dataset, run) and said == []
+    for dataset in (run.train_dataset, iter(run.train_dataset)):  # a stream is not asked
+        assert not knows_classes(dataset, run)
+    what = "The teacher's logits have no labels to be compared with: they are left out, and "
+    if kind == "target words":
+        assert said == [f"warning: {what}nothing of it teaches. To learn them all the same, set kd_weight=1."] * 2
+    else:
+        instead = "set kd_weight=1 and relational_weight=1"
+        assert said == [f"info: {what}its embeddings alone teach. To learn them all the same, {instead}."] * 2
 
 
 @pytest.mark.parametrize("kind", ["words", "spans"])
@@ -138,8 +145,8 @@ def test_a_teacher_that_reads_other_tokens_is_left_out_without_a_warning(
     )
     run.train()
     assert run.distillation.weights()["kd_weight"] == 0 and log_of(run, "kd_loss") == []
-    assert len(said) == 1 and said[0].startswith("info: No distillation of logits: ")
-    assert "student and teacher read other tokens" in said[0]
+    assert len(said) == 2 and said[0].startswith("info: No distillation of logits: ")
+    assert "student and teacher read other tokens" in said[0] and said[1].startswith("info: The teacher's logits have")
 
 
 def test_a_vocabulary_of_another_size_is_left_out(tmp_path: Path) -> None:
@@ -318,4 +325,4 @@ def test_a_teacher_beside_its_cached_embeddings_may_have_another_tokenizer(tmp_p
     run = run_of(tmp_path, "spans", teacher, examples, processing_class=own, teacher_processing_class=others)
     run.train()
     assert run.distillation.weights()["kd_weight"] == 0 and len(log_of(run, "relational_loss")) == 3
-    assert len(said) == 1 and "No distillation of logits: student and teacher have different processors" in said[0]
+    assert len(said) == 2 and "No distillation of logits: student and teacher have different processors" in said[0]
