@@ -62,8 +62,8 @@ def save_sentence_transformer(
     student = trainer._unwrapped_student()
     with trainer.distillation.worn():
         if trainer.is_world_process_zero():
-            student.save_pretrained(folder)
-            add_modules(trainer, folder, prompts, default_prompt_name, truncate_dim)
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            add_modules(trainer, folder, prompts, default_prompt_name, truncate_dim, student)
 
 
 def add_modules(
@@ -72,8 +72,12 @@ def add_modules(
     prompts: dict[str, str] | None = None,
     default_prompt_name: str | None = None,
     truncate_dim: int | None = None,
+    student: Any = None,
 ) -> None:
-    """Write beside a saved student what makes a model of sentence-transformers of it."""
+    """Write beside a saved student what makes a model of sentence-transformers of it; or with the `student` itself.
+
+    All is whole before the first file takes its place, so a write that fails leaves what was there before.
+    """
     model = sentence_transformer_of(trainer)
     model.prompts.update(prompts or {})
     model.truncate_dim = truncate_dim
@@ -83,9 +87,15 @@ def add_modules(
     first = model[0]
     first.save = lambda path, **_: (first.processor.save_pretrained(path), first.save_config(path))  # no weights again
     with tempfile.TemporaryDirectory(dir=folder, prefix=".modules-") as temporary:
+        if student is not None:
+            student.save_pretrained(temporary)
         model.save(temporary, create_model_card=False)
-        found = Path(temporary).iterdir()
-        for path in sorted(found, key=lambda path: path.name == "modules.json"):  # the mark of a whole one comes last
+        found = {path.name: path for path in Path(temporary).iterdir()}
+        for old in Path(folder).glob("model*.safetensors*") if student is not None else ():
+            if old.name not in found:  # of a model in another number of files
+                old.unlink()
+        # The mark of a whole one comes last.
+        for path in sorted(found.values(), key=lambda path: path.name == "modules.json"):
             target = Path(folder, path.name)
             if target.is_dir():
                 shutil.rmtree(target)

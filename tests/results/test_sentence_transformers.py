@@ -68,6 +68,27 @@ def test_encode_gives_the_rows_of_training_in_the_teachers_space(settings: dict[
     assert saved.similarity_fn_name == "cosine"
 
 
+def test_a_save_that_fails_leaves_the_one_before_and_one_that_does_not_leaves_none_of_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, folder = run_of(tmp_path), tmp_path / "a" / "saved"
+    save_sentence_transformer(run, folder)
+    before = SentenceTransformer(str(folder), device="cpu").encode(SEVERAL, convert_to_tensor=True)
+    run.train()
+    with monkeypatch.context() as patch:
+        patch.setattr(SentenceTransformer, "save", lambda *_, **__: (_ for _ in ()).throw(OSError("no space left")))
+        with pytest.raises(OSError, match="no space left"):
+            save_sentence_transformer(run, folder)
+    assert torch.equal(SentenceTransformer(str(folder), device="cpu").encode(SEVERAL, convert_to_tensor=True), before)
+    stale = [folder / name for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json")]
+    for path in stale:
+        path.write_text("{}")
+    save_sentence_transformer(run, folder)
+    after = SentenceTransformer(str(folder), device="cpu").encode(SEVERAL, convert_to_tensor=True)
+    assert (after - before).abs().max() > 1e-3 and not any(path.exists() for path in stale)
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+
+
 def test_of_one_width_and_nothing_taken_off_there_is_no_dense_layer(tmp_path: Path) -> None:
     run = run_of(tmp_path, model=headless(24), student_projection="none", teacher_projection="none")
     run.train()
