@@ -11,7 +11,10 @@ from torch import nn
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    BertConfig,
+    BertLMHeadModel,
     BertModel,
+    EncoderDecoderModel,
     OPTConfig,
     OPTForCausalLM,
     TrainerCallback,
@@ -231,8 +234,18 @@ def test_a_sequence_to_sequence_model_is_refused(tmp_path: Path) -> None:
     size = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 32}
     depth = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
     bart = BartForConditionalGeneration(BartConfig(vocab_size=50, **size, **depth))
-    with pytest.raises(ValueError, match="BartForConditionalGeneration is not supported.*encoder"):
-        trainer(tmp_path, model=bart, teacher=tiny_bert(), train_dataset=Texts())
+    decoder = BertLMHeadModel(
+        BertConfig(
+            **{"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1},
+            is_decoder=True,
+            add_cross_attention=True,
+        )
+    )
+    both = EncoderDecoderModel(encoder=tiny_bert().bert, decoder=decoder)
+    for model in (bart, both):
+        what = f"{type(model).__name__} is not supported.*encoder.*or relational_weight=0, with which its logits"
+        with pytest.raises(ValueError, match=what):
+            trainer(tmp_path, model=model, teacher=tiny_bert(), train_dataset=Texts())
 
 
 def test_a_long_mean_does_not_overflow_in_float16() -> None:

@@ -33,7 +33,7 @@ def body_of(model: nn.Module) -> Any:
             f"the model needs a body that returns hidden states, got {name}, which is not a transformers model. Use a "
             "PreTrainedModel (any AutoModelFor...) or a PEFT model around one."
         )
-    if name.endswith("ForConditionalGeneration") and model.config.is_encoder_decoder:
+    if name.endswith(("ForConditionalGeneration", "EncoderDecoderModel")) and model.config.is_encoder_decoder:
         why = "its decoder's states have no mask of their own. Use the family's encoder or its classifier, or "
         why += "relational_weight=0, with which its logits alone are compared"
         raise ValueError(f"{name} is not supported: {why}.")
