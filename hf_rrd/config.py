@@ -74,7 +74,7 @@ class RelationalDistillationConfig(TrainingArguments):
             correlation over the classes and over the examples of the micro-batch, for one label per example or token.
         relational_weight: Weight of the relational loss, 0 or more. 0 leaves out head and bank. With balance_losses:
             how many times as hard as the task it pulls. 'auto': 10 where the teacher has the student's classes, as
-            for kd_weight, and an example one answer, not one for each token or pixel; otherwise 1.
+            for kd_weight, otherwise 1; and 0.3 where the head answers for each token, frame or pixel.
         balance_losses: Whether the gradient of the relational loss is scaled, where it meets that of task and
             distillation on logits at the student's hidden states, to relational_weight times as hard. Off, the weight
             only multiplies the loss, and what it is worth depends on the task.

@@ -46,6 +46,11 @@ def layout_of(model: Any) -> str | None:
     return None
 
 
+def has_one_answer(model: Any) -> bool:
+    """Whether a model's head has one for an example, not one for each token, frame or pixel; or it has no head."""
+    return is_headless(model) or layout_of(model) in ("classes", None)
+
+
 def logits_of(outputs: Any) -> Tensor | None:
     """The logits among a model's outputs, or None. Of question answering both in one: (batch, 2, length).
 
@@ -170,11 +175,6 @@ class LogitPair:
                 f"`kd_weight`: the classes of the {' and the '.join(unnamed)} have no names: {taken}. If that is "
                 "wrong, give both configs an `id2label`."
             )
-
-    @property
-    def has_one_answer(self) -> bool:
-        """Whether an example has one, not one for each token, frame or pixel, and its embedding is what is read."""
-        return self.layout in ("classes", None)
 
     def in_order(self, teacher: Tensor) -> Tensor:
         """The teacher's logits with the classes, the last dimension, in the student's order."""

@@ -16,7 +16,7 @@ from hf_rrd.losses.relational import infonce_terms, relational_parts
 from hf_rrd.losses.rows import unit
 from hf_rrd.models.head import RelationalHead, StudentOutputs, attach_head, detach_head, head_of, load_head, put_head
 from hf_rrd.models.layers import LayerPairs, for_all_weights
-from hf_rrd.models.logits import LogitPair, logits_of
+from hf_rrd.models.logits import LogitPair, has_one_answer, logits_of
 from hf_rrd.models.teacher import Teacher, TeacherOutputs
 from hf_rrd.training.balance import Balance, weighted_sum
 from hf_rrd.training.checkpoint import State
@@ -78,6 +78,7 @@ class Distillation:
         self.bank: FeatureBank | None = None
         self.prefixes: list[int] = []
         self.student: nn.Module | None = None
+        self.has_one_answer = True  # for an example
         self.head: RelationalHead | None = None
         self.logits: LogitPair | None = None
         self.layers: LayerPairs | None = None
@@ -101,8 +102,7 @@ class Distillation:
 
     def weights(self) -> Weights:
         """The weights of the terms as they are now, by the names of the settings."""
-        has_one_answer = self.logits is not None and self.logits.has_one_answer
-        return weights_by(self.args, self._learned["kd_weight"], has_one_answer, self.layers is not None)
+        return weights_by(self.args, self._learned["kd_weight"], self.has_one_answer, self.layers is not None)
 
     @property
     def is_calibrated(self) -> bool:
@@ -127,7 +127,7 @@ class Distillation:
 
     def attach(self, student: nn.Module) -> None:
         """Give a student the head that the comparison needs, in place of an earlier one, or take that off."""
-        self.student = student
+        self.student, self.has_one_answer = student, has_one_answer(student)
         if self.projection is None:
             detach_head(student)
         else:

@@ -16,7 +16,7 @@ from hf_rrd.losses.logits import NUMBERS, ONE, SEVERAL
 from hf_rrd.models.logits import BY_PLACE, WORDS, LogitPair
 from hf_rrd.training.data import preserved_randomness, sample_of
 from hf_rrd.training.distributed import loader_of
-from hf_rrd.training.terms import HARD
+from hf_rrd.training.terms import GENTLE, HARD
 
 logger = logging.get_logger(__name__)
 
@@ -51,7 +51,7 @@ def knows_classes(dataset: Any, trainer: Any) -> bool:
     if not knows:
         teaches = trainer._teacher.wants_embedding
         alone = "its embeddings alone teach" if teaches else "nothing of it teaches"
-        hard = f" and relational_weight={HARD if pair.has_one_answer else 1:g}"
+        hard = f" and relational_weight={HARD if trainer.distillation.has_one_answer else GENTLE:g}"
         instead = f"set kd_weight=1{hard if trainer.args.relational_weight == 'auto' else ''}"
         (logger.info if teaches and found is None else logger.warning)(
             f"The teacher's logits {said}: they are left out, and {alone}. To learn them all the same, {instead}."

@@ -38,18 +38,15 @@ Weights = dict[str, float]  # by the names of the settings: `task_weight`, `kd_w
 LAYERS = 1.0
 """The weight of the layers' loss where it is automatic and there are some. That loss has a natural size: 0 to 4."""
 
-HARD = 10.0
-"""How many times as hard as the task a teacher of the student's own classes pulls, by default."""
+HARD, GENTLE = 10.0, 0.3
+"""How many times as hard as the task a teacher of the student's own classes pulls, by default; and any teacher of a
+head that answers for each token, frame or pixel. Such a head does not read the embedding that is compared."""
 
 
 def weights_by(args: Any, shares_classes: bool, has_one_answer: bool, has_layers: bool) -> Weights:
-    """The weights that the settings give the terms, where the teacher's classes are learned or not, and layers.
-
-    With one answer for an example its embedding is what the head reads. Answers for tokens, frames or pixels are read
-    elsewhere, so the embedding is of less use to them.
-    """
-    pulls_hard = shares_classes and has_one_answer
-    automatic = {"kd_weight": float(shares_classes), "relational_weight": HARD if pulls_hard else 1.0}
+    """The weights that the settings give the terms, where the teacher's classes are learned or not, and layers."""
+    of_embedding = HARD if shares_classes else 1.0
+    automatic = {"kd_weight": float(shares_classes), "relational_weight": of_embedding if has_one_answer else GENTLE}
     automatic["layer_weight"] = LAYERS if has_layers else 0.0
     given = {name: getattr(args, name) for name in ("task_weight", *automatic)}
     return {name: automatic[name] if weight == "auto" else weight for name, weight in given.items()}

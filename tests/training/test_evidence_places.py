@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from hf_rrd.training import evidence
 from hf_rrd.training.evidence import knows_classes
+from hf_rrd.training.terms import GENTLE
 from tests.builders import log_of, trainer
 from tests.test_trainer_heads import batch_of, model_of
 from tests.training.test_distributed import found_by_two
@@ -78,7 +79,7 @@ def test_a_teacher_whose_answers_are_the_labels_teaches_its_logits_and_another_i
     run.train()
     weights = run.distillation.weights()
     assert weights["kd_weight"] == knows and len(log_of(run, "kd_loss")) == 3 * knows
-    assert weights["relational_weight"] == (kind != "target words")
+    assert weights["relational_weight"] == (0 if kind == "target words" else GENTLE)
     if knows:
         assert said == []
         return
@@ -88,7 +89,7 @@ def test_a_teacher_whose_answers_are_the_labels_teaches_its_logits_and_another_i
     if kind == "target words":
         assert "they are left out, and nothing of it teaches." in line and line.endswith("set kd_weight=1.")
     else:
-        assert "its embeddings alone teach." in line and line.endswith("set kd_weight=1 and relational_weight=1.")
+        assert "its embeddings alone teach." in line and line.endswith("set kd_weight=1 and relational_weight=0.3.")
 
 
 @pytest.mark.parametrize("kind", ["words", "next words"])
@@ -130,7 +131,7 @@ def test_where_nothing_has_a_label_logits_are_left_out(tmp_path: Path, said: lis
     if kind == "target words":
         assert said == [f"warning: {what}nothing of it teaches. To learn them all the same, set kd_weight=1."] * 2
     else:
-        instead = "set kd_weight=1 and relational_weight=1"
+        instead = "set kd_weight=1 and relational_weight=0.3"
         assert said == [f"info: {what}its embeddings alone teach. To learn them all the same, {instead}."] * 2
 
 
@@ -159,7 +160,7 @@ def test_a_vocabulary_of_another_size_is_left_out(tmp_path: Path) -> None:
 
 def test_processes_whose_texts_are_padded_to_other_lengths_ask_together(tmp_path: Path) -> None:
     first, second = found_by_two(tmp_path, "answers_in_texts")
-    assert first == second == [1.0, 1.0, 0.0, 1.0]
+    assert first == second == [1.0, GENTLE, 0.0, GENTLE]
 
 
 # ---- What worked without the teacher's logits goes on without them ----
@@ -311,7 +312,7 @@ def test_of_many_texts_no_more_is_kept_than_of_one_and_one_at_a_time_is_read(
 
 
 def test_processes_agree_that_nothing_compares_where_one_alone_sees_other_tokens(tmp_path: Path) -> None:
-    assert found_by_two(tmp_path, "other_tokens_in_one_batch") == [[0.0, 1.0]] * 2
+    assert found_by_two(tmp_path, "other_tokens_in_one_batch") == [[0.0, GENTLE]] * 2
 
 
 def test_a_teacher_beside_its_cached_embeddings_may_have_another_tokenizer(tmp_path: Path, said: list[str]) -> None:
