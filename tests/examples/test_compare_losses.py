@@ -122,6 +122,7 @@ def test_the_task_loss_is_the_mean_over_labelled_examples(modules: Modules) -> N
     assert modules[1].task_loss({"logits": logits}, torch.full((5,), -100)) == 0
 
 
+@pytest.mark.slow
 def test_every_row_trains_without_labels_and_every_regime_trains(modules: Modules, task: Any) -> None:
     _, comparison = modules
     rows = comparison.rows_of(comparison.Arguments(), {name: w[1] for name, (_, w) in comparison.RIVALS.items()})

@@ -271,6 +271,7 @@ def test_int8_that_differs_too_much_is_refused_with_its_figures(quantized: Any) 
 
 
 @needs_onnx
+@pytest.mark.slow
 def test_an_export_in_int8_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, student, inputs = tmp_path / "student.onnx", tiny_bert(layers=1), texts(40)
     path.write_bytes(b"old")

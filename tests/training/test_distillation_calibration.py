@@ -73,7 +73,7 @@ def test_a_bank_of_the_whole_training_set_stays_as_it_is(tmp_path: Path, bank_si
     assert torch.equal(bank_of(run), before)
 
 
-@pytest.mark.parametrize("examples", [50, 300, 7000])
+@pytest.mark.parametrize("examples", [50, 300, pytest.param(7000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("source", ["online", "cached", "streamed"])
 def test_evaluations_of_a_frozen_student_are_the_same_from_the_first_to_the_last(
     tmp_path: Path, examples: int, source: str
