@@ -128,8 +128,14 @@ def distilled(task: Any, teacher: Any, args: Arguments, seed: int) -> Any:
     """Some layers of the teacher, trained with the defaults, once."""
     name = f"{args.num_hidden_layers}-{args.max_steps}-{teacher.config.vocab_size}-{seed}"
     saved = Path(args.output_dir) / "small" / name
-    if (saved / "config.json").is_file():
-        return AutoModelForSequenceClassification.from_pretrained(saved).eval()
+    if not (saved / "config.json").is_file():
+        train(task, teacher, args, seed, saved)
+    # As it is saved: one that was trained just now would still be read in bfloat16.
+    return AutoModelForSequenceClassification.from_pretrained(saved).eval()
+
+
+def train(task: Any, teacher: Any, args: Arguments, seed: int, saved: Path) -> None:
+    """Train such a student and save it."""
     set_seed(seed)
     student = student_from_teacher(teacher, num_hidden_layers=args.num_hidden_layers)
     with tempfile.TemporaryDirectory() as folder:
@@ -141,7 +147,6 @@ def distilled(task: Any, teacher: Any, args: Arguments, seed: int) -> Any:
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     save_atomically(student, None, saved)
-    return student.eval()
 
 
 @torch.no_grad()
