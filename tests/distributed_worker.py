@@ -329,20 +329,21 @@ def layers_alone(rank: int, folder: str, processes: int = 2) -> list[float]:
 
 def answers_in_texts(rank: int, folder: str) -> list[float]:
     """Weights of question answering by a teacher that knows the answers, and by one that does not."""
+    from hf_rrd.training.evidence import _asked
     from tests.training.test_evidence_places import asked, examples_of, run_of
 
     def pad(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        longest = max(int(each["attention_mask"].sum()) for each in examples)
         batch = {name: torch.stack([each[name] for each in examples]) for name in examples[0]}
-        return {name: rows[:, :longest] if rows.dim() == 2 else rows for name, rows in batch.items()}
+        pad = torch.nn.functional.pad  # as if the second process had longer texts
+        return {name: pad(rows, (0, 2 * rank)) if rows.dim() == 2 else rows for name, rows in batch.items()}
 
     found: list[float] = []
     for knows in (True, False):
         teacher, batch = asked("spans", knows)
-        order = batch["attention_mask"].sum(1).argsort()  # in an evaluation's batches of 2 texts are about as long
-        examples = examples_of({name: rows[order] for name, rows in batch.items()})
         how = {"data_collator": pad, "per_device_eval_batch_size": 2, "per_device_train_batch_size": 4}
-        run = run_of(Path(folder), "spans", teacher, examples, **how)
+        run = run_of(Path(folder), "spans", teacher, examples_of(batch), **how)
+        kept = _asked(run.train_dataset, run)
+        assert kept is not None and kept[1][1:].sum() == 16 and (kept[1][0] == 16) == knows  # two labels a text
         run.train()
         weights = run.distillation.weights()
         found += [weights["kd_weight"], weights["relational_weight"]]

@@ -37,8 +37,8 @@ def knows_classes(dataset: Any, trainer: Any) -> bool:
     of several labels is there; the mean of numbers; of words their frequencies. A head of fresh weights has the
     classes' names, and another task may have as many: neither shall teach.
     """
-    pair = trainer.distillation.logits
-    asked, found = _asked(dataset, trainer) if hasattr(dataset, "__len__") else None, None
+    pair, found = trainer.distillation.logits, None
+    asked = _asked(dataset, trainer) if hasattr(dataset, "__len__") else None
     if asked is not None:
         kind, rows, examples = asked
         if kind == NUMBERS:

@@ -70,11 +70,11 @@ def test_however_many_rows_are_compared_at_a_time_the_terms_and_their_gradients_
 def test_half_precision_costs_the_gradient_no_more_than_its_rounding(dtype: torch.dtype, rtol: float) -> None:
     student, teacher = (logits(3, 5000, seed=seed).to(dtype) for seed in (1, 2))
     leaf = student.clone().requires_grad_()
-    (logit_terms(leaf, teacher, 4.0).sum() * 2**12).backward()  # scaled, as float16 is trained
+    (logit_terms(leaf, teacher, 1.0).sum() * 2**12).backward()  # scaled, as float16 is trained
     assert leaf.grad is not None and leaf.grad.dtype == dtype
-    _, exact = gradient_of(lambda rows: logit_terms(rows, teacher.double(), 4.0).sum() * 2**12, student.double())
+    _, exact = gradient_of(lambda rows: logit_terms(rows, teacher.double(), 1.0).sum() * 2**12, student.double())
     assert ((leaf.grad.double() - exact).norm() / exact.norm()) < rtol
-    small = exact.abs() < 1e-3 * exact.abs().max()
+    small = (exact.abs() > 2**-14) & (exact.abs() < 2**-12)  # float16 has these, and before the scale not
     assert small.any() and ((leaf.grad.double() - exact)[small].norm() / exact[small].norm()) < 2 * rtol
 
 
