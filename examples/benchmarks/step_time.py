@@ -54,6 +54,7 @@ class Arguments:
         default="vit", metadata={"help": "Its family, and its teacher's.", "choices": ["vit", "bert"]}
     )
     student_width: int | None = field(default=None, metadata={"help": "Default: 192 of a ViT, 384 of a BERT."})
+    student_layers: int = field(default=6, metadata={"help": "Of the student; the teacher has 12."})
     teacher_width: int | None = field(default=None, metadata={"help": "Default: 384 of a ViT, 768 of a BERT."})
     image_size: int = field(
         default=224, metadata={"help": "In pixels; there are 14 x 14 patches at 224, 8 x 8 at 32."}
@@ -79,6 +80,11 @@ def model_of(args: Arguments, width: int, layers: int) -> Any:
         return BertForSequenceClassification(BertConfig(**size))
     patch = 16 if args.image_size >= 64 else 4
     return ViTForImageClassification(ViTConfig(**size, image_size=args.image_size, patch_size=patch, num_labels=10))
+
+
+def student_of(args: Arguments) -> Any:
+    """The student of a run, from fresh weights."""
+    return model_of(args, args.student_width or 0, args.student_layers)
 
 
 def examples_of(args: Arguments) -> datasets.Dataset:
@@ -217,14 +223,14 @@ def rivals(args: Arguments, settings: TrainingArguments, data: datasets.Dataset,
     """Others' ways to distil, as far as they can be had."""
     made: dict[str, Trainer] = {}
     if teacher is not None:
-        student = model_of(args, args.student_width or 0, 6)
+        student = student_of(args)
         guide = GuideTrainer(student, settings, **reading_of(args, data))
         guide.teacher = teacher
         made[f"transformers' guide, {args.teacher_width} wide"] = guide
     if args.student == "bert" and importlib.util.find_spec("sentence_transformers") is not None:
         from sentence_transformers.losses import EmbedDistillLoss
 
-        width, student = args.cached_widths[0], Embedding(model_of(args, args.student_width or 0, 6).bert)
+        width, student = args.cached_widths[0], Embedding(student_of(args).bert)
         loss = EmbedDistillLoss(student.to(DEVICE), "cosine", projection_dim=width)
         run = EmbedDistillTrainer(loss, settings, **reading_of(args, with_embeddings(data, width)))
         run.loss = loss
@@ -235,7 +241,7 @@ def rivals(args: Arguments, settings: TrainingArguments, data: datasets.Dataset,
 def distillation(args: Arguments, folder: str, data: datasets.Dataset, teacher: Any) -> Any:
     """A trainer of ours whose bank is full when a training starts."""
     run = RelationalDistillationTrainer(
-        model_of(args, args.student_width or 0, 6),
+        student_of(args),
         RelationalDistillationConfig(bank_size=args.bank_size, teacher_projection="none", **settings_of(args, folder)),
         teacher=teacher,
         **reading_of(args, data),
@@ -288,7 +294,7 @@ def main() -> None:
     teacher = model_of(args, args.teacher_width, 12).eval().to(DEVICE) if args.online else None
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(**settings_of(args, folder))
-        plain = Trainer(model_of(args, args.student_width, 6), settings, **reading_of(args, data))
+        plain = Trainer(student_of(args), settings, **reading_of(args, data))
         runs = {"plain": plain} | {
             f"cached, {width} wide": distillation(args, folder, with_embeddings(data, width), None)
             for width in args.cached_widths
@@ -315,8 +321,8 @@ def main() -> None:
     where = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
     reads = f"{args.length} tokens" if args.student == "bert" else f"{args.image_size} pixels"
     console = Console(width=130)
-    line = f"{where}, {'bf16' if args.bf16 else 'float32'}, {args.student} student of 6 layers, {args.student_width} "
-    line += f"wide, {reads}, batch {args.batch_size}, bank {args.bank_size:,}; "
+    line = f"{where}, {'bf16' if args.bf16 else 'float32'}, {args.student} student of {args.student_layers} layers, "
+    line += f"{args.student_width} wide, {reads}, batch {args.batch_size}, bank {args.bank_size:,}; "
     line += f"medians of {args.rounds * (args.steps - 1)} steps. The teacher has 12 layers."
     console.print(line, highlight=False, soft_wrap=True)
     table = Table("step", "seconds", "against", "seconds", "ratio", "least to most", "the loss alone", "operations")

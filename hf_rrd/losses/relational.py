@@ -1,8 +1,9 @@
 """The relational losses against a bank: RRD and InfoNCE."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -93,8 +94,9 @@ def relational_parts(
         return nothing, nothing, unit(teacher)
     if include_own and _fits(student, bank):
         with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
+            at_once = _by_kernels if _kernels(student) else _at_once
             temperatures = (student_temperature, teacher_temperature)
-            one, other, slope, teacher = _at_once(student, teacher, bank, *temperatures, bank_is_unit)
+            one, other, slope, teacher = at_once(student, teacher, bank, *temperatures, bank_is_unit)
         return *_with_slope(student, one, other, slope), teacher
     student, teacher = unit(student), unit(teacher)
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
@@ -208,6 +210,45 @@ def _at_once(
     # Less what would only lengthen a row.
     slope = slope.addcmul(queries[:batch], dots[:, 0, :1], value=-contrast).div_(norms[:batch])
     return cross_entropy, cross_entropy - entropy, slope, teacher
+
+
+def _kernels(student: Tensor) -> Any:
+    """The module with Triton's kernels where they run and fit, else None."""
+    return _working_kernels(student.device) if student.is_cuda and student.dtype == torch.float32 else None
+
+
+@cache
+def _working_kernels(device: torch.device) -> Any:
+    try:
+        from hf_rrd.losses import kernels
+
+        row = torch.ones(1, 1, device=device)
+        rows, _, norms = kernels.unit_rows(row, row, row, True)
+        kernels.compare(rows[:2] @ rows[1:].T, norms, 1, 1, 1)
+    except Exception as error:  # no Triton, no compiler of C for it, a device that it does not know, ...
+        warnings.warn(f"The relational loss runs without Triton's kernels, in more launches: {error!r}", stacklevel=2)
+        return None
+    return kernels
+
+
+def _by_kernels(
+    student: Tensor,
+    teacher: Tensor,
+    bank: Tensor,
+    student_temperature: float,
+    teacher_temperature: float,
+    unit_bank: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `_at_once` does: two products and an addition, and two kernels for all else."""
+    batch, kernels = len(student), _kernels(student)
+    rows, own, norms = kernels.unit_rows(student, teacher, bank, unit_bank)  # (2 * batch + bank, dim)
+    queries, keys = rows[: 2 * batch], rows[batch:]
+    with _tf32(rows.device):
+        logits = queries @ keys.T  # (2 * batch, batch + bank)
+        both = kernels.compare(logits, norms, student_temperature, teacher_temperature, SAME_COSINE)
+        cross_entropy, divergence, radial = both
+        slope = logits[:batch] @ keys
+    return cross_entropy, divergence, slope.addcmul_(queries[:batch], radial, value=-1), own
 
 
 def _read(
