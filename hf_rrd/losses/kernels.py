@@ -13,6 +13,7 @@ from torch import Tensor
 SHORTEST = tl.constexpr(math.sqrt(torch.finfo(torch.float32).tiny))  # below it a row counts as one of zeros
 BELOW_ALL = tl.constexpr(-1e38)  # logits, and finite
 ELEMENTS = 4096  # of a matrix, that a program reads at a time
+WARPS = 8
 
 
 def unit_rows(student: Tensor, teacher: Tensor, bank: Tensor, bank_is_unit: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,7 +59,7 @@ def compare(
         _compare[(batch,)](
             *(logits, norms, cross_entropy, divergence, radial, batch, keys),
             *(1 / student_temperature, 1 / teacher_temperature, same, block),
-            num_warps=8,
+            num_warps=WARPS,
         )
     return cross_entropy, divergence, radial.unsqueeze(1)
 
