@@ -12,56 +12,45 @@ from torch import Tensor
 
 SHORTEST = tl.constexpr(math.sqrt(torch.finfo(torch.float32).tiny))  # below it a row counts as one of zeros
 BELOW_ALL = tl.constexpr(-1e38)  # logits, and finite
-ELEMENTS = 4096  # of a matrix, that a program reads at a time
-WARPS = 8
+MADE_UNIT, COMPARED = 1024, 4096  # numbers that a program reads at a time
 
 
 def unit_rows(student: Tensor, teacher: Tensor, bank: Tensor, bank_is_unit: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """All rows over their length, in float32 and in one matrix, (2 * batch + bank, dim), student, teacher, bank.
+    """All rows over their length, in float32 and in one matrix, (2 * batch + bank, dim): student, teacher, bank.
 
-    And the teacher's once more, (batch, dim), which may be kept without all the others; and the length of the
+    And the teacher's once more, (batch, dim), which may be kept without all the others; and the lengths of the
     student's, (batch,), inf of a row of zeros.
     """
-    (batch, dim), count = student.shape, 2 * len(student) + len(bank)
     student, teacher, bank = (each if each.stride(1) == 1 else each.contiguous() for each in (student, teacher, bank))
+    (batch, dim), count = student.shape, 2 * len(student) + len(bank)
     rows, own, norms = student.new_empty(count, dim), student.new_empty(batch, dim), student.new_empty(batch)
     width = triton.next_power_of_2(dim)
-    some = max(1, ELEMENTS // width)
-    with torch.cuda.device(student.device):
-        _unit_rows[(triton.cdiv(count, some),)](
-            *(student, teacher, bank, rows, own, norms, batch, count, dim),
-            *(student.stride(0), teacher.stride(0), bank.stride(0), bank_is_unit, some, width),
-        )
+    some = max(1, MADE_UNIT // width)
+    tensors, sizes = (student, teacher, bank, rows, own, norms), (batch, count, dim)
+    strides = (student.stride(0), teacher.stride(0), bank.stride(0))
+    _unit_rows[(triton.cdiv(count, some),)](*tensors, *sizes, *strides, bank_is_unit, some, width)
     return rows, own, norms
 
 
 def compare(
     logits: Tensor, norms: Tensor, student_temperature: float, teacher_temperature: float, same: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """From cosines with all keys, of the student's rows and of the teacher's, to losses and what is to be summed.
+) -> tuple[Tensor, Tensor]:
+    """From cosines of the student's and the teacher's rows with all rows to cross-entropy and divergence, (batch,).
 
     Args:
-        logits: (2 * batch, batch + bank): the keys are the batch's own teacher rows and the bank. The student's half
-            is overwritten: the gradient of the student's rows is their product with the keys, less what only
-            lengthens them.
+        logits: Of the matrix of `unit_rows`, the cosines of its first 2 * batch rows with all. The student's half is
+            overwritten: its product with the matrix is the gradient of the student's rows, of any length.
         norms: The lengths of the student's rows, (batch,).
         student_temperature, teacher_temperature: Positive.
-        same: What part of its cosine with itself makes a key a copy of a teacher's row.
-
-    Returns:
-        Cross-entropy and divergence, (batch,), and how much of each unit row to take off its gradient, (batch, 1).
+        same: What part of its cosine with itself makes a row a copy of a teacher's.
     """
-    batch = len(norms)
-    cross_entropy, divergence, radial = logits.new_empty(3, batch).unbind()
-    keys = logits.shape[1]
-    block = min(ELEMENTS // 2, max(128, triton.next_power_of_2(keys)))
-    with torch.cuda.device(logits.device):
-        _compare[(batch,)](
-            *(logits, norms, cross_entropy, divergence, radial, batch, keys),
-            *(1 / student_temperature, 1 / teacher_temperature, same, block),
-            num_warps=WARPS,
-        )
-    return cross_entropy, divergence, radial.unsqueeze(1)
+    batch, count = len(norms), logits.shape[1]
+    losses = logits.new_empty(2, batch)
+    block = min(COMPARED, max(128, triton.next_power_of_2(count)))
+    factors = (1 / student_temperature, 1 / teacher_temperature, same)
+    _compare[(batch,)](logits, norms, losses, batch, count, *factors, block, num_warps=8)
+    cross_entropy, divergence = losses.unbind()
+    return cross_entropy, divergence
 
 
 @triton.jit
@@ -106,30 +95,29 @@ def _unit_rows(
 def _compare(
     logits,
     norms,
-    cross_entropies,
-    divergences,
-    radials,
+    losses,
     batch,
-    keys,
+    count,
     student_factor,
     teacher_factor,
     same,
     block: tl.constexpr,
 ):
     example = tl.program_id(0).to(tl.int64)
-    students, teachers = logits + example * keys, logits + (batch + example) * keys
-    limit = tl.load(teachers + example) * same
+    own = batch + example  # the example's own teacher row
+    students, teachers = logits + example * count, logits + own * count
+    limit = tl.load(teachers + own) * same
     # Each lane has a maximum and a sum of its own: no lane waits for another until the end.
     student_top = tl.full([block], BELOW_ALL, tl.float32)
     teacher_top = tl.full([block], BELOW_ALL, tl.float32)
     student_sum = tl.zeros([block], tl.float32)
     teacher_sum = tl.zeros([block], tl.float32)
-    for start in range(0, keys, block):
-        key = start + tl.arange(0, block)
-        student = tl.load(students + key, mask=key < keys, other=0.0)
-        teacher = tl.load(teachers + key, mask=key < keys, other=0.0)
+    for start in range(0, count, block):
+        row = start + tl.arange(0, block)
+        student = tl.load(students + row, mask=row < count, other=0.0)
+        teacher = tl.load(teachers + row, mask=row < count, other=0.0)
         # Not those of other examples of the batch, nor copies.
-        counts = (key < keys) & ((key == example) | ((key >= batch) & ~(teacher > limit)))
+        counts = (row < count) & ((row == own) | ((row >= 2 * batch) & ~(teacher > limit)))
         student = tl.where(counts, student * student_factor, float("-inf"))
         teacher = tl.where(counts, teacher * teacher_factor, float("-inf"))
         top = tl.maximum(student_top, student)
@@ -146,20 +134,20 @@ def _compare(
     scale = student_factor / tl.load(norms + example)
     cross_entropy = tl.zeros([block], tl.float32)
     divergence = tl.zeros([block], tl.float32)
-    radial = tl.zeros([block], tl.float32)
-    for start in range(0, keys, block):
-        key = start + tl.arange(0, block)
-        student = tl.load(students + key, mask=key < keys, other=0.0)
-        teacher = tl.load(teachers + key, mask=key < keys, other=0.0)
-        counts = (key < keys) & ((key == example) | ((key >= batch) & ~(teacher > limit)))
+    longer = tl.zeros([block], tl.float32)
+    for start in range(0, count, block):
+        row = start + tl.arange(0, block)
+        student = tl.load(students + row, mask=row < count, other=0.0)
+        teacher = tl.load(teachers + row, mask=row < count, other=0.0)
+        counts = (row < count) & ((row == own) | ((row >= 2 * batch) & ~(teacher > limit)))
         student_log = student * student_factor - student_norm
         teacher_log = teacher * teacher_factor - teacher_norm
         wanted = tl.where(counts, tl.exp(teacher_log), 0.0)
         pull = (tl.where(counts, tl.exp(student_log), 0.0) - wanted) * scale
         cross_entropy -= wanted * student_log
         divergence += wanted * (teacher_log - student_log)
-        radial += pull * student
-        tl.store(students + key, pull, mask=key < keys)
-    tl.store(cross_entropies + example, tl.sum(cross_entropy, 0))
-    tl.store(divergences + example, tl.sum(divergence, 0))
-    tl.store(radials + example, tl.sum(radial, 0))
+        longer += pull * student
+        tl.store(students + row, pull, mask=(row < count) & (row != example))
+    tl.store(students + example, -tl.sum(longer, 0))  # less what would only lengthen the row: along itself
+    tl.store(losses + example, tl.sum(cross_entropy, 0))
+    tl.store(losses + own, tl.sum(divergence, 0))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_rrd.losses.rows import precise
+from hf_rrd.losses.rows import no_autocast, precise
 
 
 def state_terms(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -34,7 +34,7 @@ def state_terms(student: Tensor, teacher: Tensor, mask: Tensor | None = None) ->
     if student.shape[-1] != teacher.shape[-1]:
         raise ValueError(f"states must have one width here, got {student.shape[-1]} and {teacher.shape[-1]}.")
     student = precise(student)
-    with torch.autocast(student.device.type, enabled=False):
+    with no_autocast(student.device.type):
         rows = [F.layer_norm(each, each.shape[-1:]) for each in (student, teacher.detach().to(student.dtype))]
         return _of_examples((rows[0] - rows[1]).square().mean(-1), mask)
 
@@ -64,7 +64,7 @@ def relation_terms(student: Tensor, teacher: Tensor, heads: int, mask: Tensor | 
         widths = f"{student.shape[-1]} and {teacher.shape[-1]}"
         raise ValueError(f"`heads` must divide the widths {widths}, got {heads}. Try a common divisor.")
     student = precise(student)
-    with torch.autocast(student.device.type, enabled=False):
+    with no_autocast(student.device.type):
         logs = []  # (batch, heads, tokens, tokens)
         for side in (student, teacher.detach().to(student.dtype)):
             parts = side.view(*side.shape[:2], heads, -1).transpose(1, 2)  # (batch, heads, tokens, width of a head)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_rrd.losses.rows import check_positive, correlation, pair, precise
+from hf_rrd.losses.rows import check_positive, correlation, no_autocast, pair, precise
 
 ONE, SEVERAL, NUMBERS = "single_label_classification", "multi_label_classification", "regression"
 """What logits may say of an example, as `problem_type` in a config has it: one class, several at once, or numbers."""
@@ -64,7 +64,7 @@ def logit_terms(
             f"{tuple(teacher_logits.shape)}. If they cannot be the same, set kd_weight=0: the relational loss needs "
             "neither."
         )
-    with torch.autocast(student_logits.device.type, enabled=False):
+    with no_autocast(student_logits.device.type):
         student, teacher = student_logits, teacher_logits.detach()
         if problem_type == ONE:
             if candidates is not None:

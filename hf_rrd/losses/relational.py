@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_rrd.losses.rows import check_positive, lengths, pair, ratio, unit
+from hf_rrd.losses.rows import check_positive, lengths, no_autocast, pair, ratio, unit
 
 SLICE_ROWS = 4096  # of the bank, that are read at a time on a CPU, at most
 LOGITS_MEMORY = 2**30
@@ -93,13 +93,13 @@ def relational_parts(
         nothing = (student * 0).sum(-1)  # (batch,), still part of the graph
         return nothing, nothing, unit(teacher)
     if include_own and _fits(student, bank):
-        with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
+        with torch.no_grad(), no_autocast(student.device.type):
             at_once = _by_kernels if _kernels(student) else _at_once
             temperatures = (student_temperature, teacher_temperature)
             one, other, slope, teacher = at_once(student, teacher, bank, *temperatures, bank_is_unit)
         return *_with_slope(student, one, other, slope), teacher
     student, teacher = unit(student), unit(teacher)
-    with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
+    with torch.no_grad(), no_autocast(student.device.type):
         # Both sides as columns of one matrix: half as many products, and a wider one is faster.
         queries = torch.cat(
             [student / student_temperature, teacher / teacher_temperature]
@@ -239,16 +239,13 @@ def _by_kernels(
     teacher_temperature: float,
     unit_bank: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `_at_once` does: two products and an addition, and two kernels for all else."""
+    """What `_at_once` does: two products, and two kernels for all else."""
     batch, kernels = len(student), _kernels(student)
-    rows, own, norms = kernels.unit_rows(student, teacher, bank, unit_bank)  # (2 * batch + bank, dim)
-    queries, keys = rows[: 2 * batch], rows[batch:]
-    with _tf32(rows.device):
-        logits = queries @ keys.T  # (2 * batch, batch + bank)
-        both = kernels.compare(logits, norms, student_temperature, teacher_temperature, SAME_COSINE)
-        cross_entropy, divergence, radial = both
-        slope = logits[:batch] @ keys
-    return cross_entropy, divergence, slope.addcmul_(queries[:batch], radial, value=-1), own
+    with torch.cuda.device_of(student), _tf32(student.device):  # type: ignore[no-untyped-call]
+        rows, own, norms = kernels.unit_rows(student, teacher, bank, unit_bank)  # (2 * batch + bank, dim)
+        logits = torch.mm(rows[: 2 * batch], rows.T)
+        losses = kernels.compare(logits, norms, student_temperature, teacher_temperature, SAME_COSINE)
+        return *losses, torch.mm(logits[:batch], rows), own
 
 
 def _read(

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +34,15 @@ def pair(student: Tensor, teacher: Tensor, one_width: bool = False) -> Iterator[
             "Project the student into the teacher's width, or use a loss on relations, such as PKT."
         )
     student = precise(student)
-    with torch.autocast(student.device.type, enabled=False):
+    with no_autocast(student.device.type):
         yield student, teacher.detach().to(student.dtype)
+
+
+def no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """No autocast meanwhile. To leave what is off costs as much as an operation or two, so that is not done."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def unit(rows: Tensor, out: Tensor | None = None) -> Tensor:

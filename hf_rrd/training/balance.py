@@ -32,26 +32,28 @@ class Balance:
         width: Of the student's embedding, whose moving average is measured, too.
 
     Attributes:
-        state: Steps, pull of the task, pull of the relational terms of weight 1, mean square of the length of the
-            student's rows, mean of its embedding; (4 + width,).
+        steps: So far.
+        measured: Pull of the task, pull of the relational terms of weight 1, mean square of the length of the
+            student's rows, mean of its embedding; (3 + width,).
         factor: What the relational terms' gradient is multiplied by in the next step, a scalar.
     """
 
     def __init__(self, width: int) -> None:
-        self.state = torch.zeros(4 + width)
+        self.steps, self._has_pulled = 0, False  # the relational terms
+        self.measured = torch.zeros(3 + width)
         self.factor = torch.tensor(START)
         self._squares = torch.zeros(2, requires_grad=True)  # whose gradient is what was measured
-        self._rows: Tensor | None = None  # a step's sums, (1 + width,)
+        self._rows: list[Tensor] | None = None  # a step's sums, (1,) and (width,)
 
     @property
     def mean(self) -> Tensor:
         """The moving average of the student's embedding, (width,)."""
-        return self.state[4:]
+        return self.measured[3:]
 
     @property
     def row_norm(self) -> Tensor:
         """The moving average of the length of the student's projected rows, in the quadratic mean, a scalar."""
-        return self.state[3].sqrt()
+        return self.measured[2].sqrt()
 
     def split(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """A tensor as two equal ones: for the student's own head and for the comparison."""
@@ -60,60 +62,73 @@ class Balance:
     def add(self, embedding: Tensor, rows: Tensor) -> None:
         """Add the student's embeddings of a micro-batch, (batch, width), and these projected, (batch, dim)."""
         norm = torch.linalg.vector_norm(rows.detach(), dtype=torch.float32)
-        sums = torch.cat([norm.square().view(1), embedding.detach().sum(0, dtype=torch.float32).to(norm.device)])
-        self._rows = sums if self._rows is None else self._rows + sums
+        sums = [norm.square().view(1), embedding.detach().sum(0, dtype=torch.float32)]
+        self._rows = sums if self._rows is None else [one + other for one, other in zip(self._rows, sums, strict=True)]
 
     def clear(self) -> None:
         """Forget all."""
-        self.state.zero_()
+        self.steps, self._has_pulled = 0, False
+        self.measured.zero_()
         self.factor.fill_(START)
         self._squares.grad = self._rows = None
 
     def to(self, device: torch.device) -> None:
         """Move all to a device."""
-        self.state, self.factor = self.state.to(device), self.factor.to(device)
+        self.measured, self.factor = self.measured.to(device), self.factor.to(device)
         self._squares = torch.zeros(2, device=device, requires_grad=True)
 
-    def update(self, weight: float, examples: float | Tensor, total: Callable[[Tensor], Tensor], scale: float) -> None:
-        """End an optimizer step.
+    @torch.no_grad()
+    def update(
+        self,
+        weight: float,
+        examples: float | Tensor,
+        total: Callable[[Tensor], Tensor],
+        scale: float,
+        may_overflow: bool = False,
+    ) -> None:
+        """End an optimizer step. All is small: it takes as long as it has operations.
 
         Args:
             weight: What the relational loss was multiplied by, 0 or more: how many times as hard as the task it pulls.
             examples: Of the step, on all processes.
             total: From this process's sums, (3 + width,), to those of all processes.
             scale: What gradients were multiplied by: the processes, and what a loss scaler adds to that.
+            may_overflow: The step may be one that a loss scaler skips, as it overflowed: then nothing of it counts.
         """
         squares = torch.zeros_like(self._squares) if self._squares.grad is None else self._squares.grad
-        rows = torch.zeros_like(self.state[3:]) if self._rows is None else self._rows
-        sums = total(torch.cat([squares, rows.to(squares.device)]))
+        rows = [torch.zeros_like(self.measured[2:])] if self._rows is None else self._rows
+        sums = total(torch.cat([squares, *(each.to(squares.device) for each in rows)]))
         self._squares.grad = self._rows = None
-        steps = self.state[:1] + 1
-        share = steps.clamp(max=WINDOW).reciprocal_()
-        pulls, before = sums[:2].sqrt() / scale, self.state[1:3]
+        if may_overflow and not bool(sums.sum().isfinite()):  # who asks a scaler for its scale has waited already
+            return
+        self.steps += 1
+        share = 1 / min(self.steps, WINDOW)
+        pulls, rows_mean = sums[:2].sqrt_().div_(scale), sums[2:].div_(examples)
+        self.measured[:1].lerp_(pulls[:1], 1 / self.steps)
         if weight:
-            pulls[1:].div_(self.factor * weight)
-            # The first that pulled counts whole.
-            shares = torch.cat([1 / steps, torch.where(before[1:] > 0, share, 1.0)])
-        else:
-            shares = torch.cat([1 / steps, torch.zeros_like(share)])
-        new = torch.cat(
-            [steps, torch.lerp(before, pulls, shares), torch.lerp(self.state[3:], sums[2:] / examples, share)]
-        )
-        # A step of float16 may overflow.
-        self.state = torch.where(new.sum().isfinite(), new, self.state)
-        task, relation = self.state[1:3].unbind()
-        self.factor = torch.where(task > 0, torch.where(relation > 0, task / relation, START), 1.0)
+            pull = pulls[1:].div_(self.factor * weight)
+            self.measured[1:2].lerp_(pull, share if self._has_pulled else 1.0)  # the first counts whole
+            self._has_pulled = True
+        self.measured[2:].lerp_(rows_mean, share)
+        (task, relation), (no_task, no_relation) = self.measured[:2].unbind(), (self.measured[:2] <= 0).unbind()
+        self.factor = (task / relation).masked_fill_(no_relation, START).masked_fill_(no_task, 1.0)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All there is to save: `measured`, (4 + width,), and `factor`, (1,)."""
-        return {"measured": self.state.clone(), "factor": self.factor.clone().view(1)}
+        """All there is to save: `measured`, after the steps, (4 + width,), and `factor`, (1,)."""
+        steps = self.measured.new_full((1,), self.steps)
+        return {"measured": torch.cat([steps, self.measured]), "factor": self.factor.clone().view(1)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over what was saved; a ValueError if it is of another student."""
-        if {name: tensor.shape for name, tensor in state.items()} != {"measured": self.state.shape, "factor": (1,)}:
+        if {name: each.shape for name, each in state.items()} != {
+            "measured": (1 + len(self.measured),),
+            "factor": (1,),
+        }:
             raise ValueError("the saved balance of the losses is of another student, or lost. Start a new run.")
         self.clear()
-        self.state, self.factor = state["measured"].to(self.state), state["factor"].to(self.factor).squeeze(0)
+        self.steps, self._has_pulled = int(state["measured"][0]), bool(state["measured"][2] > 0)
+        self.measured = state["measured"][1:].to(self.measured, copy=True)
+        self.factor = state["factor"].to(self.factor).squeeze(0)
 
 
 class _WeightedSum(torch.autograd.Function):

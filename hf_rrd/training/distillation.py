@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -297,10 +296,9 @@ class Distillation:
         """
         self.update_bank(step.gather)
         if self.balance is not None and self.head is not None:
-            scale = step.processes * (1.0 if accelerator.scaler is None else accelerator.scaler.get_scale())
-            total, weight = partial(accelerator.reduce, reduction="sum"), self.weights()["relational_weight"]
-            self.balance.update(weight, step.total, total, scale / (1 + weight))
-            self.head.mean = self.balance.mean
+            scaler, weight = accelerator.scaler, self.weights()["relational_weight"]
+            scale = step.processes * (1.0 if scaler is None else scaler.get_scale()) / (1 + weight)
+            self.balance.update(weight, step.total, step.summed, scale, scaler is not None)
 
     def update_bank(self, gather: Callable[[Tensor], Tensor]) -> None:
         """Put the step's rows, gathered from all processes, into the bank: unit rows, which fit any dtype."""

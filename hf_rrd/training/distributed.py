@@ -52,6 +52,10 @@ class StepExamples:
         """A micro-batch's part of the step, times the processes, because gradients are averaged over them."""
         return examples * self.processes / self.total
 
+    def summed(self, sums: Tensor) -> Tensor:
+        """The sums of all processes, of those of this one."""
+        return sums if self.processes == 1 else self.accelerator.reduce(sums, "sum")
+
     def gather(self, rows: Tensor) -> Tensor:
         """The rows of all processes, (total, dim), from those of this one, (own, dim), by one all-gather.
 

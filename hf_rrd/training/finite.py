@@ -35,15 +35,15 @@ class FiniteCheck:
 
     def note(self, step: int, name: str, value: Tensor) -> None:
         """Look at a value of a step, numbered as in the log."""
-        steps, ends = self._noted.setdefault(name, ([], []))
+        steps, largest = self._noted.setdefault(name, ([], []))
         value = value.detach()
         steps.append(step)
-        # The ends of its range are not finite if anything is not; sums could be too large.
-        ends.append(torch.stack([value, value] if value.dim() == 0 else list(value.aminmax())))
+        # The largest is not finite if anything is not; sums could be too large.
+        largest.append((value if value.dim() == 0 else torch.linalg.vector_norm(value, torch.inf)).view(1))
         if value.device.type == "cpu":
             self.raise_if_found()
-        elif len(ends) > 1000:
-            ends[:] = [torch.cat(ends)]
+        elif len(largest) > 1000:
+            largest[:] = [torch.cat(largest)]
 
     def note_teacher(self, step: int, embedding: Tensor | None, logits: Tensor | None) -> None:
         """Look at a teacher's outputs in a step, as far as there are any."""
@@ -54,9 +54,8 @@ class FiniteCheck:
     def raise_if_found(self) -> None:
         """Raise a ValueError for what was noted since the last call and is not finite, with its step."""
         noted, self._noted = self._noted, {}  # read once: what comes later may be in order again
-        for name, (steps, ends) in noted.items():
-            values = torch.cat(ends).view(-1, 2)  # (steps, 2)
-            broken = values.isfinite().all(1).logical_not().nonzero()
+        for name, (steps, largest) in noted.items():
+            broken = torch.cat(largest).isfinite().logical_not().nonzero()  # of (steps,)
             if len(broken):
                 step = steps[int(broken[0])]
                 about = "the loss" if name == "the loss" else "the teacher"

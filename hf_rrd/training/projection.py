@@ -5,6 +5,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from hf_rrd.losses.relational import SAME_COSINE
+from hf_rrd.losses.rows import no_autocast
 
 logger = logging.get_logger(__name__)
 
@@ -103,7 +104,7 @@ class TeacherProjection:
         for name, tensor in self.state_dict().items():
             setattr(self, name, tensor.to(embedding.device))
         embedding = embedding.detach()
-        with torch.autocast(embedding.device.type, enabled=False):
+        with no_autocast(embedding.device.type):
             embedding = (embedding if self.mean is None else embedding - self.mean).float()
             embedding = embedding if self.matrix is None else embedding @ self.matrix
             return embedding if self.scale is None else embedding / self.scale

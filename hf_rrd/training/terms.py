@@ -83,7 +83,7 @@ class TermLog:
 
     def start_training(self) -> None:
         """Forget an earlier training."""
-        self.window: dict[str, Tensor] = {}
+        self.window: dict[str, list[Tensor]] = {}  # added up when they are read: no operation in a step
         self._steps: float | Tensor = 0.0  # of one process a number: no operation
 
     def add(self, parts: dict[str, Tensor], share: float | Tensor) -> None:
@@ -92,13 +92,15 @@ class TermLog:
         The shares of a step add up to 1, in the mean over the processes.
         """
         for name, part in parts.items():
-            value = part.detach().float()
-            self.window[name] = self.window[name] + value if name in self.window else value
+            values = self.window.setdefault(name, [])
+            values.append(part.detach())
+            if len(values) > 1000:
+                values[:] = [_sum(values)]
         self._steps = self._steps + share
 
     def not_finite(self) -> list[str]:
         """The terms that were nan or inf since the last line."""
-        return [name for name in TERMS if name in self.window and not self.window[name].isfinite()]
+        return [name for name in TERMS if name in self.window and not _sum(self.window[name]).isfinite()]
 
     def line(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The mean of each term per optimizer step since the last line, with `teacher_perplexity`; ends the window.
@@ -106,7 +108,7 @@ class TermLog:
         Args:
             reduce: From this process's sums to their mean over the processes, in one collective.
         """
-        window, steps = self.window, self._steps
+        window, steps = {name: _sum(values) for name, values in self.window.items()}, self._steps
         self.start_training()
         names = [name for name in TERMS if name in window]
         names += [name for name in window if name not in TERMS]
@@ -146,6 +148,10 @@ class TermLog:
             "loss": sum(weight * terms[name] for name, weight in weights_of(self.weights(), terms).items()),
             **terms,
         }
+
+
+def _sum(values: list[Tensor]) -> Tensor:
+    return torch.stack(values).sum(dtype=torch.float32)
 
 
 def _with_perplexity(means: dict[str, float]) -> dict[str, float]:

@@ -16,18 +16,21 @@ from hf_rrd import FeatureBank, relational_loss
 from hf_rrd.losses import relational as losses
 from hf_rrd.losses.relational import relational_terms
 from tests.losses.loops import LargestTensor, gradient_of
+from tests.losses.test_kernels import STAND_INS
 
 DIM = 4
 WHOLE = 4096
-SLICES = [WHOLE, 1, 3, 7, "at once", "accelerator 1", "accelerator 3"]
-"""Rows of the bank that are read at a time; as on an accelerator, all at once or so many."""
+SLICES = [WHOLE, 1, 3, 7, "at once", "kernels", "accelerator 1", "accelerator 3"]
+"""Rows of the bank that are read at a time; as on an accelerator, all at once or so many; as with Triton's kernels."""
 
 
 def read_by(monkeypatch: pytest.MonkeyPatch, slice_rows: int | str) -> None:
     if isinstance(slice_rows, str):
-        rows = int(slice_rows.split()[1]) if slice_rows != "at once" else 1 << 20
+        rows = int(slice_rows.split()[1]) if slice_rows.startswith("accelerator") else 1 << 20
         monkeypatch.setattr(losses, "_is_accelerator", lambda device: True)
         monkeypatch.setattr(losses, "_slice_rows", lambda *_: rows)
+        if slice_rows.endswith("kernels"):
+            monkeypatch.setattr(losses, "_kernels", lambda student: STAND_INS if slice_rows == "kernels" else None)
     else:
         monkeypatch.setattr(losses, "SLICE_ROWS", slice_rows)
 
@@ -195,7 +198,7 @@ def test_the_divergence_is_exactly_0_for_equal_embeddings_and_temperatures(
     assert cross_entropy.min() > 0  # what is left is the teacher's entropy
 
 
-@pytest.mark.parametrize("slice_rows", [WHOLE, 7, "at once", "accelerator 7"])
+@pytest.mark.parametrize("slice_rows", [WHOLE, 7, "at once", "kernels", "accelerator 7"])
 @pytest.mark.parametrize("include_own", [False, True])
 def test_temperatures_of_a_ten_thousandth_stay_finite_in_float32(
     monkeypatch: pytest.MonkeyPatch, include_own: bool, slice_rows: int | str
@@ -294,7 +297,7 @@ def test_a_row_that_is_almost_the_own_one_stays_a_candidate() -> None:
     assert float(terms[0]) == pytest.approx(float(expected), rel=1e-12)
 
 
-@pytest.mark.parametrize("slice_rows", [WHOLE, 7, "at once", "accelerator 7"])
+@pytest.mark.parametrize("slice_rows", [WHOLE, 7, "at once", "kernels", "accelerator 7"])
 @pytest.mark.parametrize("raw", ["student", "teacher", "bank", "all"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_raw_rows_give_what_unit_rows_give_whichever_side_is_raw(
@@ -313,7 +316,7 @@ def test_raw_rows_give_what_unit_rows_give_whichever_side_is_raw(
     torch.testing.assert_close(gradient * lengths, expected_gradient, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("slice_rows", [WHOLE, 7, "at once", "accelerator 7"])
+@pytest.mark.parametrize("slice_rows", [WHOLE, 7, "at once", "kernels", "accelerator 7"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_rows_of_1e17_and_1e_minus_17_give_in_float32_what_unit_rows_give(
     monkeypatch: pytest.MonkeyPatch, name: str, slice_rows: int | str
@@ -358,7 +361,7 @@ def test_no_tensor_grows_with_the_bank(monkeypatch: pytest.MonkeyPatch, dtype: t
         assert largest.elements == 64 * 16  # a slice: of its logits for 16 queries, or of its rows
 
 
-@pytest.mark.parametrize("slice_rows", [WHOLE, 3, "at once", "accelerator 3"])
+@pytest.mark.parametrize("slice_rows", [WHOLE, 3, "at once", "kernels", "accelerator 3"])
 @pytest.mark.parametrize("include_own", [False, True])
 def test_only_the_student_gets_a_gradient(
     monkeypatch: pytest.MonkeyPatch, include_own: bool, slice_rows: int | str
@@ -372,7 +375,7 @@ def test_only_the_student_gets_a_gradient(
     assert bank.grad is None
 
 
-@pytest.mark.parametrize("slice_rows", [WHOLE, 7, "at once", "accelerator 7"])
+@pytest.mark.parametrize("slice_rows", [WHOLE, 7, "at once", "kernels", "accelerator 7"])
 @pytest.mark.parametrize("include_own", [False, True])
 def test_an_empty_bank_gives_a_loss_and_a_gradient_of_0(
     monkeypatch: pytest.MonkeyPatch, include_own: bool, slice_rows: int | str
@@ -386,7 +389,7 @@ def test_an_empty_bank_gives_a_loss_and_a_gradient_of_0(
     assert gradient.tolist() == [[0.0] * DIM] * 3
 
 
-@pytest.mark.parametrize("slice_rows", [WHOLE, 7, "at once", "accelerator 7"])
+@pytest.mark.parametrize("slice_rows", [WHOLE, 7, "at once", "kernels", "accelerator 7"])
 @pytest.mark.parametrize("include_own", [False, True])
 def test_bfloat16_autocast_changes_no_bit_of_the_loss_and_its_gradient(
     monkeypatch: pytest.MonkeyPatch, include_own: bool, slice_rows: int | str
@@ -406,7 +409,7 @@ def test_bfloat16_autocast_changes_no_bit_of_the_loss_and_its_gradient(
     assert torch.equal(cast_gradient, gradient)
 
 
-@pytest.mark.parametrize("slice_rows", [WHOLE, 7, "at once", "accelerator 7"])
+@pytest.mark.parametrize("slice_rows", [WHOLE, 7, "at once", "kernels", "accelerator 7"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs_are_compared_in_float32(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, slice_rows: int | str
@@ -422,7 +425,7 @@ def test_half_precision_inputs_are_compared_in_float32(
     assert torch.equal(gradient, expected_gradient.to(dtype))
 
 
-@pytest.mark.parametrize("slice_rows", [WHOLE, 3, "at once", "accelerator 3"])
+@pytest.mark.parametrize("slice_rows", [WHOLE, 3, "at once", "kernels", "accelerator 3"])
 def test_a_bank_written_between_loss_and_backward_leaves_the_gradient_as_it_was(
     monkeypatch: pytest.MonkeyPatch, slice_rows: int | str
 ) -> None:
@@ -464,7 +467,7 @@ def test_relational_loss_names_the_shapes_that_do_not_agree(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("include_own", [False, True])
-@pytest.mark.parametrize("slice_rows", [WHOLE, 7, "at once", "accelerator 7"])
+@pytest.mark.parametrize("slice_rows", [WHOLE, 7, "at once", "no kernels", "accelerator 7"])
 @pytest.mark.parametrize(
     ("dtype", "precision", "tolerance"),
     [(torch.float64, "ieee", 1e-10), (torch.float32, "ieee", 1e-5), (torch.float32, "none", 0.02)],
@@ -510,7 +513,7 @@ class Tf32(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("half", [0, 2**12])
-@pytest.mark.parametrize("slice_rows", ["at once", "accelerator 500"])
+@pytest.mark.parametrize("slice_rows", ["at once", "kernels", "accelerator 500"])
 def test_products_in_tf32_still_find_all_copies_and_leave_loss_and_divergence_right_to_2_hundredths(
     monkeypatch: pytest.MonkeyPatch, slice_rows: str, half: int
 ) -> None:
@@ -561,7 +564,7 @@ def test_an_accelerator_reads_so_many_rows_that_the_logits_of_both_sides_take_1_
 
 
 @pytest.mark.parametrize("rows", [0, 1, 17])
-@pytest.mark.parametrize("slice_rows", [WHOLE, 6, "at once", "accelerator 6"])
+@pytest.mark.parametrize("slice_rows", [WHOLE, 6, "at once", "kernels", "accelerator 6"])
 def test_infonce_is_the_loop_over_its_formula(
     rows: int, slice_rows: int | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

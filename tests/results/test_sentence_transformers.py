@@ -40,7 +40,7 @@ def expected(run: Any, words: Any) -> Tensor:
     with torch.no_grad():
         rows = head(embed(student, dict(inputs), run.args.student_pooling))
     if teacher.scale is not None:
-        rows = rows * teacher.scale * teacher.dim**0.5 / run.distillation.balance.state[3].sqrt()
+        rows = rows * teacher.scale * teacher.dim**0.5 / run.distillation.balance.measured[2].sqrt()
     rows = rows if teacher.matrix is None else rows @ teacher.matrix.T
     return F.normalize(rows if teacher.mean is None else rows + teacher.mean, dim=-1)
 
@@ -110,7 +110,7 @@ def test_a_student_that_is_its_teacher_gives_its_teachers_rows(tmp_path: Path) -
         own = embed(run.model.eval(), dict(inputs))
         fitted = torch.linalg.lstsq(torch.cat([own, torch.ones(len(own), 1)], 1), wanted).solution
         head.projection.weight.copy_(fitted[:-1].T), head.projection.bias.copy_(fitted[-1])
-        run.distillation.balance.state[3] = head.eval()(own).square().sum(-1).mean()
+        run.distillation.balance.measured[2] = head.eval()(own).square().sum(-1).mean()
     save_sentence_transformer(run, tmp_path / "saved")
     rows = SentenceTransformer(str(tmp_path / "saved"), device="cpu").encode(SEVERAL, convert_to_tensor=True)
     assert (rows * teacher.encode(SEVERAL, convert_to_tensor=True)).sum(-1).min() > 0.999

@@ -59,19 +59,34 @@ def test_the_tasks_pull_is_the_mean_of_all_steps_and_the_relations_a_moving_aver
         pulled(balance, torch.full((1, 3), task / 3**0.5), torch.full((1, 3), relation / 3**0.5))
         balance.update(1.0, 1, alone, scale=1.0)
         expected += (relation - expected) / min(step, WINDOW)
-    assert balance.state[1].item() == pytest.approx(tasks.mean().item(), rel=1e-5)
-    assert balance.state[2].item() == pytest.approx(expected, rel=1e-5)
+    assert balance.measured[0].item() == pytest.approx(tasks.mean().item(), rel=1e-5)
+    assert balance.measured[1].item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
-def test_a_step_that_is_not_finite_measures_nothing(broken: float) -> None:
+def test_a_step_that_overflows_measures_nothing(broken: float) -> None:
     balance = Balance(2)
     pulled(balance, torch.ones(3, 2), torch.ones(3, 2))
     balance.update(1.0, 3, alone, scale=1.0)
-    before = balance.state.clone()
+    before = balance.state_dict()
     pulled(balance, torch.full((3, 2), broken), torch.ones(3, 2))
-    balance.update(1.0, 3, alone, scale=1.0)
-    assert torch.equal(balance.state, before) and balance.factor == 1
+    balance.update(1.0, 3, alone, scale=1.0, may_overflow=True)
+    assert balance.steps == 1 and balance.factor == 1
+    assert all(torch.equal(before[name], after) for name, after in balance.state_dict().items())
+
+
+def test_a_step_that_a_loss_scaler_skips_measures_nothing(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def broken_once(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        calls.append(1)  # twice before the first step, to see whether it counts labels
+        return torch.nn.functional.cross_entropy(outputs["logits"], labels) * (torch.nan if len(calls) == 4 else 1)
+
+    run = trainer(tmp_path, compute_loss_func=broken_once, max_steps=4, **DEFAULTS)
+    run.accelerator.scaler = torch.amp.GradScaler("cpu")  # as a float16 training on a GPU has one
+    run.train()
+    balance = run.distillation.balance
+    assert balance is not None and balance.steps == 3 and balance.measured.isfinite().all()
 
 
 def test_where_only_the_relations_pull_they_stay_as_they_are() -> None:
@@ -90,7 +105,7 @@ def test_a_loss_scaler_and_more_processes_change_nothing() -> None:
     pulled(many, 1024 * 2 * task[:2], 1024 * 2 * relation[:2])  # of the other process the other two rows
     other = 1024 * 2 * torch.stack([task[2:].norm(), START * relation[2:].norm()])
     many.update(1.0, 4, lambda sums: sums + torch.cat([other.square(), torch.zeros(3)]), scale=2 * 1024)
-    torch.testing.assert_close(one.state, many.state)
+    torch.testing.assert_close(one.measured, many.measured)
 
 
 def test_the_mean_of_the_students_embeddings_and_the_length_of_its_rows_are_theirs() -> None:
@@ -107,7 +122,8 @@ def test_what_is_saved_is_taken_over_and_of_another_student_refused() -> None:
     pulled(balance, torch.randn(4, 3), torch.randn(4, 3))
     balance.update(2.0, 4, alone, scale=1.0)
     restored.load_state_dict(balance.state_dict())
-    assert torch.equal(restored.state, balance.state) and torch.equal(restored.factor, balance.factor)
+    assert torch.equal(restored.measured, balance.measured) and restored.steps == 1
+    assert torch.equal(restored.factor, balance.factor)
     for state in ({}, Balance(4).state_dict()):
         with pytest.raises(ValueError, match="of another student"):
             restored.load_state_dict(state)
@@ -128,7 +144,9 @@ def parameters_of(folder: Path, batch: int, accumulation: int, student: Any = ti
     )
     run.train()
     assert run.distillation.balance is not None and 0 < run.distillation.balance.factor
-    return torch.cat([each.detach().flatten() for each in [*run.model.parameters(), run.distillation.balance.state]])
+    return torch.cat(
+        [each.detach().flatten() for each in [*run.model.parameters(), run.distillation.balance.measured]]
+    )
 
 
 def test_a_step_is_the_same_however_it_is_cut_into_groups(tmp_path: Path) -> None:

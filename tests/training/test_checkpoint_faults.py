@@ -300,8 +300,8 @@ def test_a_step_that_a_loss_scaler_skips_is_no_end_and_no_damage(tmp_path: Path)
     calls = []
 
     def broken_once(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        calls.append(1)
-        return torch.nn.functional.cross_entropy(outputs["logits"], labels) * (torch.nan if len(calls) == 2 else 1)
+        calls.append(1)  # twice before the first step, to see whether it counts labels
+        return torch.nn.functional.cross_entropy(outputs["logits"], labels) * (torch.nan if len(calls) == 4 else 1)
 
     run = run_in(tmp_path, compute_loss_func=broken_once, logging_steps=5, max_steps=4)
     run.accelerator.scaler = torch.amp.GradScaler("cpu")  # as a float16 training on a GPU has one
