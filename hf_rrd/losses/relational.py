@@ -12,8 +12,8 @@ from torch import Tensor
 from hf_rrd.losses.rows import check_positive, lengths, no_autocast, pair, ratio, unit
 
 SLICE_ROWS = 4096  # of the bank, that are read at a time on a CPU, at most
-LOGITS_MEMORY = 2**30
-"""Bytes of the logits of both sides that an accelerator holds at once; at the peak there are two such matrices."""
+LOGITS_MEMORY = 2**31
+"""Bytes that an accelerator may hold at the peak in matrices as large as the logits of both sides."""
 SAME_COSINE = 1 - 1e-4
 """From this cosine on, a row of the bank is a copy of an example's own: half precision leaves no less of 1."""
 INFONCE_TEMPERATURE = 1e-7
@@ -35,7 +35,7 @@ def relational_loss(
     cosine of 0.9999 or more, are no candidates for it, on either side. Only `student` gets a gradient, and no second
     derivative; the cosine of a row of zeros is 0. Computed in float32 (float64 for a float64 student), also under
     autocast. On a CPU the bank is read in slices, and memory does not grow with it. An accelerator makes all logits at
-    once while those of both sides fit into 1 GiB, and reads larger slices beyond.
+    once while that takes no more than 2 GiB, and reads larger slices beyond.
 
     On CUDA the products with the bank are in TF32, from torch 2.9 on unless it was told otherwise
     (`torch.set_float32_matmul_precision("highest")`, `tf32=False`), before where it was asked to. Cosines are then
@@ -134,17 +134,21 @@ def infonce_terms(student: Tensor, teacher: Tensor, bank: Tensor, student_temper
 
 def _fits(student: Tensor, bank: Tensor) -> bool:
     """Whether all logits are made at once: on an accelerator, where each operation costs a launch."""
-    return _is_accelerator(bank.device) and len(bank) <= _slice_rows(bank.device, 2 * len(student), student)
+    matrices = 1 if _kernels(student) else 2
+    return _is_accelerator(bank.device) and len(bank) <= _slice_rows(bank.device, 2 * len(student), student, matrices)
 
 
 def _is_accelerator(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def _slice_rows(device: torch.device, queries: int, like: Tensor) -> int:
-    """Rows of the bank that are read at a time for so many queries, of the width and the dtype of `like`."""
+def _slice_rows(device: torch.device, queries: int, like: Tensor, matrices: int = 2) -> int:
+    """Rows of the bank that are read at a time for so many queries, of the width and the dtype of `like`.
+
+    On an accelerator there are so many matrices of the logits' size at the peak.
+    """
     if _is_accelerator(device):
-        return max(1, LOGITS_MEMORY // (queries * like.itemsize))
+        return max(1, LOGITS_MEMORY // (matrices * queries * like.itemsize))
     # 2 MiB of a slice and its logits, which stay in the cache.
     return max(1, min(SLICE_ROWS, 2**19 // max(1, queries + like.shape[1])))
 

@@ -118,14 +118,11 @@ class TaskLoss:
         parts = {name: times(mean_of(term), share) for name, term in terms.items() if name != "task_loss"}
         if "task_loss" not in terms:
             return parts
-        labels = step.labels if step.is_one else None
-        if labels is None and self.func is None:
-            labels = self.labels_in(inputs)
         task = times(mean_of(terms["task_loss"]), self._share(inputs, outputs, step, share))
-        return {
-            "task_loss": task if labels is None or self.func is not None else task.masked_fill(labels == 0, 0.0),
-            **parts,
-        }
+        if self.func is None and not self.uses_count:  # a sum over a count is 0 without labels
+            labels = step.labels if step.is_one else self.labels_in(inputs)
+            task = task if labels is None else task.masked_fill(labels == 0, 0.0)
+        return {"task_loss": task, **parts}
 
     def _share(self, inputs: Mapping[str, Any], outputs: Any, step: Any, otherwise: Any) -> Any:
         if self._sums:  # over the examples, as CTC does by default
