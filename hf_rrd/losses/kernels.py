@@ -106,10 +106,12 @@ def _compare(
     example = tl.program_id(0).to(tl.int64)
     own = batch + example  # the example's own teacher row
     students, teachers = logits + example * count, logits + own * count
-    limit = tl.load(teachers + own) * same
-    # Each lane has a maximum and a sum of its own: no lane waits for another until the end.
+    # Of all candidates the own row has the teacher's largest cosine. It is taken off before the cosines are scaled: so
+    # its logit is 0 to the bit, whatever is fused, however low the temperature.
+    largest = tl.load(teachers + own)
+    limit = largest * same
+    # Each lane has a maximum and sums of its own: no lane waits for another until the end.
     student_top = tl.full([block], BELOW_ALL, tl.float32)
-    teacher_top = tl.full([block], BELOW_ALL, tl.float32)
     student_sum = tl.zeros([block], tl.float32)
     teacher_sum = tl.zeros([block], tl.float32)
     for start in range(0, count, block):
@@ -119,17 +121,13 @@ def _compare(
         # Not those of other examples of the batch, nor copies.
         counts = (row < count) & ((row == own) | ((row >= 2 * batch) & ~(teacher > limit)))
         student = tl.where(counts, student * student_factor, float("-inf"))
-        teacher = tl.where(counts, teacher * teacher_factor, float("-inf"))
         top = tl.maximum(student_top, student)
         student_sum = student_sum * tl.exp(student_top - top) + tl.exp(student - top)
         student_top = top
-        top = tl.maximum(teacher_top, teacher)
-        teacher_sum = teacher_sum * tl.exp(teacher_top - top) + tl.exp(teacher - top)
-        teacher_top = top
+        teacher_sum += tl.where(counts, tl.exp((teacher - largest) * teacher_factor), 0.0)
     top = tl.max(student_top, 0)
     student_norm = top + tl.log(tl.sum(student_sum * tl.exp(student_top - top), 0))
-    top = tl.max(teacher_top, 0)
-    teacher_norm = top + tl.log(tl.sum(teacher_sum * tl.exp(teacher_top - top), 0))
+    teacher_norm = tl.log(tl.sum(teacher_sum, 0))
 
     scale = student_factor / tl.load(norms + example)
     cross_entropy = tl.zeros([block], tl.float32)
@@ -141,7 +139,7 @@ def _compare(
         teacher = tl.load(teachers + row, mask=row < count, other=0.0)
         counts = (row < count) & ((row == own) | ((row >= 2 * batch) & ~(teacher > limit)))
         student_log = student * student_factor - student_norm
-        teacher_log = teacher * teacher_factor - teacher_norm
+        teacher_log = (teacher - largest) * teacher_factor - teacher_norm
         wanted = tl.where(counts, tl.exp(teacher_log), 0.0)
         pull = (tl.where(counts, tl.exp(student_log), 0.0) - wanted) * scale
         cross_entropy -= wanted * student_log

@@ -94,9 +94,9 @@ def relational_parts(
         return nothing, nothing, unit(teacher)
     if include_own and _fits(student, bank):
         with torch.no_grad(), no_autocast(student.device.type):
-            at_once = _by_kernels if _kernels(student) else _at_once
-            temperatures = (student_temperature, teacher_temperature)
-            one, other, slope, teacher = at_once(student, teacher, bank, *temperatures, bank_is_unit)
+            kernels, given = _kernels(student), (student, teacher, bank, student_temperature, teacher_temperature)
+            parts = _by_kernels(kernels, *given, bank_is_unit) if kernels else _at_once(*given, bank_is_unit)
+        one, other, slope, teacher = parts
         return *_with_slope(student, one, other, slope), teacher
     student, teacher = unit(student), unit(teacher)
     with torch.no_grad(), no_autocast(student.device.type):
@@ -223,19 +223,26 @@ def _kernels(student: Tensor) -> Any:
 
 @cache
 def _working_kernels(device: torch.device) -> Any:
+    """The module where its kernels give what PyTorch gives, which is looked at once."""
     try:
         from hf_rrd.losses import kernels
 
-        row = torch.ones(1, 1, device=device)
-        rows, _, norms = kernels.unit_rows(row, row, row, True)
-        kernels.compare(rows[:2] @ rows[1:].T, norms, 1, 1, 1)
+        rows = torch.arange(30.0, device=device).sin().view(10, 3)
+        # Of so low a temperature PyTorch's operations do not give the divergence.
+        for temperature, parts in ((0.1, (0, 1, 2, 3)), (INFONCE_TEMPERATURE, (0, 2, 3))):
+            given = (rows[:2], rows[2:4], rows[2:], 0.1, temperature, False)
+            found, expected = _by_kernels(kernels, *given), _at_once(*given)
+            for part in parts:
+                torch.testing.assert_close(found[part], expected[part], rtol=0.02, atol=0.02)
     except Exception as error:  # no Triton, no compiler of C for it, a device that it does not know, ...
-        warnings.warn(f"The relational loss runs without Triton's kernels, in more launches: {error!r}", stacklevel=2)
+        what = f"{type(error).__name__}: {error}"[:300]
+        warnings.warn(f"The relational loss runs without Triton's kernels, in more launches. {what}", stacklevel=2)
         return None
     return kernels
 
 
 def _by_kernels(
+    kernels: Any,
     student: Tensor,
     teacher: Tensor,
     bank: Tensor,
@@ -244,7 +251,7 @@ def _by_kernels(
     unit_bank: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `_at_once` does: two products, and two kernels for all else."""
-    batch, kernels = len(student), _kernels(student)
+    batch = len(student)
     with torch.cuda.device_of(student), _tf32(student.device):  # type: ignore[no-untyped-call]
         rows, own, norms = kernels.unit_rows(student, teacher, bank, unit_bank)  # (2 * batch + bank, dim)
         logits = torch.mm(rows[: 2 * batch], rows.T)

@@ -7,6 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 from runpy import run_path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,11 +71,27 @@ for number, size in enumerate(SIZES):
 
 def test_without_triton_the_loss_runs_in_more_launches_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "hf_rrd.losses.kernels", None)  # an import fails
-    with pytest.warns(UserWarning, match="without Triton's kernels, in more launches: ModuleNotFoundError"):
+    with pytest.warns(UserWarning, match="without Triton's kernels, in more launches. ModuleNotFoundError: "):
         assert relational._working_kernels(torch.device("cuda", 99)) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert relational._working_kernels(torch.device("cuda", 99)) is None
+
+
+@pytest.mark.parametrize("name", ["unit_rows", "compare"])
+def test_kernels_that_give_something_else_are_not_used(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def otherwise(*args: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(1.1 * each for each in getattr(STAND_INS, name)(*args))
+
+    cpu = torch.device("cpu")
+    monkeypatch.setitem(sys.modules, "hf_rrd.losses.kernels", STAND_INS)
+    monkeypatch.setattr("hf_rrd.losses.kernels", STAND_INS, raising=False)
+    assert relational._working_kernels.__wrapped__(cpu) is STAND_INS
+    broken = SimpleNamespace(**vars(STAND_INS) | {name: otherwise})
+    monkeypatch.setitem(sys.modules, "hf_rrd.losses.kernels", broken)
+    monkeypatch.setattr("hf_rrd.losses.kernels", broken)
+    with pytest.warns(UserWarning, match="AssertionError: Tensor-likes are not close"):
+        assert relational._working_kernels.__wrapped__(cpu) is None
 
 
 def test_only_float32_on_cuda_is_for_the_kernels() -> None:
