@@ -105,8 +105,9 @@ class _OfSoftmax(torch.autograd.Function):
             probabilities = theirs.exp()
             terms[part] = theirs.sub_(mine).mul_(probabilities).sum(-1) * temperature**2
             if slope is not None:
-                slope[part] = mine.exp_().sub_(probabilities).mul_(temperature)
+                torch.sub(mine.exp_(), probabilities, out=slope[part])
         if slope is not None:
+            ctx.temperature = temperature
             ctx.save_for_backward(slope.view(student.shape))
         return terms.view(student.shape[:-1])
 
@@ -114,7 +115,8 @@ class _OfSoftmax(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (slope,) = ctx.saved_tensors
-        return slope * grads[0].unsqueeze(-1).to(slope.dtype), None, None  # autograd gives it the logits' dtype
+        grad = (grads[0] * ctx.temperature).unsqueeze(-1).to(slope.dtype)
+        return slope * grad, None, None  # autograd gives it the logits' dtype
 
 
 _of_softmax: Callable[[Tensor, Tensor, float], Tensor] = _OfSoftmax.apply
