@@ -48,7 +48,7 @@ def imported(late: bool) -> set[str]:
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 found.add((node.module or "").split(".")[0])
-    found -= {"hf_rrd", *sys.stdlib_module_names}
+    found -= {"hf_rrd", "triton", *sys.stdlib_module_names}  # torch for CUDA brings Triton
     return {name_of(DISTRIBUTIONS.get(name, name)) for name in found}
 
 
