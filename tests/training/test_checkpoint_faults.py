@@ -23,6 +23,7 @@ from hf_rrd.models.teacher import Teacher
 from hf_rrd.training import caching
 from hf_rrd.training.checkpoint import SIDECAR, flaw_in, last_complete_checkpoint
 from hf_rrd.training.data import Preview
+from hf_rrd.training.finite import FiniteCheck
 from hf_rrd.training.identity import teacher_identity, weights_hash, weights_sample
 from tests.builders import Images, tiny_bert, tiny_vit, trainer
 
@@ -530,3 +531,14 @@ def test_what_we_write_into_a_checkpoint_is_no_pickle(undisturbed: tuple[Path, d
         described.pop("__metadata__")
         assert 8 + length + max(entry["data_offsets"][1] for entry in described.values()) == len(content)
         assert load_file(path).keys() == described.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_largest_numbers_are_finite_and_one_that_is_not_is_found_among_many(dtype: torch.dtype) -> None:
+    check = FiniteCheck(lambda: [])
+    outputs = torch.full((3, 4), torch.finfo(dtype).max, dtype=dtype)
+    check.note_teacher(1, outputs, -outputs)
+    for broken in (torch.nan, torch.inf, -torch.inf):
+        outputs[1, 2] = broken
+        with pytest.raises(ValueError, match="the teacher's logits is not finite .* at step 2"):
+            check.note_teacher(2, None, outputs)

@@ -14,7 +14,7 @@ from hf_rrd.losses.logits import dist_loss
 from hf_rrd.losses.regression import mse_loss
 from hf_rrd.losses.relational import infonce_loss, relational_loss
 from hf_rrd.training.distillation import RELATIONAL_LOSSES
-from hf_rrd.training.terms import objective_without_terms
+from hf_rrd.training.terms import TermLog, objective_without_terms
 from tests.builders import Images, log_of, tiny_vit, trainer
 
 ALL = {name: 0.5 + number for number, name in enumerate(RELATIONAL_LOSSES)}
@@ -168,3 +168,12 @@ def test_kd_by_correlation_is_that_loss_of_the_logits(tmp_path: Path) -> None:
     with torch.no_grad():
         logits: list[Tensor] = [model.eval()(images.pixels).logits for model in (student, teacher)]
     assert log_of(run, "kd_loss") == [pytest.approx(float(dist_loss(*logits, 2.0)), rel=1e-4)]
+
+
+def test_a_window_of_many_steps_keeps_few_numbers_and_their_mean() -> None:
+    log = TermLog(lambda: {"task_weight": 1.0})
+    for step in range(2500):
+        log.add({"task_loss": torch.tensor(step / 2)}, 0.5)
+    assert len(log.window["task_loss"]) <= 1000
+    assert log.line(lambda sums: sums) == {"task_loss": pytest.approx(2499 / 2)}
+    assert log.line(lambda sums: sums) == {}
