@@ -103,8 +103,8 @@ def _length(dataset: Any) -> Any:
     return len(dataset) if hasattr(dataset, "__len__") else "unknown"
 
 
-def loader_of(examples: Any, trainer: Any) -> Any:
-    """A loader that gives each process as many batches and leaves no example out, unlike a training's may."""
+def read_all(examples: Any, trainer: Any, description: str) -> Any:
+    """Their batches, as many on each process, and no example is left out, unlike a training's may; with a bar."""
     settings, args = trainer.accelerator.dataloader_config, trainer.args
     even_batches, drop_last = settings.even_batches, args.dataloader_drop_last
     settings.even_batches, args.dataloader_drop_last = True, False
@@ -113,22 +113,23 @@ def loader_of(examples: Any, trainer: Any) -> Any:
     finally:
         settings.even_batches, args.dataloader_drop_last = even_batches, drop_last
     trainer.accelerator._dataloaders.remove(loader)  # or it is kept, with its examples and workers, as the run lasts
-    return loader
+    is_silent = args.disable_tqdm or not trainer.accelerator.is_main_process
+    return logging.tqdm(loader, desc=description, disable=is_silent)
 
 
 @torch.no_grad()
 def embed_all(dataset: Any, trainer: Any) -> Tensor:
     """The teacher's embeddings of some training examples, (examples, width), on all processes; cached ones as read."""
-    accelerator, args = trainer.accelerator, trainer.args
+    accelerator = trainer.accelerator
     if isinstance(dataset, IterableDataset) and not has_cached_embeddings(dataset):
         dataset = list(dataset)
     check_same_lengths("train_dataset", dataset)  # of streams that end early
     if has_cached_embeddings(dataset):
-        return cached_embeddings(dataset).to(args.device)
-    loader, parts = loader_of(dataset, trainer), []  # none twice: a stream's length has to be known
+        return cached_embeddings(dataset).to(trainer.args.device)
+    # None twice: a stream's length has to be known.
+    batches, parts = read_all(dataset, trainer, "Measuring the teacher"), []
     with named_errors("reading examples of `train_dataset`"):
-        is_silent = args.disable_tqdm or not accelerator.is_main_process
-        for batch in logging.tqdm(loader, desc="Measuring the teacher", disable=is_silent):
+        for batch in batches:
             with named_errors("calibration on `train_dataset`", batch), accelerator.autocast():
                 embedding = trainer._teacher.read(trainer._prepare_inputs(batch), logits=False).embedding
                 if embedding is None:

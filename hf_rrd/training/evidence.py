@@ -15,7 +15,7 @@ from hf_rrd.errors import named_errors
 from hf_rrd.losses.logits import NUMBERS, ONE, SEVERAL
 from hf_rrd.models.logits import BY_PLACE, WORDS, LogitPair
 from hf_rrd.training.data import preserved_randomness, sample_of
-from hf_rrd.training.distributed import loader_of
+from hf_rrd.training.distributed import read_all
 from hf_rrd.training.terms import GENTLE, HARD
 
 logger = logging.get_logger(__name__)
@@ -69,8 +69,9 @@ def _asked(dataset: Any, trainer: Any) -> tuple[str, Tensor, int] | None:
     pair, accelerator = trainer.distillation.logits, trainer.accelerator
     found: list[Tensor] = []
     kind, examples = ONE, 0
+    sample = sample_of(_labelled(dataset), ASKED, trainer.distillation.seed)
     with preserved_randomness():
-        for batch in loader_of(sample_of(_labelled(dataset), ASKED, trainer.distillation.seed), trainer):
+        for batch in read_all(sample, trainer, "Asking the teacher"):
             row = None
             with named_errors("asking the teacher for labels of `train_dataset`", batch), accelerator.autocast():
                 batch = trainer._prepare_inputs(batch)
