@@ -144,7 +144,7 @@ def _compare(
         pull = (tl.where(counts, tl.exp(student_log), 0.0) - wanted) * scale
         cross_entropy -= wanted * student_log
         divergence += wanted * (teacher_log - student_log)
-        longer += pull * student
+        longer += tl.where(counts, pull * student, 0.0)
         tl.store(students + row, pull, mask=(row < count) & (row != example))
     tl.store(students + example, -tl.sum(longer, 0))  # less what would only lengthen the row: along itself
     tl.store(losses + example, tl.sum(cross_entropy, 0))

@@ -86,8 +86,8 @@ class _OfSoftmax(torch.autograd.Function):
     """`logit_terms` of one class, of logits in any dtype, (..., classes).
 
     Over a large vocabulary each matrix in full precision may be the largest of a step. So it is made for some rows at
-    a time, and what is kept for the backward pass is the gradient. That is in the dtype of the student's logits, but
-    not in float16, which has no numbers so small.
+    a time, and what is kept for the backward pass is the gradient, but for the temperature. That is in the dtype of
+    the student's logits, but not in float16, which has no numbers so small.
     """
 
     @staticmethod

@@ -134,8 +134,10 @@ def infonce_terms(student: Tensor, teacher: Tensor, bank: Tensor, student_temper
 
 def _fits(student: Tensor, bank: Tensor) -> bool:
     """Whether all logits are made at once: on an accelerator, where each operation costs a launch."""
-    matrices = 1 if _kernels(student) else 2
-    return _is_accelerator(bank.device) and len(bank) <= _slice_rows(bank.device, 2 * len(student), student, matrices)
+    if not _is_accelerator(bank.device):
+        return False
+    batch, how = len(student), (1, 2) if _kernels(student) else (2, 1)  # matrices, and batches among their columns
+    return how[1] * batch + len(bank) <= _slice_rows(bank.device, 2 * batch, student, how[0])
 
 
 def _is_accelerator(device: torch.device) -> bool:
@@ -227,11 +229,12 @@ def _working_kernels(device: torch.device) -> Any:
     try:
         from hf_rrd.losses import kernels
 
-        rows = torch.arange(30.0, device=device).sin().view(10, 3)
+        rows = torch.arange(30, device=device, dtype=torch.float32).sin().view(10, 3)
         # Of so low a temperature PyTorch's operations do not give the divergence.
         for temperature, parts in ((0.1, (0, 1, 2, 3)), (INFONCE_TEMPERATURE, (0, 2, 3))):
             given = (rows[:2], rows[2:4], rows[2:], 0.1, temperature, False)
-            found, expected = _by_kernels(kernels, *given), _at_once(*given)
+            with torch.no_grad(), no_autocast(device.type):
+                found, expected = _by_kernels(kernels, *given), _at_once(*given)
             for part in parts:
                 torch.testing.assert_close(found[part], expected[part], rtol=0.02, atol=0.02)
     except Exception as error:  # no Triton, no compiler of C for it, a device that it does not know, ...

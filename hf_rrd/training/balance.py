@@ -39,7 +39,7 @@ class Balance:
     """
 
     def __init__(self, width: int) -> None:
-        self.steps, self._has_pulled = 0, False  # the relational terms
+        self.steps = 0
         self.measured = torch.zeros(3 + width)
         self.factor = torch.tensor(START)
         self._squares = torch.zeros(2, requires_grad=True)  # whose gradient is what was measured
@@ -67,7 +67,7 @@ class Balance:
 
     def clear(self) -> None:
         """Forget all."""
-        self.steps, self._has_pulled = 0, False
+        self.steps = 0
         self.measured.zero_()
         self.factor.fill_(START)
         self._squares.grad = self._rows = None
@@ -93,7 +93,8 @@ class Balance:
             examples: Of the step, on all processes.
             total: From this process's sums, (3 + width,), to those of all processes.
             scale: What gradients were multiplied by: the processes, and what a loss scaler adds to that.
-            may_overflow: The step may be one that a loss scaler skips, as it overflowed: then nothing of it counts.
+            may_overflow: The step may be one that a loss scaler skips, as it overflowed: then it does not count. Other
+                steps that are not finite count as one like those before, without waiting for the device.
         """
         squares = torch.zeros_like(self._squares) if self._squares.grad is None else self._squares.grad
         rows = [torch.zeros_like(self.measured[2:])] if self._rows is None else self._rows
@@ -103,13 +104,16 @@ class Balance:
             return
         self.steps += 1
         share = 1 / min(self.steps, WINDOW)
-        pulls, rows_mean = sums[:2].sqrt_().div_(scale), sums[2:].div_(examples)
-        self.measured[:1].lerp_(pulls[:1], 1 / self.steps)
+        sums[:2].sqrt_().div_(scale)
+        sums[2:].div_(examples)
         if weight:
-            pull = pulls[1:].div_(self.factor * weight)
-            self.measured[1:2].lerp_(pull, share if self._has_pulled else 1.0)  # the first counts whole
-            self._has_pulled = True
-        self.measured[2:].lerp_(rows_mean, share)
+            sums[1:2].div_(self.factor * weight)
+        new, before = torch.where(sums.sum().abs() < torch.inf, sums, self.measured), self.measured[1:2]
+        self.measured[:1].lerp_(new[:1], 1 / self.steps)
+        if weight:
+            shares = torch.where(before > 0, share, 1.0).to(before.dtype)  # the first that pulled counts whole
+            before.lerp_(new[1:2], shares)
+        self.measured[2:].lerp_(new[2:], share)
         (task, relation), (no_task, no_relation) = self.measured[:2].unbind(), (self.measured[:2] <= 0).unbind()
         self.factor = (task / relation).masked_fill_(no_relation, START).masked_fill_(no_task, 1.0)
 
@@ -126,9 +130,9 @@ class Balance:
         }:
             raise ValueError("the saved balance of the losses is of another student, or lost. Start a new run.")
         self.clear()
-        self.steps, self._has_pulled = int(state["measured"][0]), bool(state["measured"][2] > 0)
+        self.steps = int(state["measured"][0])
         self.measured = state["measured"][1:].to(self.measured, copy=True)
-        self.factor = state["factor"].to(self.factor).squeeze(0)
+        self.factor = state["factor"].to(self.factor, copy=True).squeeze(0)
 
 
 class _WeightedSum(torch.autograd.Function):

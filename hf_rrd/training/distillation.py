@@ -298,7 +298,8 @@ class Distillation:
         if self.balance is not None and self.head is not None:
             scaler, weight = accelerator.scaler, self.weights()["relational_weight"]
             scale = step.processes * (1.0 if scaler is None else scaler.get_scale()) / (1 + weight)
-            self.balance.update(weight, step.total, step.summed, scale, scaler is not None)
+            may_overflow = scaler is not None or accelerator.mixed_precision == "fp16"  # DeepSpeed has its own scaler
+            self.balance.update(weight, step.total, step.summed, scale, may_overflow)
 
     def update_bank(self, gather: Callable[[Tensor], Tensor]) -> None:
         """Put the step's rows, gathered from all processes, into the bank: unit rows, which fit any dtype."""

@@ -35,6 +35,8 @@ class FiniteCheck:
 
     def note(self, step: int, name: str, value: Tensor) -> None:
         """Look at a value of a step, numbered as in the log."""
+        if not value.is_floating_point():  # whole numbers, of a quantised teacher
+            return
         steps, largest = self._noted.setdefault(name, ([], []))
         value = value.detach()
         steps.append(step)

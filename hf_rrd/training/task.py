@@ -119,7 +119,7 @@ class TaskLoss:
         if "task_loss" not in terms:
             return parts
         task = times(mean_of(terms["task_loss"]), self._share(inputs, outputs, step, share))
-        if self.func is None and not self.uses_count:  # a sum over a count is 0 without labels
+        if self.func is None:
             labels = step.labels if step.is_one else self.labels_in(inputs)
             task = task if labels is None else task.masked_fill(labels == 0, 0.0)
         return {"task_loss": task, **parts}

@@ -94,6 +94,31 @@ def test_kernels_that_give_something_else_are_not_used(monkeypatch: pytest.Monke
         assert relational._working_kernels.__wrapped__(cpu) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_first_look_at_the_kernels_is_neither_under_autocast_nor_in_another_default_dtype(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setitem(sys.modules, "hf_rrd.losses.kernels", STAND_INS)
+    monkeypatch.setattr("hf_rrd.losses.kernels", STAND_INS, raising=False)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.autocast("cpu", dtype):
+            assert relational._working_kernels.__wrapped__(torch.device("cpu")) is STAND_INS
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("kernels", [STAND_INS, None])
+def test_what_is_held_at_the_peak_counts_the_batchs_own_columns(monkeypatch: pytest.MonkeyPatch, kernels: Any) -> None:
+    monkeypatch.setattr(relational, "_is_accelerator", lambda device: True)
+    monkeypatch.setattr(relational, "_kernels", lambda student: kernels)
+    matrices, own = (1, 2) if kernels else (2, 1)
+    for batch in (1, 256, 8192):
+        student = torch.empty(batch, 1)
+        most = relational.LOGITS_MEMORY // (matrices * 2 * batch * 4) - own * batch
+        assert [relational._fits(student, torch.empty(1, 1).expand(n, 1)) for n in (most, most + 1)] == [True, False]
+
+
 def test_only_float32_on_cuda_is_for_the_kernels() -> None:
     assert relational._kernels(torch.zeros(2, 3)) is None
     if torch.cuda.is_available():

@@ -75,6 +75,40 @@ def test_a_step_that_overflows_measures_nothing(broken: float) -> None:
     assert all(torch.equal(before[name], after) for name, after in balance.state_dict().items())
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_counts_as_one_like_those_before(broken: float) -> None:
+    balance = Balance(2)
+    for step in range(3):
+        pulled(balance, torch.full((3, 2), broken if step == 1 else 2.0), torch.ones(3, 2))
+        balance.add(torch.ones(3, 2), torch.ones(3, 4))
+        balance.update(1.0, 3, alone, scale=1.0)
+        torch.testing.assert_close(balance.measured, torch.tensor([24**0.5, 6**0.5, 4.0, 1.0, 1.0]))
+        torch.testing.assert_close(balance.factor, torch.tensor(2.0))
+
+
+def test_the_first_pull_counts_whole_also_after_pulls_of_0_and_a_checkpoint() -> None:
+    balance, restored = Balance(2), Balance(2)
+    for step in range(4):
+        pulled(balance, torch.ones(3, 2), torch.full((3, 2), 0.0 if step < 3 else 5.0))
+        if step == 3:
+            restored.load_state_dict(balance.state_dict())
+            restored._squares.grad = balance._squares.grad
+            restored.update(1.0, 3, alone, scale=1.0)
+        balance.update(1.0, 3, alone, scale=1.0)
+    torch.testing.assert_close(balance.measured[1], torch.tensor(150.0).sqrt())
+    assert torch.equal(restored.measured, balance.measured)
+
+
+def test_a_state_that_was_taken_over_stays_as_it_was() -> None:
+    balance, restored = Balance(2), Balance(2)
+    pulled(balance, torch.ones(3, 2), torch.ones(3, 2))
+    balance.update(1.0, 3, alone, scale=1.0)
+    state = balance.state_dict()
+    restored.load_state_dict(state)
+    restored.clear()
+    assert all(torch.equal(state[name], balance.state_dict()[name]) for name in state)
+
+
 def test_a_step_that_a_loss_scaler_skips_measures_nothing(tmp_path: Path) -> None:
     calls: list[int] = []
 

@@ -536,6 +536,7 @@ def test_what_we_write_into_a_checkpoint_is_no_pickle(undisturbed: tuple[Path, d
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_the_largest_numbers_are_finite_and_one_that_is_not_is_found_among_many(dtype: torch.dtype) -> None:
     check = FiniteCheck(lambda: [])
+    check.note_teacher(1, torch.ones(3, 4, dtype=torch.int8), torch.ones(3, 2, dtype=torch.int64))  # quantised ones
     outputs = torch.full((3, 4), torch.finfo(dtype).max, dtype=dtype)
     check.note_teacher(1, outputs, -outputs)
     for broken in (torch.nan, torch.inf, -torch.inf):

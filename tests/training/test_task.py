@@ -129,6 +129,27 @@ def test_a_step_without_a_label_has_no_task_and_the_teacher_all_the_same(kind: s
         torch.testing.assert_close(ours, theirs)
 
 
+class MeanOverCount(BertForTokenClassification):
+    """Its loss is the mean over a batch's labels, which is nan without any, scaled to a sum over the step's count."""
+
+    def forward(self, input_ids: Any, labels: Any = None, num_items_in_batch: Any = None, **inputs: Any) -> Any:
+        outputs = super().forward(input_ids, labels=labels, **inputs)
+        if num_items_in_batch is not None:
+            outputs.loss = outputs.loss * labels.ne(-100).sum() / num_items_in_batch
+        return outputs
+
+
+def test_a_batch_without_a_label_has_no_task_where_a_mean_is_scaled_by_the_count(tmp_path: Path) -> None:
+    data = Tokens(24, classes=CLASSES)
+    data.labels[:12] = -100
+    student = MeanOverCount(tiny_tokens().config)
+    given: dict[str, Any] = {"model": student, "teacher": tiny_bert(width=24, seed=1), "train_dataset": data}
+    run = trainer(tmp_path, per_device_train_batch_size=1, max_steps=24, **given)
+    run.train()
+    assert run._task.uses_count
+    assert sorted(loss > 0 for loss in log_of(run, "task_loss")) == [False] * 12 + [True] * 12
+
+
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_with_the_task_alone_a_step_of_several_micro_batches_is_the_plain_trainers_to_the_bit(
     accumulation: int, tmp_path: Path
