@@ -136,8 +136,8 @@ def _fits(student: Tensor, bank: Tensor) -> bool:
     """Whether all logits are made at once: on an accelerator, where each operation costs a launch."""
     if not _is_accelerator(bank.device):
         return False
-    batch, how = len(student), (1, 2) if _kernels(student) else (2, 1)  # matrices, and batches among their columns
-    return how[1] * batch + len(bank) <= _slice_rows(bank.device, 2 * batch, student, how[0])
+    batch, (matrices, own) = len(student), (1, 2) if _kernels(student) else (2, 1)  # own columns, in batches
+    return own * batch + len(bank) <= _slice_rows(bank.device, 2 * batch, student, matrices)
 
 
 def _is_accelerator(device: torch.device) -> bool:
