@@ -20,7 +20,7 @@ from hf_rrd.training.distillation import RELATIONAL_LOSSES
 from hf_rrd.training.projection import TEACHER_PROJECTIONS
 
 WEIGHTS = ("task_weight", "kd_weight", "relational_weight", "layer_weight")
-AUTOMATIC = ("kd_weight", "relational_weight", "layer_weight")  # of these may be "auto"
+AUTOMATIC = ("kd_weight", "kd_temperature", "relational_weight", "layer_weight")  # those that may be "auto"
 TEMPERATURES = {"kd_temperature": 4, "student_temperature": 0.1, "teacher_temperature": 0.02}
 CHOICES = {
     "kd_loss": ("kl", "dist"),
@@ -69,7 +69,8 @@ class RelationalDistillationConfig(TrainingArguments):
             classes, by the names in `id2label` and by its answers, otherwise 0, which never computes it. Above 0 the
             teacher needs a head with these classes.
         kd_temperature: Temperature of classic distillation, positive. Raise it to show more of how the teacher ranks
-            the wrong classes; the loss "kl" is multiplied by the square.
+            the wrong classes; the loss "kl" is multiplied by the square. 'auto': 1 for the words of language models,
+            which have many, otherwise 4.
         kd_loss: Which loss on logits. 'kl': the divergence of the softened class probabilities; 'dist': their
             correlation over the classes and over the examples of the micro-batch, for one label per example or token.
         relational_weight: Weight of the relational loss, 0 or more. 0 leaves out head and bank. With balance_losses:
@@ -128,7 +129,7 @@ class RelationalDistillationConfig(TrainingArguments):
 
     task_weight: float = 1.0
     kd_weight: float | str | None = "auto"
-    kd_temperature: float = 4.0
+    kd_temperature: float | str | None = "auto"
     kd_loss: str = field(default="kl", metadata={"choices": ["kl", "dist"]})
     relational_weight: float | str | None = "auto"
     balance_losses: bool = True
@@ -201,6 +202,8 @@ class RelationalDistillationConfig(TrainingArguments):
         """Raise a ValueError for a setting out of its range; the trainer asks again when a training starts."""
         for name, advice in TEMPERATURES.items():  # beyond these limits float32 gives out
             value = getattr(self, name)
+            if value == "auto" and name in AUTOMATIC:
+                continue
             _require(1e-6 <= value <= 1e6, f"`{name}` must be positive, from 1e-6 to 1e6, got {value}. Try {advice}.")
         weights = {name: getattr(self, name) for name in WEIGHTS}
         for name, value in weights.items():

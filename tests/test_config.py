@@ -21,7 +21,7 @@ from hf_rrd.config import described
 DEFAULTS = {
     "task_weight": 1.0,
     "kd_weight": "auto",
-    "kd_temperature": 4.0,
+    "kd_temperature": "auto",
     "kd_loss": "kl",
     "relational_weight": "auto",
     "balance_losses": True,

@@ -10,6 +10,7 @@ import transformers as hf
 from torch import Tensor
 
 from hf_rrd import RelationalDistillationTrainer
+from hf_rrd.results.callback import in_use
 from tests.builders import log_of, trainer
 from tests.processes import ROOT
 from tests.test_documentation import blocks_of
@@ -277,3 +278,17 @@ def test_an_example_of_the_guide_runs_as_it_is_and_learns_all_three_terms(
 
 def test_the_guide_has_an_example_of_each_kind_of_head() -> None:
     assert len(EXAMPLES_OF) == len(KINDS) + 1  # few labels
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "target words"])
+def test_an_automatic_temperature_is_1_of_words_and_4_of_all_else(kind: str, tmp_path: Path) -> None:
+    expected, logs = 1.0 if kind.endswith("words") else 4.0, []
+    for given in ({}, {"kd_temperature": expected}):
+        relational = float(kind != "target words")
+        settings: dict[str, Any] = {"kd_weight": 0.7, "relational_weight": relational, "max_steps": 1, **given}
+        rows = Rows(batch_of(kind))
+        run = trainer(tmp_path, model=model_of(kind, 16), teacher=model_of(kind, 24), train_dataset=rows, **settings)
+        run.train()
+        logs.append(log_of(run, "kd_loss"))
+        assert in_use(run.distillation)["kd_temperature"] == expected
+    assert logs[0] == logs[1] and logs[0][0] > 0

@@ -33,6 +33,8 @@ BY_PLACE = (*WORDS, "spans", "choices")  # these classes have no names: on both 
 TEXTS = ("tokens", *WORDS)
 DIMENSIONS = {"pixels": 4, "choices": 2, "classes": 2}  # all others have 3
 
+OF_CLASSES, OF_WORDS = 4.0, 1.0  # temperatures: among many words a higher one hides the few that matter
+
 Names = list[str] | None  # of classes, in the order of the logits
 
 
@@ -190,6 +192,10 @@ class LogitPair:
     def kind_of(self, logits: Tensor, inputs: Mapping[str, Any]) -> str:
         """What logits of a batch are: of `ONE` class, of `SEVERAL` at once, or `NUMBERS`."""
         return self._problem_type(self.layout or _layout_in(logits, inputs), logits, inputs)
+
+    def temperature(self, given: float | str) -> float:
+        """The one that is given, or where it is automatic that of words or of classes."""
+        return (OF_WORDS if self.layout in WORDS else OF_CLASSES) if isinstance(given, str) else given
 
     def terms(
         self, student: Tensor, teacher: Tensor, inputs: Mapping[str, Any], temperature: float, loss: str = "kl"

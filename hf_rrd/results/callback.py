@@ -202,6 +202,8 @@ class FactsCallback(TrainerCallback):
 def in_use(distillation: Distillation) -> dict[str, Any]:
     """What came of a run's settings, by their names: weights, poolings, the width and the rows of the bank."""
     found: dict[str, Any] = dict(distillation.weights())
+    if distillation.logits is not None:
+        found["kd_temperature"] = distillation.logits.temperature(distillation.args.kd_temperature)
     if distillation.projection is not None:
         found["projection_dim"] = distillation.projection.dim
     if distillation.reference is not None:

@@ -266,7 +266,7 @@ class Distillation:
     def kd_terms(self, student_logits: Tensor, teacher_logits: Tensor, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """`kd_loss` of each example, (batch,); of "dist" their mean."""
         assert self.logits is not None
-        how = (self.args.kd_temperature, self.args.kd_loss)
+        how = (self.logits.temperature(self.args.kd_temperature), self.args.kd_loss)
         return {"kd_loss": self.logits.terms(student_logits, teacher_logits, inputs, *how)}
 
     def total(self, terms: dict[str, Tensor], times: float = 1) -> Tensor:
