@@ -99,6 +99,22 @@ def test_the_heads_are_trained_once_and_reported_with_intervals(tmp_path: Path) 
     assert "'figure'" not in run_script(*arguments, folder=tmp_path).out  # all are there
 
 
+@pytest.mark.slow
+def test_the_language_models_are_trained_once_and_reported_with_intervals(tmp_path: Path) -> None:
+    rng, words = random.Random(0), "what is the name of a big city in Rome".split()
+    for table, name in (("sst2/{}", "sentence"), ("sentences/trec_{}", "text"), ("sentences/mr_{}", "text")):
+        for part, count in (("train", 60), ("test", 20)):
+            texts = [" ".join(rng.choices(words, k=6)) for _ in range(count)]
+            path = tmp_path / "data" / f"{table.format(part)}.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            datasets.Dataset.from_dict({name: texts}).to_csv(str(path))
+    arguments = (BENCHMARKS / "language_models.py", "--steps", "2", "--seeds", "2", "--data_dir", tmp_path / "data")
+    printed = run_script(*arguments, folder=tmp_path).out
+    assert printed.count("'nats'") == 4 * 2 and "a vocabulary of 14 words" in printed
+    assert "ours - ours, 4: " in printed and printed.count("2 seeds") == 4
+    assert "'nats'" not in run_script(*arguments, folder=tmp_path).out  # all are there
+
+
 def save_minilm(package: Path) -> None:
     """A package with a small BERT and a tokenizer of letters, as the benchmarks find MiniLM."""
     letters = "abcdefghijklmnopqrstuvwxyz"
