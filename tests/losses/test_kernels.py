@@ -115,8 +115,10 @@ def test_what_is_held_at_the_peak_counts_the_batchs_own_columns(monkeypatch: pyt
     matrices, own = (1, 2) if kernels else (2, 1)
     for batch in (1, 256, 8192):
         student = torch.empty(batch, 1)
-        most = relational.LOGITS_MEMORY // (matrices * 2 * batch * 4) - own * batch
+        columns = relational.LOGITS_MEMORY // (matrices * 2 * batch * 4)
+        most = columns + columns // 64 - own * batch
         assert [relational._fits(student, torch.empty(1, 1).expand(n, 1)) for n in (most, most + 1)] == [True, False]
+    assert relational._fits(torch.empty(256, 1), torch.empty(1, 1).expand(2**20 // matrices, 1))  # as documented
 
 
 def test_only_float32_on_cuda_is_for_the_kernels() -> None:
