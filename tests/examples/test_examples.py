@@ -17,6 +17,7 @@ write_cards = load_script("benchmarks/write_cards")
 
 
 @pytest.mark.parametrize("student", ["--student_num_layers 1", "--student_model_name_or_path {}/other"])
+@pytest.mark.slow
 def test_texts_train_from_the_teachers_cached_outputs_as_under_the_teacher(start: Any, student: str) -> None:
     line = "--train_file {}/train.csv --validation_file {}/validation.csv --text_column_name sentence "
     line += f"{student} --num_train_epochs 1 --logging_steps 1 --optim sgd {QUIET} --output_dir OUT"

@@ -194,6 +194,7 @@ def test_a_wrong_file_leaves_the_old_one_and_nothing_else(tmp_path: Path, monkey
 
 
 @needs_onnx
+@pytest.mark.slow
 def test_a_length_that_the_exporter_fixed_fails_the_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.exporters import OnnxExporter
 

@@ -158,6 +158,7 @@ def test_a_vocabulary_of_another_size_is_left_out(tmp_path: Path) -> None:
     assert run.distillation.weights()["kd_weight"] == 0
 
 
+@pytest.mark.slow
 def test_processes_whose_texts_are_padded_to_other_lengths_ask_together(tmp_path: Path) -> None:
     first, second = found_by_two(tmp_path, "answers_in_texts")
     assert first == second == [1.0, GENTLE, 0.0, GENTLE]
