@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 HOME = tempfile.mkdtemp(prefix="home-of-tests-")
 os.environ["HF_HOME"] = HOME  # nothing of the user's is read or written
@@ -35,11 +36,23 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(HOME, ignore_errors=True)
 
 
+def freeze() -> None:
+    """Have what is there left out of garbage collection: what is imported stays, and each training collects anew."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    yield
+    if nextitem is None or nextitem.path != item.path:  # its fixtures are gone, what it imported is not
+        freeze()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
-    gc.collect()
-    gc.freeze()  # what is imported stays, and need not be looked through again and again
+    freeze()
 
     if not torch.cuda.is_available():
         for item in items:
