@@ -13,7 +13,7 @@ PARALLEL := -n 2 --dist loadscope
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/ready ## Distil a small ViT on handwritten digits and print what it gained (some minutes)
+demo: $(VENV)/demo ## Distil a small ViT on handwritten digits and print what it gained (some minutes)
 	$(BIN)/python examples/quickstart.py
 
 docs: $(VENV)/ready ## Build the documentation, as out/docs/index.html; a warning is an error
@@ -49,9 +49,13 @@ clean: ## Remove environments, caches and outputs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and alone: its pinned build satisfies all that the others ask of it.
-$(VENV)/ready: pyproject.toml constraints.txt
+$(VENV)/demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[demo]'
+	@touch $@
+
+$(VENV)/ready: $(VENV)/demo
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev,docs,onnx]'
 	@touch $@
 
