@@ -56,7 +56,12 @@ def run_alone(path: Path, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {output.name: torch.from_numpy(value) for output, value in zip(session.get_outputs(), values, strict=True)}
 
 
-@pytest.fixture(scope="module", params=STUDENTS)
+QUICK = "vit"  # of the fast tests: each export takes seconds
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(each, marks=[] if each == QUICK else pytest.mark.slow) for each in STUDENTS]
+)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A student with a head, in training mode, as it was, its file, the difference and inputs of another seed."""
     if MISSING:

@@ -208,6 +208,7 @@ def fingerprint(folder: str) -> str:
     return f"{hash_of(caching.Teacher(model, True, False).pooling)} {hash_of(read.rules)}"
 
 
+@pytest.mark.slow
 def test_another_process_knows_a_teacher_by_the_same_hashes(tmp_path: Path) -> None:
     module = "tests.training.test_caching_texts"
     code = f"import sys; from {module} import fingerprint; print(fingerprint(sys.argv[1]))"
