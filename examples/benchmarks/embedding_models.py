@@ -4,11 +4,12 @@
     python examples/benchmarks/embedding_models.py --data_dir data --student "3 layers" --rows ours MSELoss
     python examples/benchmarks/embedding_models.py --only_report
 
-Students: 3 or 2 of the teacher's 6 layers, and a BERT of 2 layers, 128 wide, from fresh weights, which keeps its
-projection to the teacher's 384 dimensions. Same sentences, steps, batch, optimizer and schedule for all; each row's
-learning rate is the better of two on STS-B's validation split, with a seed of its own. The rivals run in
-sentence-transformers' own trainer: `MSELoss`, `EmbedDistillLoss` by cosine, and LEAF's loss (the Euclidean distance to
-the teacher's embedding, arXiv:2509.12539); for the fresh student with a Dense layer. Figures of the test splits:
+Students: 3 or 2 of the teacher's 6 layers, and a BERT of 2 layers, 128 wide, which keeps its projection to the
+teacher's 384 dimensions: from fresh weights, or with the teacher's embeddings of words made narrow. Same sentences,
+steps, batch, optimizer and schedule for all; each row's learning rate is the better of two on STS-B's validation
+split, with a seed of its own. The rivals run in sentence-transformers' own trainer: `MSELoss`, `EmbedDistillLoss` by
+cosine, and LEAF's loss (the Euclidean distance to the teacher's embedding, arXiv:2509.12539); for students 128 wide
+with a Dense layer. Figures of the test splits:
 
 - STS-B: Spearman's correlation of the cosine with people's scores; of one sentence from each model, too.
 - TREC, MR: accuracy of a linear probe of the embeddings, fitted on 4,000 sentences.
@@ -54,9 +55,10 @@ from hf_rrd import (
     student_from_teacher,
 )
 
+KINDS = ("3 layers", "2 layers", "fresh 2 x 128", "narrow 2 x 128")
 SIZE = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
-RATES = {"3 layers": (2e-4, 5e-4), "2 layers": (2e-4, 5e-4), "fresh 2 x 128": (1e-3, 2e-3)}
-STEPS = {"3 layers": 300, "2 layers": 300, "fresh 2 x 128": 1000}
+RATES = {name: (2e-4, 5e-4) if "layers" in name else (1e-3, 2e-3) for name in KINDS}
+STEPS = {name: 300 if "layers" in name else 1000 for name in KINDS}
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours, MSE beside it": {"relational_loss": {"rrd": 1.0, "mse": 1.0}},
@@ -150,6 +152,8 @@ def student_of(kind: str, seed: int, data: Data) -> Any:
     set_seed(seed)
     if kind.endswith("layers"):
         return student_from_teacher(minilm_folder(), num_hidden_layers=int(kind[0]))
+    if kind.startswith("narrow"):
+        return student_from_teacher(minilm_folder(), **SIZE)
     return BertModel(BertConfig(vocab_size=len(data.tokenizer), **SIZE), add_pooling_layer=False)
 
 

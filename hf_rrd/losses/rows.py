@@ -1,4 +1,4 @@
-"""What the losses share: checks of their arguments, rows of length 1, and a division by what may be 0."""
+"""What the losses share: checks of their arguments, rows of length 1, a division by what may be 0, directions."""
 
 import math
 from collections.abc import Iterator
@@ -56,6 +56,17 @@ def unit(rows: Tensor, out: Tensor | None = None) -> Tensor:
 def lengths(rows: Tensor) -> Tensor:
     """Of each row, (batch, 1), and inf of a row of zeros."""
     return _divisor(torch.linalg.vector_norm(rows, dim=-1, keepdim=True))
+
+
+def principal_directions(covariance: Tensor, count: int) -> Tensor:
+    """The directions of largest variance, largest first, (width, count), each with the one of two signs that is fixed.
+
+    Args:
+        covariance: (width, width), in float64, times any factor.
+        count: How many, at most the width.
+    """
+    directions = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :count]
+    return directions * directions.gather(0, directions.abs().argmax(0, keepdim=True)).sign()
 
 
 def correlation(one: Tensor, other: Tensor, epsilon: float) -> Tensor:

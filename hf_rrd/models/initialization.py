@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from hf_rrd.losses.rows import principal_directions
 from hf_rrd.models.teacher import load_teacher
 
 logger = logging.get_logger(__name__)
@@ -21,16 +22,19 @@ class Initialization:
 
     Args:
         layers: The teacher's layer, counted from 0, that each layer of the student started from.
-        copied, fresh: Tensors that are the teacher's, and those that the model class initialised.
+        copied, fresh, narrowed: Tensors that are the teacher's, that the model class initialised, and that are made
+            from the teacher's wider ones.
     """
 
     layers: list[int]
     copied: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
+    narrowed: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        layers = ", ".join(map(str, self.layers)) or "not counted"
-        return f"layers of the teacher: {layers}\ncopied: {_short(self.copied)}\nfresh: {_short(self.fresh)}"
+        lines = [f"layers of the teacher: {', '.join(map(str, self.layers)) or 'not counted'}"]
+        lines += [f"narrowed: {_short(self.narrowed)}"] if self.narrowed else []
+        return "\n".join([*lines, f"copied: {_short(self.copied)}", f"fresh: {_short(self.fresh)}"])
 
 
 def _short(names: list[str]) -> str:
@@ -45,9 +49,10 @@ def student_from_teacher(
 
     Of n layers it keeps k, layer `round(i * (n - 1) / (k - 1))` as its i-th: the first, the last and evenly between. A
     ModernBERT's i-th is the nearest to that of the kind of the teacher's i-th, local or global, as its class expects.
-    A tensor of the teacher's shape is a copy of it. All else starts afresh from torch's random state, and a bias with
-    its weight: a head for other classes, the embeddings of another vocabulary, nearly everything at another
-    `hidden_size`. Fields that must agree with an override have to be given with it.
+    A tensor of the teacher's shape is a copy of it. Where the student is narrower, its embeddings of tokens are the
+    principal components of the teacher's, without their mean, as large as fresh ones. All else starts afresh from
+    torch's random state, and a bias with its weight: a head for other classes, the embeddings of another vocabulary,
+    the layers at another `hidden_size`. Fields that must agree with an override have to be given with it.
 
     The student shares no memory with the teacher, has its dtype, device, attention implementation and generation
     config, is in eval mode, and all its weights train.
@@ -73,6 +78,7 @@ def student_from_teacher(
     student.to(teacher.device).eval()
     number = rf"(?<=^{re.escape(_stack_of(teacher, student))}\.)\d+"  # a layer's, in the name of its tensor
     done: set[int] = set()
+    words = embedding_of_tokens(student)
     source = Initialization(layers)
     # `data` is replaced, not filled: tied weights stay one parameter, and rotary tables keep their own precision.
     for name, weight in student.state_dict(keep_vars=True).items():
@@ -81,7 +87,10 @@ def student_from_teacher(
         done.add(id(weight))
         given = weights.get(re.sub(number, lambda found: str(layers[int(found[0])]), name))
         its_weight = f"{name.rpartition('.')[0]}.weight"  # a bias is as fresh as that
-        if given is None or given.shape != weight.shape or its_weight in source.fresh:
+        if given is not None and words is not None and weight is words.weight and _is_wider(given, weight):
+            source.narrowed.append(name)
+            weight.data = _narrowed(given, weight).to(teacher.device, teacher.dtype)
+        elif given is None or given.shape != weight.shape or its_weight in source.fresh:
             source.fresh.append(name)
             weight.data = weight.data.to(dtype=teacher.dtype if weight.is_floating_point() else None)
         else:
@@ -94,6 +103,29 @@ def student_from_teacher(
     if source.fresh:
         logger.warning(f"Initialised afresh, not from the teacher: {_short(source.fresh)}.")
     return student
+
+
+def embedding_of_tokens(model: Any) -> nn.Embedding | None:
+    """A model's, with a weight of (vocabulary, width); None where it reads something else."""
+    try:
+        table = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None
+    return table if isinstance(table, nn.Embedding) else None
+
+
+def _is_wider(given: Tensor, weight: Tensor) -> bool:
+    return given.dim() == 2 and len(given) == len(weight) and given.shape[1] > weight.shape[1]
+
+
+def _narrowed(given: Tensor, fresh: Tensor) -> Tensor:
+    """The principal components of the teacher's rows, (vocabulary, width), of the size of fresh ones."""
+    rows = given.detach().float()
+    rows = rows - rows.mean(0)
+    directions = principal_directions((rows.T @ rows).cpu().double(), fresh.shape[1])
+    rows = rows @ directions.to(rows)
+    size, wanted = (each.detach().float().square().mean().sqrt() for each in (rows, fresh))
+    return rows * (wanted.to(size.device) / size) if size > 0 else rows
 
 
 def plain_weights_of(model: Any, argument: str = "teacher") -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_rrd.models.initialization import plain_weights_of
+from hf_rrd.models.initialization import embedding_of_tokens, plain_weights_of
 
 BATCH = 1000  # texts that are tokenized at once
 # Fields of configs and modules that hold ids of tokens, alone, in lists or in dicts.
@@ -120,11 +120,8 @@ def _read_tokenizer(tokenizer: Any) -> tuple[dict[str, Any], dict[str, int]]:
 
 def _rows_of(model: Any, ids: dict[str, int]) -> int:
     """The rows of a model's embedding of tokens."""
-    try:
-        table = model.get_input_embeddings()
-    except (NotImplementedError, AttributeError):
-        table = None
-    if not isinstance(table, nn.Embedding):
+    table = embedding_of_tokens(model)
+    if table is None:
         raise ValueError(f"`model` must have an embedding of tokens, got {type(model).__name__}, which has none.")
     rows, last = table.weight.shape[0], max(ids.values())
     if last >= rows:

@@ -5,7 +5,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from hf_rrd.losses.relational import SAME_COSINE
-from hf_rrd.losses.rows import no_autocast
+from hf_rrd.losses.rows import no_autocast, principal_directions
 
 logger = logging.get_logger(__name__)
 
@@ -61,11 +61,8 @@ class TeacherProjection:
                     f"teacher_projection='pca' with `projection_dim` {self.dim} needs more than {self.dim} training "
                     f"examples to measure, got {len(rows)}. Lower it, or set teacher_projection='center'."
                 )
-            covariance = (rows - mean).T @ (rows - mean)  # (width, width)
-            directions = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, : self.dim]  # largest variance first
-            largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))  # (1, dim)
-            # One sign of the two that each direction has.
-            self.matrix = (directions * largest.sign()).float().contiguous()
+            directions = principal_directions((rows - mean).T @ (rows - mean), self.dim)
+            self.matrix = directions.float().contiguous()
         projected = rows - mean if self.matrix is None else (rows - mean) @ self.matrix.double()
         scale = projected.square().mean().sqrt()
         self.mean, self.scale = mean.float(), torch.where(scale > 0, scale, 1).float().view(1)

@@ -266,6 +266,49 @@ def test_tied_weights_stay_tied_and_count_once(family: str) -> None:
     assert any("mbed" in name or "wte" in name for name in parts.fresh)
 
 
+@pytest.mark.parametrize("family", [name for name, (_, settings, _) in ALL.items() if "vocab_size" in settings])
+def test_a_narrower_student_starts_from_the_principal_components_of_the_teachers_words(family: str) -> None:
+    teacher = teacher_of(family)
+    changes = {"pooler_hidden_size": 16} if family == "deberta_v2" else {}
+    changes |= {"embedding_size": 4} if family == "electra" else {}
+    torch.manual_seed(3)
+    student = student_from_teacher(teacher, 2, hidden_size=16, num_attention_heads=2, **changes)
+    (name,) = student.initialization.narrowed
+    rows = student.state_dict()[name]
+    assert torch.equal(rows, student.get_input_embeddings().weight)
+    assert name not in [*student.initialization.copied, *student.initialization.fresh]
+    centred = teacher.get_input_embeddings().weight.detach()
+    centred = centred - centred.mean(0)
+    left, spread, _ = torch.linalg.svd(centred, full_matrices=False)
+    width = rows.shape[1]
+    expected = left[:, :width] * spread[:width]  # each column up to its sign
+    expected = expected * (expected * rows).sum(0).sign()
+    torch.manual_seed(3)
+    fresh = type(teacher)(student.config).get_input_embeddings().weight
+    torch.testing.assert_close(rows, expected * (fresh.square().mean() / expected.square().mean()).sqrt())
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2", "wav2vec2"])
+def test_a_narrower_student_that_reads_no_words_has_nothing_narrowed(family: str) -> None:
+    student = student_from_teacher(teacher_of(family), 2, hidden_size=16, num_attention_heads=2)
+    assert student.initialization.narrowed == []
+
+
+def test_words_of_a_wider_student_or_of_another_vocabulary_start_afresh() -> None:
+    name = "bert.embeddings.word_embeddings.weight"
+    for changes in ({"hidden_size": 64}, {"hidden_size": 16, "vocab_size": 30}):
+        parts = student_from_teacher(teacher_of("bert"), 2, **changes).initialization
+        assert parts.narrowed == [] and name in parts.fresh
+
+
+def test_words_that_are_all_alike_give_a_student_whose_words_are_alike() -> None:
+    teacher = teacher_of("bert")
+    with torch.no_grad():
+        teacher.get_input_embeddings().weight.fill_(0.5)
+    student = student_from_teacher(teacher, 2, hidden_size=16, num_attention_heads=2)
+    assert not student.get_input_embeddings().weight.any()
+
+
 def test_a_student_that_is_tied_by_an_override_starts_from_the_embeddings() -> None:
     teacher = teacher_of("llama_lm", tie_word_embeddings=False)
     student = student_from_teacher(teacher, tie_word_embeddings=True)
@@ -414,6 +457,12 @@ def test_the_report_is_frozen_and_readable() -> None:
     )
     with pytest.raises(dataclasses.FrozenInstanceError):
         report.layers = []  # type: ignore[misc]
+
+
+def test_the_report_names_what_is_narrowed() -> None:
+    report = Initialization([0], fresh=["head.bias"], narrowed=["words.weight"])
+    lines = ["layers of the teacher: 0", "narrowed: 1 tensors (words.weight)", "copied: 0 tensors"]
+    assert str(report).splitlines() == [*lines, "fresh: 1 tensors (head.bias)"]
 
 
 def test_a_model_without_a_number_of_layers_starts_whole_with_another_head() -> None:
