@@ -165,7 +165,7 @@ def sst2(data: Path, out: Path) -> Task:
         teacher = AutoModelForSequenceClassification.from_pretrained(minilm_folder(), num_labels=2)
         settings = quiet(out / "teacher", num_train_epochs=2, per_device_train_batch_size=32, learning_rate=1e-4)
         settings |= {"warmup_steps": 50, "bf16": True}
-        rows = examples_of(splits["train"], "all", distils=False)
+        rows = Examples(splits["train"], list(range(len(splits["train"]))), splits["train"].labels, distils=False)
         Trainer(teacher, TrainingArguments(**settings), train_dataset=rows).train()
         save_atomically(teacher, texts.tokenizer, out / "teacher")
     model = AutoModelForSequenceClassification.from_pretrained(out / "teacher").eval()

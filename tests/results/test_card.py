@@ -93,7 +93,15 @@ def test_a_student_of_its_teachers_layers_says_so(tmp_path: Path) -> None:
     card = card_of(trainer(tmp_path, teacher=teacher, model=student_from_teacher(teacher, num_hidden_layers=2)))
     assert "It started from layers 0, 2 of the teacher" in card.text
     card = card_of(trainer(tmp_path, teacher=teacher, model=student_from_teacher(teacher, 2, hidden_size=8)))
-    assert "It started from" not in card.text, "nothing was copied"
+    assert "started from" not in card.text, "nothing was copied"
+
+
+def test_a_student_of_its_teachers_words_says_so(tmp_path: Path) -> None:
+    teacher = tiny_bert(width=24)
+    student = student_from_teacher(teacher, 1, hidden_size=8, num_attention_heads=1)
+    card = card_of(trainer(tmp_path, teacher=teacher, model=student, train_dataset=Texts(24)))
+    assert "\nIts embeddings of tokens started from the principal components of the teacher's.\n" in card.text
+    assert "It started from" not in card.text
 
 
 def test_no_path_no_token_and_no_home_is_on_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
