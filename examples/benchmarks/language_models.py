@@ -11,6 +11,7 @@ see fewer texts. The figure is the mean loss on a word of the test splits, in na
 - `KD`: beside them the teacher's probabilities, `kd_weight=1, relational_weight=0`.
 - `ours, 4`: the defaults, with `kd_temperature=4`.
 - `ours`: the defaults.
+- `ours, its words`: the same of a student that starts from its teacher's embeddings, made narrow.
 
 Same steps, batch, optimizer, schedule, rate and start for all. Each finished run is a file, so a killed benchmark goes
 on where it was.
@@ -42,7 +43,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hf_rrd import RelationalDistillationConfig, RelationalDistillationTrainer
+from hf_rrd import RelationalDistillationConfig, RelationalDistillationTrainer, student_from_teacher
 
 TABLES = {"sst2/{}": "sentence", "sentences/trec_{}": "text", "sentences/mr_{}": "text"}
 PLAIN = {"kd_weight": 0.0, "relational_weight": 0.0}
@@ -51,6 +52,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "KD": {"kd_weight": 1.0, "relational_weight": 0.0},
     "ours, 4": {"kd_temperature": 4.0},
     "ours": {},
+    "ours, its words": {},
 }
 SIZES = {"teacher": (4, 192), "student": (2, 96)}  # layers, width
 LENGTH, RATE = 32, 1e-3
@@ -123,6 +125,13 @@ def trained(model: Any, words: Words, steps: int, batch_size: int, seed: int, te
     return trainer
 
 
+def narrowed(teacher: GPT2LMHeadModel, seed: int) -> Any:
+    """A student whose words are the teacher's."""
+    set_seed(seed)
+    layers, width = SIZES["student"]
+    return student_from_teacher(teacher, layers, n_embd=width, n_head=width // 48)
+
+
 def path_of(row: str, seed: int, args: Arguments) -> Path:
     """A run's file."""
     return Path(args.output_dir) / "runs" / f"{row.replace(', ', '-')}-{args.steps}-{seed}.json"
@@ -141,8 +150,10 @@ def train_all(args: Arguments) -> None:
             path = path_of(row, seed, args)
             if path.is_file():
                 continue
-            taught = None if row == "plain" else teacher
-            run = trained(words.model("student", 1 + seed), words, args.steps, 16, seed, taught, row)
+            taught, student = None if row == "plain" else teacher, words.model("student", 1 + seed)
+            if row == "ours, its words":
+                student = narrowed(teacher, 1 + seed)
+            run = trained(student, words, args.steps, 16, seed, taught, row)
             about = {"row": row, "seed": seed, "nats": words.nats(run.model), **run.distillation.weights()}
             path.parent.mkdir(parents=True, exist_ok=True)
             path.with_suffix(".tmp").write_text(json.dumps(about))
@@ -162,7 +173,13 @@ def report(args: Arguments) -> None:
     for row, figures in found.items():
         spread = f" ± {statistics.stdev(figures.values()):.3f}" if len(figures) > 1 else ""
         table.add_row(row, f"{statistics.fmean(figures.values()):.3f}{spread}" if figures else "")
-    for one, other in (("KD", "plain"), ("ours", "plain"), ("ours", "KD"), ("ours", "ours, 4")):
+    for one, other in (
+        ("KD", "plain"),
+        ("ours", "plain"),
+        ("ours", "KD"),
+        ("ours", "ours, 4"),
+        ("ours, its words", "ours"),
+    ):
         gaps = [found[one][seed] - found[other][seed] for seed in found[one].keys() & found[other].keys()]
         lines.append(f"{one} - {other}: {{:+.3f}} ± {{:.3f}}, {len(gaps)} seeds".format(*interval(gaps)))
     Console(width=100).print(table, *lines, sep="\n")

@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from hf_rrd import student_from_teacher
 
-SIZES: dict[str, dict[str, int]] = {"3 x 384": {"num_hidden_layers": 3}, "2 x 128": SIZE}
+SIZES: dict[str, dict[str, int]] = {"2 x 128": SIZE, "3 x 384": {"num_hidden_layers": 3}}
 RATES = {"3 x 384": (1e-4, 4e-4), "2 x 128": (5e-4, 1e-3)}
 STEPS = {"3 x 384": 162, "2 x 128": 324}
 STARTS = ("its teacher", "fresh weights")
@@ -38,7 +38,7 @@ class Arguments:
 
     data_dir: str = field(default="data", metadata={"help": "Holds the folder sst2/."})
     output_dir: str = field(default="out/compare", metadata={"help": "Where the teacher is, and the runs go."})
-    seeds: int = field(default=5, metadata={"help": "Runs of each start."})
+    seeds: int = field(default=3, metadata={"help": "Runs of each start."})
     max_steps: int | None = field(default=None, metadata={"help": "Steps of 64 sentences; by the size if unset."})
 
 

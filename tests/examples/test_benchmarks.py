@@ -110,8 +110,8 @@ def test_the_language_models_are_trained_once_and_reported_with_intervals(tmp_pa
             datasets.Dataset.from_dict({name: texts}).to_csv(str(path))
     arguments = (BENCHMARKS / "language_models.py", "--steps", "2", "--seeds", "2", "--data_dir", tmp_path / "data")
     printed = run_script(*arguments, folder=tmp_path).out
-    assert printed.count("'nats'") == 4 * 2 and "a vocabulary of 14 words" in printed
-    assert "ours - ours, 4: " in printed and printed.count("2 seeds") == 4
+    assert printed.count("'nats'") == 5 * 2 and "a vocabulary of 14 words" in printed
+    assert "ours - ours, 4: " in printed and printed.count("2 seeds") == 5
     assert "'nats'" not in run_script(*arguments, folder=tmp_path).out  # all are there
 
 
