@@ -98,7 +98,7 @@ class Data:
 
     def __init__(self, args: Arguments) -> None:
         self.folder, self.args = Path(args.data_dir), args
-        self._index: Tensor | None = None
+        self._index: dict[str, Tensor] = {}
         self.tokenizer = AutoTokenizer.from_pretrained(minilm_folder(), model_max_length=LENGTH)
         self.teacher = SentenceTransformer(minilm_folder(), device="cpu")
         self.teacher.max_seq_length = LENGTH
@@ -115,11 +115,11 @@ class Data:
         how["cache_dir"] = Path(args.output_dir) / "teacher"
         self.train = cache_teacher_outputs(Dataset.from_dict({"text": texts, **tokens}), self.teacher, 64, **how)
 
-    def index(self, texts: list[str]) -> Tensor:
-        """The teacher's unit rows, (texts, 384), computed once."""
-        if self._index is None:
-            self._index = rows_of(self.teacher, texts)
-        return self._index
+    def index(self, split: str, texts: list[str]) -> Tensor:
+        """The teacher's unit rows of a split's texts, (texts, 384), computed once."""
+        if split not in self._index:
+            self._index[split] = rows_of(self.teacher, texts)
+        return self._index[split]
 
     def column(self, table: str, name: str) -> list[Any]:
         """One column of `table`, such as "sst2/train"."""
@@ -217,13 +217,13 @@ def measure(model: Any, data: Data, split: str) -> dict[str, float]:
     pairs = {name: data.column(f"sentences/stsb_{split}", name) for name in ("sentence1", "sentence2", "score")}
     first, second = (rows_of(model, pairs[name]) for name in ("sentence1", "sentence2"))
     figures = {"sts": spearman(first, second, pairs["score"])}
-    if split != "test":
-        return figures
     texts = [*dict.fromkeys([*pairs["sentence1"], *pairs["sentence2"]])]
-    index = data.index(texts)
+    index = data.index(split, texts)
     theirs = [index[[texts.index(text) for text in pairs[name]]] for name in ("sentence1", "sentence2")]
     both = (spearman(first, theirs[1], pairs["score"]), spearman(theirs[0], second, pairs["score"]))
     figures["asymmetric"] = sum(both) / 2
+    if split != "test":
+        return figures
     figures["sts64"] = spearman(first[:, :64], second[:, :64], pairs["score"])
     places = [texts.index(text) for text in pairs["sentence1"]]
     similarity = first @ index.T  # (sentences, index)
@@ -293,7 +293,8 @@ def train_all(args: Arguments) -> None:
             if model is None:
                 model = SentenceTransformer(minilm_folder(), device="cpu")
                 model.max_seq_length, model[0].model = LENGTH, student_of(name, 0, data)
-            path.write_text(json.dumps(measure(model, data, "test"), indent=1))
+            figures = measure(model, data, "test") | {"validation": measure(model, data, "validation")["sts"]}
+            path.write_text(json.dumps(figures, indent=1))
     for kind in args.student:
         how = {"steps": args.steps or STEPS[kind], "batch_size": args.batch_size}
         for row in args.rows:
@@ -338,6 +339,11 @@ def report(args: Arguments) -> None:
         if found.get("ours"):
             shares = [100 * each["sts"] / known["sts"] for each in found["ours"].values()]
             print(f"{kind}: ours has {_cell(shares)} % of the teacher's STS-B")
+        tuned = [finished(Run(kind, "ours", rate, TUNING_SEED, **how), args) for rate in RATES[kind]]
+        if all(tuned):
+            best = max(filter(None, tuned), key=lambda figures: figures["sts"])
+            same, across, its = (f"{each:.1f}" for each in (best["sts"], best["asymmetric"], known["validation"]))
+            print(f"{kind}: ours on validation pairs, one seed: {same}, across the models {across}; teacher {its}")
 
 
 def _of(figures: dict[str, float], name: str) -> float:
