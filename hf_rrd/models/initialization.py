@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from hf_rrd.losses.rows import principal_directions
+from hf_rrd.losses.rows import no_autocast, principal_directions
 from hf_rrd.models.teacher import load_teacher
 
 logger = logging.get_logger(__name__)
@@ -31,6 +31,12 @@ class Initialization:
     fresh: list[str] = field(default_factory=list)
     narrowed: list[str] = field(default_factory=list)
 
+    @property
+    def has_layers(self) -> bool:
+        """Whether most tensors of layers are copies, by the numbers in their names."""
+        copied, fresh = (sum(bool(re.search(r"\.\d+\.", name)) for name in each) for each in (self.copied, self.fresh))
+        return copied > fresh
+
     def __str__(self) -> str:
         lines = [f"layers of the teacher: {', '.join(map(str, self.layers)) or 'not counted'}"]
         lines += [f"narrowed: {_short(self.narrowed)}"] if self.narrowed else []
@@ -49,8 +55,8 @@ def student_from_teacher(
 
     Of n layers it keeps k, layer `round(i * (n - 1) / (k - 1))` as its i-th: the first, the last and evenly between. A
     ModernBERT's i-th is the nearest to that of the kind of the teacher's i-th, local or global, as its class expects.
-    A tensor of the teacher's shape is a copy of it. Where the student is narrower, its embeddings of tokens are the
-    principal components of the teacher's, without their mean, as large as fresh ones. All else starts afresh from
+    A tensor of the teacher's shape is a copy of it. Where the student is narrower, its input embeddings of tokens are
+    the principal components of the teacher's, without their mean, as large as fresh ones. All else starts afresh from
     torch's random state, and a bias with its weight: a head for other classes, the embeddings of another vocabulary,
     the layers at another `hidden_size`. Fields that must agree with an override have to be given with it.
 
@@ -78,7 +84,8 @@ def student_from_teacher(
     student.to(teacher.device).eval()
     number = rf"(?<=^{re.escape(_stack_of(teacher, student))}\.)\d+"  # a layer's, in the name of its tensor
     done: set[int] = set()
-    words = embedding_of_tokens(student)
+    words, wider = embedding_of_tokens(student), embedding_of_tokens(teacher)
+    narrow = None if words is None or wider is None else _narrowed(wider.weight, words)
     source = Initialization(layers)
     # `data` is replaced, not filled: tied weights stay one parameter, and rotary tables keep their own precision.
     for name, weight in student.state_dict(keep_vars=True).items():
@@ -87,9 +94,9 @@ def student_from_teacher(
         done.add(id(weight))
         given = weights.get(re.sub(number, lambda found: str(layers[int(found[0])]), name))
         its_weight = f"{name.rpartition('.')[0]}.weight"  # a bias is as fresh as that
-        if given is not None and words is not None and weight is words.weight and _is_wider(given, weight):
+        if narrow is not None and words is not None and weight is words.weight:
             source.narrowed.append(name)
-            weight.data = _narrowed(given, weight).to(teacher.device, teacher.dtype)
+            weight.data = narrow.to(teacher.device, teacher.dtype)
         elif given is None or given.shape != weight.shape or its_weight in source.fresh:
             source.fresh.append(name)
             weight.data = weight.data.to(dtype=teacher.dtype if weight.is_floating_point() else None)
@@ -109,23 +116,28 @@ def embedding_of_tokens(model: Any) -> nn.Embedding | None:
     """A model's, with a weight of (vocabulary, width); None where it reads something else."""
     try:
         table = model.get_input_embeddings()
-    except (NotImplementedError, AttributeError):
+    except (NotImplementedError, AttributeError, ValueError):
         return None
     return table if isinstance(table, nn.Embedding) else None
 
 
-def _is_wider(given: Tensor, weight: Tensor) -> bool:
-    return given.dim() == 2 and len(given) == len(weight) and given.shape[1] > weight.shape[1]
-
-
-def _narrowed(given: Tensor, fresh: Tensor) -> Tensor:
-    """The principal components of the teacher's rows, (vocabulary, width), of the size of fresh ones."""
-    rows = given.detach().float()
-    rows = rows - rows.mean(0)
-    directions = principal_directions((rows.T @ rows).cpu().double(), fresh.shape[1])
-    rows = rows @ directions.to(rows)
-    size, wanted = (each.detach().float().square().mean().sqrt() for each in (rows, fresh))
-    return rows * (wanted.to(size.device) / size) if size > 0 else rows
+def _narrowed(wider: Tensor, words: nn.Embedding) -> Tensor | None:
+    """The principal components of a table's rows, of the size of the fresh ones that are there; None without any."""
+    fresh = words.weight.detach().float()
+    if len(wider) != len(fresh) or wider.shape[1] <= fresh.shape[1]:
+        return None
+    with no_autocast(wider.device.type):
+        rows = wider.detach().float()
+        whole = rows.square().mean().sqrt()
+        rows = rows - rows.mean(0)
+        covariance = (rows.T @ rows).cpu().double()
+        if not covariance.isfinite().all() or rows.square().mean().sqrt() <= 1e-6 * whole:
+            return None
+        rows = rows @ principal_directions(covariance, fresh.shape[1]).to(rows)
+    rows *= fresh.to(rows).square().mean().sqrt() / rows.square().mean().sqrt()
+    if words.padding_idx is not None:
+        rows[words.padding_idx] = fresh[words.padding_idx].to(rows)
+    return rows
 
 
 def plain_weights_of(model: Any, argument: str = "teacher") -> dict[str, Tensor]:

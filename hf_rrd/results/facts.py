@@ -22,6 +22,7 @@ from transformers.utils import PushToHubMixin
 from hf_rrd.models.body import is_classifier, is_headless, main_input_of, unwrapped
 from hf_rrd.models.columns import forward_columns
 from hf_rrd.models.embedding import Embedder
+from hf_rrd.models.initialization import Initialization
 from hf_rrd.models.sentence_transformers import own_pooling
 from hf_rrd.models.teacher import LOADED_FROM
 from hf_rrd.results.measure import size_of
@@ -186,11 +187,10 @@ def model_facts(model: nn.Module | None, description: str | None = None) -> Mode
         return ModelFacts(description=description)
     plain, size = unwrapped(model), size_of(model)
     facts = ModelFacts(size["class"], size["parameters"], size["bytes"], description=description)
-    start = getattr(plain, "initialization", None)  # by `student_from_teacher`
-    if start is not None and start.narrowed:
-        facts.teacher_words = True
-    if start is not None and start.copied:
-        facts.teacher_layers = list(start.layers)
+    start = getattr(plain, "initialization", None)
+    if isinstance(start, Initialization):  # by `student_from_teacher`, whose config names the teacher
+        facts.teacher_layers = list(start.layers) if start.has_layers else None
+        facts.teacher_words = bool(start.narrowed) or None
     elif description is None:
         name, revision = model.__dict__.get(LOADED_FROM, (None, None))
         facts.name, facts.revision = (name, revision) if revision else _on_the_hub(plain)

@@ -285,7 +285,20 @@ def test_a_narrower_student_starts_from_the_principal_components_of_the_teachers
     expected = expected * (expected * rows).sum(0).sign()
     torch.manual_seed(3)
     fresh = type(teacher)(student.config).get_input_embeddings().weight
-    torch.testing.assert_close(rows, expected * (fresh.square().mean() / expected.square().mean()).sqrt())
+    expected = expected * (fresh.square().mean() / expected.square().mean()).sqrt()
+    if (padding := student.get_input_embeddings().padding_idx) is not None:
+        expected[padding] = fresh[padding].detach()
+    torch.testing.assert_close(rows, expected)
+
+
+def test_words_are_narrowed_in_full_precision_under_autocast() -> None:
+    rows = []
+    for autocasts in (False, True):
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocasts):
+            student = student_from_teacher(teacher_of("bert"), 2, hidden_size=16, num_attention_heads=2)
+        rows.append(student.get_input_embeddings().weight)
+    assert torch.equal(*rows)
 
 
 @pytest.mark.parametrize("family", ["vit", "dinov2", "wav2vec2"])
@@ -301,12 +314,25 @@ def test_words_of_a_wider_student_or_of_another_vocabulary_start_afresh() -> Non
         assert parts.narrowed == [] and name in parts.fresh
 
 
-def test_words_that_are_all_alike_give_a_student_whose_words_are_alike() -> None:
+@pytest.mark.parametrize("value", [0.1, 0.5, torch.nan, torch.inf, 1e30])
+def test_words_that_have_no_finite_components_start_afresh(value: float) -> None:
     teacher = teacher_of("bert")
     with torch.no_grad():
-        teacher.get_input_embeddings().weight.fill_(0.5)
+        table = teacher.get_input_embeddings().weight
+        table.fill_(value) if value < 1 else table[3].fill_(value)
     student = student_from_teacher(teacher, 2, hidden_size=16, num_attention_heads=2)
-    assert not student.get_input_embeddings().weight.any()
+    parts, words = student.initialization, student.get_input_embeddings().weight
+    assert parts.narrowed == [] and "bert.embeddings.word_embeddings.weight" in parts.fresh
+    assert words.isfinite().all() and 0.01 < words.std() < 0.03
+
+
+def test_layers_are_the_teachers_where_most_of_their_tensors_are() -> None:
+    teacher = teacher_of("bert")
+    assert student_from_teacher(teacher, 2).initialization.has_layers
+    assert student_from_teacher(teacher, 2, intermediate_size=8).initialization.has_layers
+    for family in ("bert_mlm", "wav2vec2", "electra"):
+        student = student_from_teacher(teacher_of(family), 2, hidden_size=16, num_attention_heads=2)
+        assert student.initialization.copied and not student.initialization.has_layers
 
 
 def test_a_student_that_is_tied_by_an_override_starts_from_the_embeddings() -> None:

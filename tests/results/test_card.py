@@ -96,12 +96,17 @@ def test_a_student_of_its_teachers_layers_says_so(tmp_path: Path) -> None:
     assert "started from" not in card.text, "nothing was copied"
 
 
-def test_a_student_of_its_teachers_words_says_so(tmp_path: Path) -> None:
+def test_a_student_of_its_teachers_words_says_so_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_rrd.results.facts.try_to_load_from_cache", lambda name, *_, **__: str(tmp_path))
     teacher = tiny_bert(width=24)
+    teacher.config._name_or_path = "org/teacher"  # which the student's config names, too
     student = student_from_teacher(teacher, 1, hidden_size=8, num_attention_heads=1)
-    card = card_of(trainer(tmp_path, teacher=teacher, model=student, train_dataset=Texts(24)))
+    run = trainer(tmp_path, teacher=teacher, model=student, train_dataset=Texts(24))
+    card = card_of(run)
     assert "\nIts embeddings of tokens started from the principal components of the teacher's.\n" in card.text
     assert "It started from" not in card.text
+    student.initialization = "a word of the user's own"
+    assert "Its embeddings of tokens" not in card_of(run).text
 
 
 def test_no_path_no_token_and_no_home_is_on_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
