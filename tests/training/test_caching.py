@@ -331,7 +331,7 @@ def test_after_a_kill_a_second_call_finishes_the_work(tmp_path: Path, kill: int)
         -(-len(range(start, min(start + SHARD, EXAMPLES))) // BATCH) for start in range(0, EXAMPLES, SHARD)
     )
     kill_at = chance.randrange(1, all_forwards - 3)
-    forwards = context().Value("i", 0)
+    forwards = context().Value("i", 0, lock=False)
     child = context().Process(target=caching_worker.run, args=(0, 1, 0, str(tmp_path), forwards))
     child.start()
     while child.is_alive() and forwards.value < kill_at:
@@ -353,7 +353,7 @@ def test_after_a_kill_a_second_call_finishes_the_work(tmp_path: Path, kill: int)
 
 def test_two_processes_share_the_work_and_both_have_all_of_it(tmp_path: Path) -> None:
     port = free_port()
-    counts = [context().Value("i", 0) for _ in range(2)]
+    counts = [context().Value("i", 0, lock=False) for _ in range(2)]
     children = [
         context().Process(target=caching_worker.run, args=(rank, 2, port, str(tmp_path), counts[rank]))
         for rank in range(2)

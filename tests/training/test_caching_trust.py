@@ -172,7 +172,7 @@ def test_outputs_that_are_made_anew_are_announced(tmp_path: Path, monkeypatch: p
 def test_two_processes_make_all_anew_that_is_not_their_teachers(tmp_path: Path) -> None:
     rows = []
     for scale in (1.0, 1.0, 2.0):
-        port, counts = free_port(), [context().Value("i", 0) for _ in range(2)]
+        port, counts = free_port(), [context().Value("i", 0, lock=False) for _ in range(2)]
         arguments = [(rank, 2, port, str(tmp_path), counts[rank], scale) for rank in range(2)]
         children = [context().Process(target=caching_worker.run, args=each) for each in arguments]
         for child in children:
@@ -201,7 +201,7 @@ def test_two_processes_measure_the_projection_of_one_and_share_its_work(tmp_path
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        port, counts = free_port(), [context().Value("i", 0) for _ in range(processes)]
+        port, counts = free_port(), [context().Value("i", 0, lock=False) for _ in range(processes)]
         arguments = [(rank, processes, port, str(folder), counts[rank], 1.0, "pca") for rank in range(processes)]
         children = [context().Process(target=caching_worker.run, args=each) for each in arguments]
         for child in children:
