@@ -11,7 +11,7 @@ see fewer texts. The figure is the mean loss on a word of the test splits, in na
 - `KD`: beside them the teacher's probabilities, `kd_weight=1, relational_weight=0`.
 - `ours, 4`: the defaults, with `kd_temperature=4`.
 - `ours`: the defaults.
-- `ours, its words`: the same of a student that starts from its teacher's embeddings, made narrow.
+- `ours, its words`: the same, but of a student that starts with its teacher's embeddings, made narrow.
 
 Same steps, batch, optimizer, schedule, rate and start for all. Each finished run is a file, so a killed benchmark goes
 on where it was.

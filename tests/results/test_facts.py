@@ -8,9 +8,15 @@ import datasets
 import pytest
 import torch
 import transformers
-from transformers import CLIPImageProcessor, CLIPProcessor, ViTForImageClassification, ViTImageProcessor
+from transformers import (
+    BertForMaskedLM,
+    CLIPImageProcessor,
+    CLIPProcessor,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
-from hf_rrd import cache_teacher_outputs
+from hf_rrd import cache_teacher_outputs, student_from_teacher
 from hf_rrd.models.teacher import load_teacher
 from hf_rrd.results.facts import (
     CardFacts,
@@ -133,3 +139,12 @@ def test_a_teacher_that_is_only_called_something_has_no_size() -> None:
     assert model_facts(None, "a big one") == ModelFacts(description="a big one")
     named = model_facts(tiny_vit(), "a big one")
     assert named.class_name == "ViTForImageClassification" and named.parameters > 1000
+
+
+def test_a_student_of_which_no_layer_is_the_teachers_is_not_said_to_start_from_any() -> None:
+    teacher = BertForMaskedLM(tiny_bert(width=24).config)
+    narrow = student_from_teacher(teacher, 1, hidden_size=8, num_attention_heads=1)
+    assert narrow.initialization.copied == ["cls.predictions.bias"]
+    assert model_facts(narrow).teacher_layers is None and model_facts(narrow).teacher_words
+    layers = model_facts(student_from_teacher(teacher, 1))
+    assert layers.teacher_layers == [0] and layers.teacher_words is None
