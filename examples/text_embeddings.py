@@ -9,10 +9,9 @@
 
 The teacher is a model of sentence-transformers, read with its own pooling, layers and prompt, or a plain transformers
 model. The student is pretrained (`--student_model_name_or_path`), or new (`--student_config_name`), or has some of the
-teacher's layers (`--student_num_layers`), always without dropout. It is saved as a model of sentence-transformers,
-whose embeddings can be looked for among the teacher's (`--student_format transformers` saves its layers alone).
-docs/guides/text_embeddings.md says what is printed. Labels and scores are there to evaluate with and have no part in
-the training.
+teacher's layers (`--student_num_layers`). It is saved as a model of sentence-transformers, whose embeddings can be
+looked for among the teacher's (`--student_format transformers` saves its layers alone). docs/guides/text_embeddings.md
+says what is printed. Labels and scores are there to evaluate with and have no part in the training.
 
 Every field of `RelationalDistillationConfig` is a flag, too. Flags may come from a YAML or JSON file, too (`--config
 file.yaml`); those beside it win. `accelerate launch` instead of `python` runs it on several devices.
@@ -132,11 +131,6 @@ def with_pooling(folder: str, pooling: str) -> SentenceTransformer:
     return SentenceTransformer(modules=[first, Pooling(first.get_embedding_dimension(), POOLINGS[name])], device="cpu")
 
 
-def without_dropout(config: Any) -> dict[str, float]:
-    """The fields of a config that have to be 0 so that its model drops nothing: without labels it learns more so."""
-    return {name: 0.0 for name, value in config.to_dict().items() if "drop" in name and isinstance(value, float)}
-
-
 def measure(rows: dict[str, torch.Tensor], teacher: torch.Tensor, labels: dict[str, list[Any]]) -> dict[str, float]:
     """Retrieval, and with labels a linear probe and k-NN, as shares from 0 to 1.
 
@@ -183,17 +177,15 @@ def main() -> None:
         each.model_max_length = min(each.model_max_length, data_args.max_length)
     overrides = yaml.safe_load(f"{{{model_args.student_config_overrides.replace('=', ': ')}}}")  # YAML knows numbers
     if student_name:
-        student = AutoModel.from_pretrained(student_name, **without_dropout(AutoConfig.from_pretrained(student_name)))
+        student = AutoModel.from_pretrained(student_name)
     elif model_args.student_config_name:
         name = model_args.student_config_name
         settings = {"vocab_size": teacher.config.vocab_size, "pad_token_id": tokenizer.pad_token_id} | overrides
         config = (AutoConfig.for_model if name in CONFIG_MAPPING else AutoConfig.from_pretrained)(name, **settings)
-        config.update(without_dropout(config) | overrides)
         if unknown := [field for field in overrides if not hasattr(type(config)(), field)]:
             raise SystemExit(f"--student_config_overrides: a {type(config).__name__} has no {unknown}.")
         student = AutoModel.from_config(config)
     else:
-        overrides = without_dropout(teacher.config) | overrides
         student = student_from_teacher(teacher, num_hidden_layers=model_args.student_num_layers, **overrides)
 
     # What each of them reads: the teacher has columns of its own only where its tokens are others.

@@ -128,26 +128,6 @@ def test_text_embeddings_train_without_the_labels_and_save_a_plain_encoder_if_as
     assert "student after" in printed and "its layers alone" not in printed
 
 
-@pytest.mark.parametrize(
-    "student",
-    [
-        "--student_num_layers 1",
-        "--student_model_name_or_path {}/other",
-        "--student_config_name bert --student_config_overrides hidden_size=8,num_attention_heads=2",
-    ],
-)
-def test_the_student_drops_nothing_unless_it_is_told_to(start: Any, tmp_path: Path, student: str) -> None:
-    line = f"{FILES} --teacher_model_name_or_path {{}}/embedder {student} --max_steps 1 {QUIET} --output_dir OUT"
-    trainer = start("text_embeddings", line)
-    dropped = [module.p for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout)]
-    assert dropped and set(dropped) == {0.0}
-    config = AutoModel.from_pretrained(tmp_path).config
-    assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.0, 0.0)
-    if "overrides" in student:
-        again = start("text_embeddings", line.replace("hidden_size=8", "hidden_size=8,hidden_dropout_prob=0.2"))
-        assert again.model.config.hidden_dropout_prob == 0.2
-
-
 def test_settings_come_from_a_file_and_the_library_is_the_default_there_too(start: Any, tmp_path: Path) -> None:
     script = load_script("text_embeddings")
     needed = {"teacher_model_name_or_path": "a", "output_dir": str(tmp_path)}
