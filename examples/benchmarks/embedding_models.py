@@ -254,12 +254,12 @@ def measure(model: Any, data: Data, split: str) -> dict[str, float]:
     index = data.index(split, texts)
     theirs = [index[[texts.index(text) for text in pairs[name]]] for name in ("sentence1", "sentence2")]
     figures = {}
-    for kind, part in {"": slice(None), **PAIRS[split]}.items():
-        scores = pairs["score"][part]
+    for source, part in {"": slice(None), **PAIRS[split]}.items():
+        scores, of = pairs["score"][part], f"{source}, " if source else ""
         both = (spearman(first[part], theirs[1][part], scores), spearman(theirs[0][part], second[part], scores))
-        figures[f"{kind}sts"] = spearman(first[part], second[part], scores)
-        figures[f"{kind}asymmetric"] = sum(both) / 2
-        figures[f"{kind}cosine"] = 100 * (first[part] * theirs[0][part]).sum(1).mean().item()  # rows are unit
+        figures[f"{of}sts"] = spearman(first[part], second[part], scores)
+        figures[f"{of}asymmetric"] = sum(both) / 2
+        figures[f"{of}cosine"] = 100 * (first[part] * theirs[0][part]).sum(1).mean().item()  # rows are unit
     if split != "test":
         return figures
     figures["sts64"] = spearman(first[:, :64], second[:, :64], pairs["score"])
@@ -270,7 +270,8 @@ def measure(model: Any, data: Data, split: str) -> dict[str, float]:
     figures |= {f"recall@{k}": 100 * (better < k).float().mean().item() for k in (1, 10)}
     for name in ("trec", "mr"):
         known, new = (
-            {c: data.column(f"sentences/{name}_{part}", c)[:PROBED] for c in ("text", "label")} for part in PARTS
+            {column: data.column(f"sentences/{name}_{side}", column)[:PROBED] for column in ("text", "label")}
+            for side in ("train", "test")
         )
         probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300, C=0.1))
         probe.fit(rows_of(model, known["text"]).numpy(), known["label"])
@@ -278,13 +279,12 @@ def measure(model: Any, data: Data, split: str) -> dict[str, float]:
     return figures
 
 
-PARTS = ("train", "test")
 PAIRS = {
-    "validation": {"captions, ": slice(0, 625), "forums, ": slice(625, 1000), "news, ": slice(1000, None)},
-    "test": {"captions, ": slice(0, 625), "forums, ": slice(625, 879), "news, ": slice(879, None)},
+    "validation": {"captions": slice(0, 625), "forums": slice(625, 1000), "news": slice(1000, None)},
+    "test": {"captions": slice(0, 625), "forums": slice(625, 879), "news": slice(879, None)},
 }
 """What STS-B's pairs are from, in their order."""
-PROBED = 4000  # sentences of a part, at most
+PROBED = 4000  # sentences to fit a probe on, and to score it on, at most
 
 
 def speed(data: Data) -> None:
@@ -385,14 +385,12 @@ def report(args: Arguments) -> None:
         if found.get("ours"):
             shares = [100 * each["sts"] / known["sts"] for each in found["ours"].values()]
             print(f"{kind}: ours has {_cell(shares)} % of the teacher's STS-B")
-        for pairs in PAIRS["test"] if found.get("ours") else ():
-            names = [f"{pairs}{what}" for what in ("sts", "asymmetric", "cosine")]
-            runs = [each for each in found["ours"].values() if names[0] in each]  # not by an older script
-            if runs:
-                same, across, cosine = (_cell([each[name] for each in runs]) for name in names)
-                print(f"{kind}: ours on {pairs}{same}, across the models {across}, cosine of its rows {cosine}")
+        for source in PAIRS["test"] if found.get("ours") else ():
+            names = [f"{source}, {what}" for what in ("sts", "asymmetric", "cosine")]
+            same, across, cosine = (_cell([each[name] for each in found["ours"].values()]) for name in names)
+            print(f"{kind}: ours on {source}, {same}, across the models {across}, cosine of its rows {cosine}")
         tuned = [finished(Run(kind, "ours", rate, TUNING_SEED, **how), args) for rate in RATES[kind]]
-        measured = [figures for figures in tuned if figures and "asymmetric" in figures]  # not by an older script
+        measured = [figures for figures in tuned if figures]
         if len(measured) == len(tuned) and "validation" in known:
             best = max(measured, key=lambda figures: figures["sts"])
             same, across, its = (f"{each:.1f}" for each in (best["sts"], best["asymmetric"], known["validation"]))

@@ -148,7 +148,7 @@ EMBEDDING_MODELS = """
 import sys
 sys.path[:0] = sys.argv[1:3]
 import embedding_models
-halves = {"captions, ": slice(0, 10), "news, ": slice(10, None)}
+halves = {"captions": slice(0, 10), "news": slice(10, None)}
 embedding_models.PAIRS = {"validation": halves, "test": halves}
 sys.argv = ["embedding_models.py", *sys.argv[3:]]
 embedding_models.main()
