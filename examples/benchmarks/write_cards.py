@@ -7,7 +7,7 @@ Each run is one command of an example, with a report; the card, its facts and it
 are copied from its output folder. The same student without distillation is trained before, where it has labels. A run
 whose card is there is not repeated (`--again` does); with `--only_index` just the index is written. Takes the data
 from `data/`: `sst2/*.csv`, `sentences/*.csv` and `cifar10/*.parquet`, columns as in the commands. CIFAR-10's teacher
-is a RegNet that is trained first.
+is a RegNet that is trained before the first run that needs it.
 """
 
 import json
@@ -75,8 +75,8 @@ class Arguments:
     only_index: bool = field(default=False, metadata={"help": "Train nothing, write the index."})
 
 
-def prepare() -> None:
-    """The teachers that no command trains: MiniLM in a folder, a RegNet for CIFAR-10."""
+def prepare(command: str) -> None:
+    """The teacher that a command reads and none trains, if it is not there yet: MiniLM, or a RegNet for CIFAR-10."""
     from comparison_tasks import (
         TEACHER_IMAGES,
         _Augmented,
@@ -88,10 +88,10 @@ def prepare() -> None:
     )
     from transformers import Trainer, TrainingArguments, ViTImageProcessor, set_seed
 
-    if not Path("out/minilm").exists():
+    if "out/minilm" in command and not Path("out/minilm").exists():
         Path("out").mkdir(exist_ok=True)
         Path("out/minilm").symlink_to(minilm_folder())
-    if (CIFAR10_TEACHER / "config.json").is_file():
+    if str(CIFAR10_TEACHER) not in command or (CIFAR10_TEACHER / "config.json").is_file():
         return
     processor = ViTImageProcessor(
         size={"height": 32, "width": 32}, image_mean=[0.491, 0.482, 0.447], image_std=[0.247, 0.243, 0.262]
@@ -178,9 +178,9 @@ def main(args: Arguments) -> None:
     os.chdir(ROOT)
     cards = Path(args.cards_dir)
     if not args.only_index:
-        prepare()
         for name, command in RUNS.items():
             if args.only in (None, name) and (args.again or not (cards / name / FACTS_FILE).is_file()):
+                prepare(command)
                 command += f" {alone(name, command)}" if name in ALONE else ""
                 collect(name, train(name, command), cards)
     (cards / CARD).write_text(index(cards))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,23 @@ def test_the_same_student_without_distillation_is_trained_for_a_card(
         assert '{"accuracy": 0.5}' in given
         without = settings_of(Path(script).stem, shlex.split(commands[-1])[1:])
         assert (float(without.relational_weight), float(without.kd_weight)) == (0, 0)
+
+
+def test_a_card_has_only_the_teacher_of_its_own_command_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = load_script("benchmarks/comparison_tasks")
+    monkeypatch.setitem(sys.modules, "comparison_tasks", tasks)
+    monkeypatch.setattr(tasks, "minilm_folder", lambda: tmp_path)
+    monkeypatch.setattr(tasks, "regnet", lambda: pytest.fail("CIFAR-10's teacher is made"))
+    monkeypatch.setattr(tasks, "_cifar_images", lambda *_: (None, None))
+    monkeypatch.chdir(tmp_path)
+    write_cards.prepare(write_cards.RUNS["digits-vit-2x32"])
+    assert not Path("out").exists()
+    write_cards.prepare(write_cards.RUNS["half-of-minilm"])
+    assert Path("out/minilm").resolve() == tmp_path
+    with pytest.raises(pytest.fail.Exception, match="is made"):
+        write_cards.prepare(write_cards.RUNS["cifar10-vit-4x128"])
 
 
 def test_the_scripts_use_one_set_of_names() -> None:
